@@ -1,0 +1,20 @@
+"""The errors that end a command with one clear message and no traceback."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(ValueError):
+    """Says that what the person gave cannot work: a key, a value, a file. Exit code 2."""
+
+
+class Stopped(Exception):
+    """Says that a signal stopped the run after a checkpoint was saved. Exit code 3."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" for the known name nearest to `name`, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {near[0]}?" if near else ""
