@@ -1,0 +1,38 @@
+"""AdamW with weight-decay groups and a router group."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from lunaris.optim.groups import roles
+
+
+def build_adamw(
+    model: nn.Module,
+    *,
+    learning_rate: float,
+    weight_decay: float,
+    betas: Sequence[float],
+    eps: float,
+    router_lr_scale: float = 1.0,
+) -> torch.optim.Optimizer:
+    """Return AdamW (arXiv 1711.05101) over the parameters of `model`.
+
+    Matrices, embeddings, stacked experts and routers decay; norms do not. Routers learn at
+    `router_lr_scale` times the rate. Each group keeps its peak rate under `peak_lr`.
+    """
+    found = roles(model)
+    rows = [
+        (found.matrices + found.embeddings, weight_decay, learning_rate),
+        (found.vectors, 0.0, learning_rate),
+        (found.routers, weight_decay, learning_rate * router_lr_scale),
+    ]
+    groups = [
+        {"params": params, "weight_decay": decay, "lr": rate, "peak_lr": rate}
+        for params, decay, rate in rows
+        if params
+    ]
+    return torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=eps, fused=True)

@@ -1,0 +1,32 @@
+"""Mixed precision: which dtype the matrix products run in, and the gradient scaler of fp16.
+
+Weights and optimizer state stay float32: bf16 weights under AdamW stop moving once an update is
+smaller than half a unit in the last place (2^-9 of the weight).
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Precision:
+    """The compute dtype of a run, with its autocast context and gradient scaler.
+
+    `scaler` is always there and passes everything through unless the dtype is float16.
+    """
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.name = name
+        self.dtype = _DTYPES[name]
+        self.device = device
+        self.scaler = torch.amp.GradScaler(device.type, enabled=name == "fp16", init_scale=2.0**15)
+
+    def autocast(self) -> AbstractContextManager[object]:
+        """Return the context for forward passes; a null context in fp32."""
+        if self.dtype == torch.float32:
+            return nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)

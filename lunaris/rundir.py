@@ -1,0 +1,191 @@
+"""A run's folder: its config, provenance, status and lock. No torch."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from lunaris.config.world import differing, identity
+from lunaris.errors import UserError
+
+_PACKAGES = ("lunaris", "torch", "numpy", "hydra-core", "omegaconf", "submitit", "tokenizers")
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by `value` as JSON, so that a reader sees the old or the new, never half."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with beside.open("w") as file:
+        json.dump(value, file, indent=2)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return the JSON object in `path`, or {} where there is none or it cannot be read."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+class RunDir:
+    """The files of one run (see the design's section on a run's folder)."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    @property
+    def config_path(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def metrics_path(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.path / "logs"
+
+    def read_config(self) -> Any:
+        """Return the frozen config as a DictConfig. Raises UserError where there is none."""
+        from omegaconf import OmegaConf
+
+        if not self.config_path.is_file():
+            raise UserError(f"{self.path}: not a run's folder (it holds no config.yaml)")
+        return OmegaConf.load(self.config_path)
+
+    def write_config(self, cfg: Any) -> None:
+        """Write the composed config, resolved."""
+        from omegaconf import OmegaConf
+
+        beside = self.path / ".config.yaml.tmp"
+        beside.write_text(OmegaConf.to_yaml(cfg, resolve=True))
+        beside.replace(self.config_path)
+
+    def read_status(self) -> dict[str, Any]:
+        """Return status.json, or {} before the first write."""
+        return read_json(self.path / "status.json")
+
+    def write_status(self, **changes: Any) -> None:
+        """Merge `changes` into status.json and stamp the time (seconds since the epoch)."""
+        write_json(self.path / "status.json", self.read_status() | changes | {"time": time.time()})
+
+    def record_attempt(self, world_size: int) -> int:
+        """Count a start of the run and append where it runs to provenance.json."""
+        path = self.path / "provenance.json"
+        provenance = read_json(path)
+        attempts = provenance.setdefault("attempts", [])
+        attempts.append({"time": time.time(), "world_size": world_size, **_where()})
+        write_json(path, provenance)
+        return len(attempts)
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for one job. Raises UserError while another job holds it.
+
+        The kernel releases the lock when the process ends, however it ends.
+        """
+        with (self.path / ".lock").open("a+") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise UserError(f"{self.path}: in use by {holder}; two jobs never write one folder")
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            yield
+
+
+def create(cfg: Any, command: str, overrides: list[str]) -> RunDir:
+    """Make or reopen the folder `cfg.out_dir` for a composed config.
+
+    A folder that already holds a run of the same identity (`lunaris.config.world.identity`) is
+    taken on, with the new values of the keys that may change. Raises UserError, having written
+    nothing, when its config differs or another job is writing it.
+    """
+    run_dir = RunDir(cfg.out_dir)
+    if "RANK" in os.environ and "processes" in cfg.launch:
+        cfg.launch.processes = int(os.environ["WORLD_SIZE"])
+    if run_dir.config_path.is_file():
+        rows = differing(identity(_without_env(run_dir.read_config())), identity(cfg))
+        if rows:
+            raise UserError(
+                f"{run_dir.path}: holds a run of another config; choose another `name=`, or "
+                "remove the folder. Differing keys:\n  " + "\n  ".join(rows)
+            )
+    try:
+        run_dir.logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out_dir={cfg.out_dir}: cannot be made: {error.strerror}") from error
+    with run_dir.lock():
+        run_dir.write_config(cfg)
+        old = read_json(run_dir.path / "provenance.json")
+        write_json(run_dir.path / "provenance.json", old | _provenance(command, overrides))
+        if not run_dir.read_status():
+            run_dir.write_status(
+                state="queued", step=0, attempts=0, max_steps=cfg.trainer.max_steps
+            )
+    return run_dir
+
+
+def _provenance(command: str, overrides: list[str]) -> dict[str, Any]:
+    return {
+        "command": command,
+        "overrides": list(overrides),
+        "created": time.time(),
+        "cwd": os.getcwd(),
+        "python": sys.version.split()[0],
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "git": _git(Path(__file__).resolve().parent),
+        **_where(),
+    }
+
+
+def _where() -> dict[str, Any]:
+    slurm = {k: v for k, v in os.environ.items() if k.startswith("SLURM_JOB") or "ARRAY" in k}
+    return {
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "slurm": {k: v for k, v in sorted(slurm.items()) if k.startswith("SLURM_")},
+    }
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git(folder: Path) -> dict[str, Any]:
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return {"commit": commit, "dirty": bool(git("status", "--porcelain")) if commit else None}
