@@ -106,10 +106,12 @@ class RunDir:
         with (self.path / ".lock").open("a+") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+            except OSError as error:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                raise UserError(f"{self.path}: in use by {holder}; two jobs never write one folder")
+                raise UserError(
+                    f"{self.path}: in use by {holder}; two jobs never write one folder"
+                ) from error
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
@@ -127,7 +129,7 @@ def create(cfg: Any, command: str, overrides: list[str]) -> RunDir:
     if "RANK" in os.environ and "processes" in cfg.launch:
         cfg.launch.processes = int(os.environ["WORLD_SIZE"])
     if run_dir.config_path.is_file():
-        rows = differing(identity(_without_env(run_dir.read_config())), identity(cfg))
+        rows = differing(identity(run_dir.read_config()), identity(cfg))
         if rows:
             raise UserError(
                 f"{run_dir.path}: holds a run of another config; choose another `name=`, or "

@@ -26,6 +26,11 @@ def world_size(cfg: Any) -> int:
     """Return the number of processes that will train: torchrun's, or what `launch` asks for."""
     if "RANK" in os.environ:
         return int(os.environ.get("WORLD_SIZE", "1"))
+    return requested_world_size(cfg)
+
+
+def requested_world_size(cfg: Any) -> int:
+    """Return the number of processes that the `launch` group of a config asks for."""
     launch = cfg.launch
     if "nodes" in launch:
         return launch.nodes * tasks_per_node(launch)
@@ -56,7 +61,7 @@ def identity(cfg: Any) -> dict[str, Any]:
     trainer = cfg.trainer
     flat = _flatten(tree)
     flat["global_batch"] = (
-        trainer.batch_size * trainer.gradient_accumulation_steps * world_size(cfg)
+        trainer.batch_size * trainer.gradient_accumulation_steps * requested_world_size(cfg)
     )
     return flat
 
