@@ -1,0 +1,44 @@
+.DEFAULT_GOAL := help
+.PHONY: help train test cluster lint format clean
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# Workers of pytest-xdist; one a core, as the tests pin torch to one thread.
+TEST_WORKERS ?= 2
+
+help: ## Show this help.
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+train: $(VENV)/run.stamp ## Train the default model on the text of the standard library (about two minutes).
+	$(BIN)/lunaris train
+
+test: $(VENV)/dev.stamp ## Run all tests; those that need SLURM skip where `make cluster` was not run.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) --dist loadgroup
+
+cluster: ## Install SLURM from Debian's packages for the cluster tests (root).
+	bash tests/slurm/install.sh
+
+lint: $(VENV)/dev.stamp ## Check style and types.
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(VENV)/dev.stamp ## Format the code.
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean: ## Remove the virtual environment and caches.
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache *.egg-info
+
+$(VENV)/run.stamp: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off -q -e .
+	touch $@
+
+$(VENV)/dev.stamp: $(VENV)/run.stamp
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off -q -e '.[dev,hf]'
+	touch $@
