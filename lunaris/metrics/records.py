@@ -29,7 +29,7 @@ class MetricsFile:
     """Appends rows to a metrics file, after cutting what a resumed run will write again."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        """Keep the rows up to `resume_step` (the step of the checkpoint that the run goes on from)."""
+        """Keep the rows up to `resume_step`, the checkpointed step that the run goes on from."""
         kept = [row for row in read_rows(path) if row["step"] <= resume_step]
         beside = path.with_name(f".{path.name}.tmp")
         with beside.open("w") as file:

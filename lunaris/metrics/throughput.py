@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -46,29 +48,36 @@ class Meter:
         self._tokens_per_step = tokens_per_step
         self._flops_per_token = flops_per_token
         self._peak = peak
-        self._steps = 0
-        self._seconds = 0.0
-        self._waited = 0.0
-        self._since: float | None = None
+        self._restart()
 
-    def start_step(self) -> None:
-        """Begin timing a step, its wait for data included."""
-        self._since = time.perf_counter()
-
-    def end_step(self, waited: float) -> None:
-        """End timing a step that waited `waited` seconds for its data."""
-        assert self._since is not None
-        self._seconds += time.perf_counter() - self._since
-        self._waited += waited
+    def step(self, waited: float) -> None:
+        """Count a step that waited `waited` seconds for its data."""
         self._steps += 1
+        self._waited += waited
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave out what happens in this context."""
+        begun = time.perf_counter()
+        yield
+        self._excluded += time.perf_counter() - begun
 
     def row(self) -> dict[str, float | None]:
-        """Return the `perf/` metrics since the last call, and begin anew."""
-        tokens_per_s = self._steps * self._tokens_per_step / max(self._seconds, 1e-9)
+        """Return the `perf/` metrics since the last call, and begin anew.
+
+        On a GPU, call it after something that waited for the device (reading a loss).
+        """
+        seconds = max(time.perf_counter() - self._since - self._excluded, 1e-9)
+        tokens_per_s = self._steps * self._tokens_per_step / seconds
+        mfu = tokens_per_s * self._flops_per_token / self._peak if self._peak else None
         row = {
             "perf/tokens_per_s": tokens_per_s,
-            "perf/mfu": tokens_per_s * self._flops_per_token / self._peak if self._peak else None,
-            "perf/data_wait": self._waited / max(self._seconds, 1e-9),
+            "perf/mfu": mfu,
+            "perf/data_wait": self._waited / seconds,
         }
-        self._steps, self._seconds, self._waited = 0, 0.0, 0.0
+        self._restart()
         return row
+
+    def _restart(self) -> None:
+        self._steps, self._waited, self._excluded = 0, 0.0, 0.0
+        self._since = time.perf_counter()

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lunaris.optim.adamw import build_adamw
+from lunaris.optim.groups import roles, set_learning_rate
+from lunaris.optim.muon import build_muon, orthogonalize
+
+ADAM = {"learning_rate": 0.01, "weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-8}
+
+
+class Toy(nn.Module):
+    """One parameter of each role, named as the transformer names them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 4)
+        self.up = nn.Linear(4, 6, bias=False)
+        self.experts = nn.Parameter(torch.randn(3, 4, 6))
+        self.router = nn.Linear(4, 3, bias=False)
+        self.norm = nn.Parameter(torch.ones(4))
+
+    def loss(self) -> Tensor:
+        return sum((p * torch.arange(p.numel()).view_as(p).cos()).sum() for p in self.parameters())
+
+
+def test_each_parameter_has_one_role() -> None:
+    model = Toy()
+    found = roles(model)
+    assert [id(p) for p in found.matrices] == [id(model.experts), id(model.up.weight)]
+    assert [id(p) for p in found.embeddings] == [id(model.embedding.weight)]
+    assert [id(p) for p in found.routers] == [id(model.router.weight)]
+    assert [id(p) for p in found.vectors] == [id(model.norm)]
+
+
+@pytest.mark.parametrize(
+    "build", [build_adamw, lambda m, **k: build_muon(m, momentum=0.9, ns_steps=5, **k)]
+)
+def test_stacked_experts_decay_norms_do_not_and_the_router_keeps_its_scale(build) -> None:
+    model = Toy()
+    optimizer = build(model, **ADAM, router_lr_scale=0.5)
+    by_parameter = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    assert by_parameter[id(model.experts)]["weight_decay"] == 0.1
+    assert by_parameter[id(model.norm)]["weight_decay"] == 0.0
+    for multiplier in (0.1, 1.0, 0.3):
+        set_learning_rate(optimizer.param_groups, multiplier)
+        assert by_parameter[id(model.up.weight)]["lr"] == pytest.approx(0.01 * multiplier)
+        assert by_parameter[id(model.router.weight)]["lr"] == pytest.approx(0.005 * multiplier)
+
+
+def test_muon_steps_its_adamw_groups_as_torch_does() -> None:
+    torch.manual_seed(0)
+    ours, theirs = Toy(), Toy()
+    theirs.load_state_dict(ours.state_dict())
+    a = build_muon(ours, momentum=0.9, ns_steps=5, **ADAM)
+    b = build_adamw(theirs, **ADAM)
+    for _ in range(5):
+        for model, optimizer in ((ours, a), (theirs, b)):
+            model.loss().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for name in ("embedding.weight", "router.weight", "norm"):
+        torch.testing.assert_close(ours.get_parameter(name), theirs.get_parameter(name))
+    assert not torch.allclose(ours.up.weight, theirs.up.weight)
+
+
+def test_orthogonalize_pulls_every_singular_value_near_one() -> None:
+    torch.manual_seed(0)
+    stacked = torch.randn(3, 8, 5) @ torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5, 0.3]))
+    result = orthogonalize(stacked, steps=8)
+    values = torch.linalg.svdvals(result)
+    assert values.min() > 0.6 and values.max() < 1.3
+    for one, alone in zip(result, stacked, strict=True):
+        torch.testing.assert_close(one, orthogonalize(alone, steps=8))
