@@ -1,0 +1,85 @@
+"""The command line: `lunaris COMMAND …`. Nothing heavy is imported before a command runs."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import os
+import sys
+from pathlib import Path
+
+from lunaris import __version__
+from lunaris.errors import Stopped, UserError, did_you_mean
+
+_ORDER = ("train", "prepare", "plan", "runs", "resume", "cancel", "report", "evaluate", "generate")
+_EPILOG = """\
+`lunaris COMMAND --help` says what a command takes, with an example.
+
+lunaris train                                     a small model, here, in about two minutes
+lunaris train moe=top2 trainer.max_steps=1000     another option of a group, another value
+lunaris train -m moe.n_experts=4,8,16             a sweep"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code.
+
+    0: done; 2: the input was wrong; 3: stopped by a signal, a checkpoint saved; 1: anything else
+    (an unforeseen exception passes through, with its traceback).
+    """
+    args = sys.argv[1:] if argv is None else argv
+    try:
+        return _run(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr)
+        return 3
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # The reader of our output left, as `head` does. Nothing more can be printed.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def commands() -> dict[str, str]:
+    """Return every command there is and its one line of help, in the order of a run's life."""
+    folder = Path(__file__).parent / "commands"
+    names = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
+    ordered = [name for name in _ORDER if name in names] + sorted(names - set(_ORDER))
+    return {name: _help_line(folder / f"{name}.py") for name in ordered}
+
+
+def _run(args: list[str]) -> int:
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if args[0] == "--version":
+        print(f"lunaris {__version__}")
+        return 0
+    names = commands()
+    if args[0] not in names:
+        raise UserError(
+            f"{args[0]}: no such command; allowed are {', '.join(names)}"
+            f"{did_you_mean(args[0], names)}"
+        )
+    return int(importlib.import_module(f"lunaris.commands.{args[0]}").main(args[1:]) or 0)
+
+
+def _overview() -> str:
+    lines = [f"  {name:<10} {line}" for name, line in commands().items()]
+    return "\n".join(["usage: lunaris COMMAND [ARGUMENTS]", "", *lines, "", _EPILOG])
+
+
+def _help_line(path: Path) -> str:
+    # Read, not imported: a command may need torch, the list of commands must not.
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "HELP":
+            return str(ast.literal_eval(node.value))
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""Composition: the schema, the options and the command line become one checked config."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lunaris.config.names import run_name
+from lunaris.config.options import CONFIG_MODULE
+from lunaris.config.schema import SCHEMAS, Config
+from lunaris.errors import UserError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where the config is read from: Hydra's --config-name, --config-path and --config-dir."""
+
+    name: str = "train"
+    # Read before our own folder.
+    path: str | None = None
+    # Read after it: further options, of ours or of new names.
+    dir: str | None = None
+
+
+def compose(
+    overrides: list[str], *, source: Source | None = None, check_data: bool = True
+) -> DictConfig:
+    """Return the whole config for `overrides`, checked, named, with nothing missing. No torch.
+
+    `check_data=False` leaves out what needs the data to be there already. Raises UserError with
+    the dotted key, the value and what is allowed.
+    """
+    from lunaris.config.validate import validate
+
+    source = source or Source()
+    cfg = compose_unchecked(overrides, source)
+    finish(cfg, overrides)
+    validate(cfg, check_data=check_data)
+    return cfg
+
+
+def finish(cfg: DictConfig, overrides: list[str]) -> None:
+    """Fill in what follows from the overrides: the run's name and the experiment's."""
+    if cfg.name is None:
+        cfg.name = run_name(overrides)
+    for override in overrides:
+        if override.startswith("experiment="):
+            cfg.experiment = override.partition("=")[2]
+
+
+def compose_unchecked(
+    overrides: list[str], source: Source, *, with_hydra: bool = False
+) -> DictConfig:
+    """Return what Hydra composes, with its faults told as ours but no check across keys.
+
+    Within `hydra.main` (a sweep) the search path is the one that Hydra has set up.
+    """
+    from hydra import compose as hydra_compose
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    register_schemas()
+    try:
+        with warnings.catch_warnings(), _initialized(source):
+            warnings.simplefilter("ignore")
+            return hydra_compose(
+                source.name,
+                [*_search_path(source), *overrides],
+                return_hydra_config=with_hydra,
+            )
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(str(error)) from error
+
+
+def register_schemas() -> None:
+    """Put every schema where the option files' `defaults` find it."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    store.store(group="schema", name="train", node=Config, package="_global_")
+    for group, options in SCHEMAS.items():
+        for option, schema in options.items():
+            store.store(group=f"schema/{group}", name=option, node=schema)
+
+
+def _initialized(source: Source) -> AbstractContextManager[Any]:
+    from hydra import initialize_config_dir, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    if GlobalHydra.instance().is_initialized():
+        return nullcontext()
+    if source.path is not None:
+        return initialize_config_dir(os.path.abspath(source.path), version_base="1.3")
+    return initialize_config_module(CONFIG_MODULE, version_base="1.3")
+
+
+def _search_path(source: Source) -> list[str]:
+    """Return the override that adds the folders beside the main one, or nothing."""
+    from hydra.core.global_hydra import GlobalHydra
+
+    if GlobalHydra.instance().is_initialized():
+        return []
+    further = [f"pkg://{CONFIG_MODULE}"] if source.path is not None else []
+    for key, folder in (("--config-path", source.path), ("--config-dir", source.dir)):
+        if folder is not None and not Path(folder).is_dir():
+            raise UserError(f"{key} {folder}: no such folder")
+    if source.dir is not None:
+        further.append(f"file://{os.path.abspath(source.dir)}")
+    return [f"hydra.searchpath=[{','.join(further)}]"] if further else []

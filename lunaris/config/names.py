@@ -1,0 +1,63 @@
+"""Names of runs and of sweep points, derived from the overrides: no clock, no chance."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+
+# Where, how fast or how visibly a run goes; the same run keeps its name whatever these are.
+_UNNAMED = ("name", "out_dir", "launch", "logger", "checkpoint", "parallelism", "hydra")
+_LONGEST = 80
+
+
+def run_name(overrides: list[str]) -> str:
+    """Return the name of the run that `overrides` ask for: "default", "moe=top2", …
+
+    The same overrides in another order give the same name, and different ones another. The
+    name is made of letters, digits and `._=+,-`, and is at most 80 characters long.
+    """
+    last = {_key(text): text for text in overrides if not is_unnamed(text)}
+    return join_names(sorted(last.values(), key=_order)) or "default"
+
+
+def point_name(swept: list[str]) -> str:
+    """Return the name of a sweep's point from the overrides that differ between its points."""
+    return join_names(swept) or "default"
+
+
+def is_unnamed(override: str) -> bool:
+    """Say whether `override` leaves the name alone, like `launch=slurm` or `name=x`."""
+    return re.split(r"[./@]", _key(override))[0] in _UNNAMED
+
+
+def join_names(overrides: list[str]) -> str:
+    """Return the overrides as one safe name, shortened with a hash where it is too long."""
+    whole = "\n".join(overrides)
+    parts = [_safe(text) for text in overrides]
+    name = ",".join(part for part in parts if part)
+    if len(name) <= _LONGEST and not _loses(overrides):
+        return name
+    digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
+    return f"{name[: _LONGEST - 9].rstrip(',=.')}-{digest}"
+
+
+def _key(override: str) -> str:
+    return override.lstrip("+~").partition("=")[0]
+
+
+def _order(override: str) -> tuple[bool, bool, str]:
+    # An experiment first, then the groups, then the keys: as one would say it.
+    key = _key(override)
+    return key != "experiment", "." in key, override
+
+
+def _safe(override: str) -> str:
+    key, _, value = override.lstrip("+").partition("=")
+    value = re.sub(r"[^A-Za-z0-9._=+-]+", "-", re.sub(r"[\[\]'\"]", "", value)).strip("-")
+    text = value if key == "experiment" else f"{key}={value}"
+    return re.sub(r"[^A-Za-z0-9._=+-]+", "-", text).lstrip("-.")
+
+
+def _loses(overrides: list[str]) -> bool:
+    """Say whether two different lists of overrides could have this one's name."""
+    return any(re.search(r"[^A-Za-z0-9._=+\[\],'\"-]", text) for text in overrides)
