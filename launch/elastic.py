@@ -1,0 +1,165 @@
+"""Several workers of one run under torch's elastic agent."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
+from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
+from torch.distributed.elastic.rendezvous import RendezvousParameters
+from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
+
+_WRONG_INPUT, _STOPPED = 2, 3
+# Workers that survive a failed one are told to end, and killed after this time; those that end
+# together, for wrong input or a signal, may still have a log to upload.
+_GRACE_S, _FINISH_S = 5, 60
+
+
+def run_group(path: Path, processes: int, max_restarts: int) -> int:
+    """Train the run in folder `path` with several workers; return the exit code.
+
+    The group of a worker that died starts again, from the newest checkpoint, up to `max_restarts`
+    times; not after wrong input or a signal. SIGTERM and SIGINT are passed on to the workers,
+    which save and stop; a second SIGINT kills them.
+    """
+    # The agent's own account of a failure is a page long and names none of our files.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    before = {number: signal.getsignal(number) for number in _Agent.PASSED_ON}
+    with tempfile.TemporaryDirectory(prefix="lunaris-") as errors:
+        agent = _Agent(path, processes, max_restarts, errors)
+        try:
+            result = agent.run()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+    if not result.is_failed():
+        return 0
+    failures = list(result.failures.values())
+    print(describe(failures, path), file=sys.stderr, flush=True)
+    return exit_code(failure.exitcode for failure in failures)
+
+
+def exit_code(codes: Iterable[int]) -> int:
+    """Return a group's exit code from those of its failed workers."""
+    codes = set(codes)
+    if _WRONG_INPUT in codes:
+        return _WRONG_INPUT
+    return _STOPPED if codes == {_STOPPED} else 1
+
+
+def describe(failures: list[ProcessFailure], path: Path) -> str:
+    """Return one message for a group's failure: what the worker that failed first says."""
+    told = [f for f in failures if f.exitcode in (_WRONG_INPUT, _STOPPED)]
+    first = min(told or failures, key=_time)
+    if first.exitcode in (_WRONG_INPUT, _STOPPED):
+        return f"{'error' if first.exitcode == _WRONG_INPUT else 'stopped'}: {_reason(first)}"
+    log = rank_log(path, first.global_rank)
+    return f"rank {first.global_rank} failed: {_reason(first)}; see {log}"
+
+
+def rank_log(path: Path, rank: int) -> Path:
+    """Return where a worker's output and traceback are."""
+    return path / "logs" / f"rank_{rank}.log"
+
+
+def _reason(failure: ProcessFailure) -> str:
+    if failure.exitcode < 0:
+        return f"killed by {signal.Signals(-failure.exitcode).name}"
+    data = failure.error_file_data.get("message") if failure.error_file_data else None
+    if isinstance(data, dict):
+        return str(data["message"])
+    return f"exit code {failure.exitcode}"
+
+
+def _time(failure: ProcessFailure) -> float:
+    data = failure.error_file_data.get("message") if failure.error_file_data else None
+    extra = data.get("extraInfo", {}) if isinstance(data, dict) else {}
+    return float(extra.get("time", failure.timestamp))
+
+
+class _Agent(LocalElasticAgent):
+    """torch's agent, which also passes signals on and knows which failures are final."""
+
+    PASSED_ON = (signal.SIGTERM, signal.SIGINT)
+
+    def __init__(self, path: Path, processes: int, max_restarts: int, errors: str) -> None:
+        rendezvous = RendezvousParameters(
+            backend="c10d",
+            endpoint="localhost:0",
+            run_id=uuid.uuid4().hex,
+            min_nodes=1,
+            max_nodes=1,
+            local_addr="localhost",
+        )
+        spec = WorkerSpec(
+            role="lunaris",
+            local_world_size=processes,
+            entrypoint=sys.executable,
+            args=("-u", "-m", "lunaris.launch.worker", str(path)),
+            rdzv_handler=get_rendezvous_handler(rendezvous),
+            max_restarts=max_restarts,
+            monitor_interval=0.1,
+            local_addr="localhost",
+        )
+        super().__init__(spec, DefaultLogsSpecs(log_dir=errors), exit_barrier_timeout=10)
+        self._path = path
+        self._signals = 0
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        # The agent sets handlers of its own here, which would kill the workers.
+        started = super()._start_workers(worker_group)
+        for number in self.PASSED_ON:
+            signal.signal(number, self._pass_on)
+        # The agent ends the survivors of a failure as soon as it sees it, with its own patience.
+        assert self._pcontext is not None
+        self._pcontext._close = partial(self._end, self._pcontext._close)  # type: ignore[method-assign]
+        return started
+
+    def _end(self, close: Callable[..., None], death_sig: signal.Signals, timeout: int = 0) -> None:
+        handlers = self._pcontext.subprocess_handlers.values()  # type: ignore[union-attr]
+        if {handler.proc.poll() for handler in handlers} & {_WRONG_INPUT, _STOPPED}:
+            close(death_sig=signal.SIGCONT, timeout=_FINISH_S)
+        else:
+            close(death_sig=signal.SIGTERM, timeout=_GRACE_S)
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result = super()._monitor_workers(worker_group)
+        if result.is_failed():
+            failures = list(result.failures.values())
+            final = self._signals or exit_code(f.exitcode for f in failures) != 1
+            if final:
+                self._remaining_restarts = 0
+            elif self._remaining_restarts > 0:
+                print(
+                    f"{describe(failures, self._path)}\nthe group starts again from the newest "
+                    f"checkpoint ({self._remaining_restarts} restarts left)",
+                    file=sys.stderr,
+                    flush=True,
+                )
+        return result
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self._signals += 1
+        again = number == signal.SIGINT and self._signals > 1
+        if self._pcontext is not None:
+            for pid in self._pcontext.pids().values():
+                _send(pid, signal.SIGKILL if again else signal.SIGTERM)
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    try:
+        os.kill(pid, number)
+    except ProcessLookupError:
+        pass  # It has ended already.

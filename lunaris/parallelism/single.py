@@ -1,0 +1,22 @@
+"""One process, the whole model."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from lunaris.parallelism.base import Parallelism, compile_blocks, materialize
+from lunaris.precision import Precision
+
+
+class Single(Parallelism):
+    """The model as it is, in one process."""
+
+    def wrap(
+        self, model: nn.Module, *, precision: Precision, seed: int, compile: bool
+    ) -> nn.Module:
+        """Allocate the model on the device and draw its weights."""
+        assert self.world_size == 1, "parallelism=single runs in one process"
+        materialize(model, self.device, seed)
+        if compile:
+            compile_blocks(model)
+        return model
