@@ -28,18 +28,21 @@ def submit(cfg: DictConfig, command: str, overrides: list[str]) -> int:
     """Give a composed config to its launcher, or run it here when torchrun started us."""
     if "RANK" in os.environ:
         return _run_as_rank(cfg, command, overrides)
-    launcher = locate("launch._target_", cfg.launch._target_)
+    from omegaconf import OmegaConf
+
+    keys: Any = OmegaConf.to_container(cfg.launch, resolve=True)
+    launcher = locate("launch._target_", keys.pop("_target_"))(**keys)
     return int(launcher.submit(cfg, command, overrides))
 
 
 def _run_as_rank(cfg: DictConfig, command: str, overrides: list[str]) -> int:
     from lunaris import rundir
-    from lunaris.run import execute
+    from lunaris.launch.worker import work
 
     if os.environ["RANK"] == "0":
         rundir.create(cfg, command, overrides)
-    # The other ranks meet rank 0 in `execute`, when the process group is made.
-    execute(cfg, Path(cfg.out_dir))
+    # The other ranks meet rank 0 in `work`, when the process group is made.
+    work(cfg, Path(cfg.out_dir))
     return 0
 
 
