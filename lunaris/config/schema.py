@@ -169,10 +169,16 @@ class ShardsDataConfig(DataConfig):
     # One weight a folder; null: in proportion to their tokens.
     weights: list[float] | None = None
     val_fraction: float = 0.01
+    # Null: the manifest's, else the largest id + 1.
+    vocab_size: int | None = None
+    # Null: the manifest's; without one, needed for document_masking.
+    eot_id: int | None = None
     verify: bool = False
 
     def __post_init__(self) -> None:
         within("data.val_fraction", self.val_fraction, 0.0, 0.9)
+        within("data.vocab_size", self.vocab_size, low=1)
+        within("data.eot_id", self.eot_id, low=0)
 
 
 @dataclass
@@ -384,6 +390,8 @@ class CheckpointConfig:
     # Newest checkpoints kept; null: all.
     keep_last: int | None = 3
     async_save: bool = False
+    # At the end, also write the weights as one `model.pt`.
+    consolidated: bool = False
 
     def __post_init__(self) -> None:
         within("checkpoint.save_interval", self.save_interval, low=1)

@@ -1,0 +1,195 @@
+"""Batches of one optimizer step each, gathered by a thread ahead of the step.
+
+Shapes: A micro-steps, B sequences a process a micro-step, L tokens.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lunaris.data.protocol import Sequences
+from lunaris.errors import UserError
+
+IGNORED = -100
+# Steps that are gathered ahead; each holds one buffer of A · B · (L + 1) int64.
+_AHEAD = 2
+
+
+class Split(NamedTuple):
+    """Inputs, targets (−100: none) and documents of rows of L + 1 tokens; all [..., L] int64."""
+
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor | None
+
+
+@dataclass
+class StepBatch:
+    """What one process takes in one optimizer step, on the device.
+
+    tokens, targets: [A, B, L] int64, targets −100 where there is none; documents: [A, B, L] int64,
+    the document's number within its sequence, or None without masking; n_targets: targets of this
+    process that count.
+    """
+
+    tokens: Tensor
+    targets: Tensor
+    documents: Tensor | None
+    n_targets: int
+
+
+def split_documents(rows: Tensor, eot_id: int | None) -> Split:
+    """Cut rows ([..., L + 1] int64) into inputs and targets, apart at the end-of-text id if given.
+
+    An end-of-text token belongs to the document it ends and is predicted; what follows it is
+    another document, whose first token is no target.
+    """
+    tokens, targets = rows[..., :-1].clone(), rows[..., 1:].clone()
+    if eot_id is None:
+        return Split(tokens, targets, None)
+    ends = tokens == eot_id
+    documents = ends.cumsum(-1) - ends.long()
+    return Split(tokens, targets.masked_fill_(ends, IGNORED), documents)
+
+
+class Loader:
+    """An endless iterator over the batches of one process.
+
+    Step s of a run that began at `start` takes the global sequences start + [s·G, (s+1)·G), with
+    G = B · A · world_size; micro-step m of rank r takes B of them from (m · world_size + r) · B on.
+    So the set of sequences of a step is the same for every way to divide G.
+    """
+
+    def __init__(
+        self,
+        sequences: Sequences,
+        *,
+        batch_size: int,
+        accumulation: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        device: torch.device | str = "cpu",
+        vocab_size: int | None = None,
+        eot_id: int | None = None,
+    ) -> None:
+        """start: sequences already trained on; eot_id: given with document masking only.
+
+        Every id is checked against vocab_size; UserError names the file of the first that is not
+        below it. Errors of the thread are raised by the iterator.
+        """
+        self.wait_s = 0.0
+        self._sequences = sequences
+        self._device = torch.device(device)
+        self._vocab_size = vocab_size
+        self._eot_id = eot_id
+        self._start = start
+        self._global_batch = batch_size * accumulation * world_size
+        self._offsets = (
+            (np.arange(accumulation)[:, None] * world_size + rank) * batch_size
+            + np.arange(batch_size)[None, :]
+        ).reshape(-1)
+        self._shape = (accumulation, batch_size, sequences.seq_len + 1)
+        self._pinned = self._device.type == "cuda"
+        self._free: queue.Queue[_Buffer] = queue.Queue()
+        self._filled: queue.Queue[_Buffer | BaseException] = queue.Queue()
+        self._closed = threading.Event()
+        self._thread: threading.Thread | None = None
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        if self._thread is None:
+            for _ in range(_AHEAD + 1):
+                self._free.put(_Buffer(self._shape, self._pinned))
+            self._thread = threading.Thread(target=self._fill, name="loader", daemon=True)
+            self._thread.start()
+        while not self._closed.is_set():
+            yield self._next()
+
+    def close(self) -> None:
+        """Stop the thread and wait for it; the iterator ends."""
+        self._closed.set()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def _next(self) -> StepBatch:
+        began = time.perf_counter()
+        filled = self._filled.get()
+        self.wait_s = time.perf_counter() - began
+        if isinstance(filled, BaseException):
+            # Kept for whoever asks again: the thread is gone.
+            self._filled.put(filled)
+            raise filled
+        rows = filled.rows.to(self._device, non_blocking=True)
+        split = split_documents(rows, self._eot_id)
+        n_targets = filled.n_targets
+        filled.sent()
+        self._free.put(filled)
+        return StepBatch(split.tokens, split.targets, split.documents, n_targets)
+
+    def _fill(self) -> None:
+        step = 0
+        try:
+            while not self._closed.is_set():
+                try:
+                    buffer = self._free.get(timeout=0.1)
+                except queue.Empty:
+                    continue
+                buffer.wait()
+                n = self._start + step * self._global_batch + self._offsets
+                rows = buffer.rows.view(len(n), -1).numpy()
+                self._sequences.gather(n, rows)
+                self._check(rows, n)
+                buffer.n_targets = self._count_targets(rows)
+                self._filled.put(buffer)
+                step += 1
+        except BaseException as error:  # handed to the thread that trains
+            self._filled.put(error)
+
+    def _check(self, rows: np.ndarray, n: np.ndarray) -> None:
+        """Raise UserError for an id outside the vocabulary, before it is looked up on a device."""
+        largest = self._vocab_size
+        if rows.min() >= 0 and (largest is None or rows.max() < largest):
+            return
+        bad = rows < 0 if largest is None else (rows < 0) | (rows >= largest)
+        row, column = np.argwhere(bad)[0]
+        raise UserError(
+            f"{self._sequences.describe(int(n[row]))}: holds the id {rows[row, column]}, outside "
+            f"the vocabulary of {largest}; set model.vocab_size to more than the largest id"
+        )
+
+    def _count_targets(self, rows: np.ndarray) -> int:
+        count = rows[:, 1:].size
+        if self._eot_id is not None:
+            count -= int(np.count_nonzero(rows[:, :-1] == self._eot_id))
+        return count
+
+
+class _Buffer:
+    """Rows of one step in host memory ([A, B, L + 1] int64), pinned for a GPU."""
+
+    def __init__(self, shape: tuple[int, ...], pinned: bool) -> None:
+        self.rows = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
+        self.n_targets = 0
+        self._copied = torch.cuda.Event() if pinned else None
+        self._used = False
+
+    def sent(self) -> None:
+        """Mark that copies to the device are queued on the current stream."""
+        if self._copied is not None:
+            self._copied.record()
+            self._used = True
+
+    def wait(self) -> None:
+        """Wait until the last copy to the device is done, before the rows are overwritten."""
+        if self._copied is not None and self._used:
+            self._copied.synchronize()

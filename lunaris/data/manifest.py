@@ -1,0 +1,101 @@
+"""`manifest.json`: what a folder of shards says about itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lunaris.errors import UserError
+
+NAME = "manifest.json"
+TOKENIZER = "tokenizer.json"
+_FORMAT = 1
+
+
+@dataclass
+class ShardEntry:
+    """One shard: file name in the folder, tokens in it, sha256 of the whole file."""
+
+    file: str
+    tokens: int
+    sha256: str
+
+
+@dataclass
+class SourceEntry:
+    """One source of documents: its weight in the interleaving and what was taken of it."""
+
+    name: str
+    weight: float
+    documents: int
+    tokens: int
+    bytes: int
+    skipped: int = 0
+
+
+@dataclass
+class Manifest:
+    """What shards were made of and with. `shards` maps train and val to entries in order."""
+
+    tokenizer_hash: str | None
+    vocab_size: int
+    eot_id: int | None
+    dtype: str
+    shards: dict[str, list[ShardEntry]]
+    sources: list[SourceEntry] = field(default_factory=list)
+    # What the preparation was asked for, so that another request on the same folder is seen.
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> None:
+        """Replace the folder's manifest; the last act of a preparation."""
+        text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n"
+        write_durably(folder / NAME, text.encode())
+
+
+def read(folder: Path) -> Manifest | None:
+    """Return the folder's manifest, or None without one. Raises UserError when it is damaged."""
+    path = folder / NAME
+    try:
+        raw = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read as JSON: {error}") from error
+    try:
+        if raw.pop("format") != _FORMAT:
+            raise UserError(f"{path}: written by another version of lunaris; prepare it again")
+        raw["shards"] = {k: [ShardEntry(**e) for e in v] for k, v in raw["shards"].items()}
+        raw["sources"] = [SourceEntry(**e) for e in raw.get("sources", [])]
+        return Manifest(**raw)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}: not a manifest of shards ({error!r})") from error
+
+
+def sha256(path: Path) -> str:
+    """Return the sha256 of a file in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_durably(path: Path, content: bytes) -> None:
+    """Write a file beside, sync it and rename it: a reader sees the old, the new, never half."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with beside.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    beside.replace(path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames within a folder durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,43 @@
+"""What the loop asks of data. No torch: configs are checked against shards without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+
+class Sequences(Protocol):
+    """An endless order of sequences: which one comes n-th is a pure function of n."""
+
+    seq_len: int
+
+    def __len__(self) -> int:
+        """Return the number of distinct sequences of one epoch."""
+
+    def gather(self, n: np.ndarray, out: np.ndarray) -> None:
+        """Write the n-th sequences (n: [R] int64, any n >= 0) to out ([R, seq_len + 1] int64)."""
+
+    def source(self, n: np.ndarray) -> np.ndarray | None:
+        """Return the index of each sequence's source ([R] int64), or None where there is one."""
+
+    def describe(self, n: int) -> str:
+        """Return the folder or name that the n-th sequence comes from, for messages."""
+
+
+class Data(Protocol):
+    """A corpus of tokens with a training and a validation part."""
+
+    vocab_size: int
+    eot_id: int | None
+    tokenizer_path: Path | None
+
+    def prepare(self) -> None:
+        """Make what is missing, with progress; cheap when all is there. Raises UserError."""
+
+    def train(self, seq_len: int, seed: int) -> Sequences:
+        """Return the training part, shuffled by `seed`. Raises UserError when it is too short."""
+
+    def val(self, seq_len: int) -> dict[str, Sequences]:
+        """Return each source's validation part in file order; {} where there is none."""

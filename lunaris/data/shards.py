@@ -1,0 +1,323 @@
+"""Folders of `.npy` token shards: what they hold, whether they are sound, and training on them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lunaris.data import manifest as manifests
+from lunaris.data.manifest import Manifest
+from lunaris.data.mixture import MixedSequences
+from lunaris.data.protocol import Sequences
+from lunaris.data.stream import Shard, StreamSequences, TokenStream
+from lunaris.errors import UserError
+
+_ALLOWED = "one-dimensional .npy files of uint16 or uint32 token ids"
+# Bytes of a folder without a manifest that are read to find its largest id.
+_SCAN_BYTES = 256 * 2**20
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ShardsInfo:
+    """What a folder of shards holds. `vocab_size` is the manifest's, else the largest id + 1.
+
+    `exact` is false when the folder was too large to look at every id.
+    """
+
+    path: Path
+    train: list[Shard]
+    val: list[Shard]
+    vocab_size: int
+    exact: bool
+    manifest: Manifest | None
+
+    @property
+    def n_tokens(self) -> int:
+        return sum(shard.tokens for shard in self.train)
+
+    @property
+    def n_val_tokens(self) -> int:
+        return sum(shard.tokens for shard in self.val)
+
+    @property
+    def eot_id(self) -> int | None:
+        return self.manifest.eot_id if self.manifest else None
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        path = self.path / manifests.TOKENIZER
+        return path if path.is_file() else None
+
+
+def inspect(folder: str | Path) -> ShardsInfo:
+    """Look at a folder of shards without reading it through.
+
+    With a manifest, files are compared with it (type, tokens, size; the tokenizer's hash). Without
+    one, every `.npy` file is a training shard, but those called `val*` are the validation part.
+    Raises UserError naming the file, what was found and what is allowed.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"data.dir={folder}: no such folder of shards")
+    manifest = manifests.read(path)
+    if manifest is not None:
+        return _inspect_manifest(path, manifest)
+    files = sorted(path.glob("*.npy"))
+    if not files:
+        raise UserError(f"data.dir={folder}: holds no .npy files; allowed are {_ALLOWED}")
+    shards = [read_header(file) for file in files]
+    val = [s for s in shards if s.path.name.startswith("val")]
+    train = [s for s in shards if not s.path.name.startswith("val")] or val
+    largest, exact = _largest_id(shards)
+    return ShardsInfo(path, train, val if train is not val else [], largest + 1, exact, None)
+
+
+def verify(folder: str | Path) -> int:
+    """Recompute the checksum of every shard in a folder's manifest; return how many there are.
+
+    Raises UserError naming the first file that differs, or when there is no manifest.
+    """
+    info = inspect(folder)
+    if info.manifest is None:
+        raise UserError(f"data.dir={folder}: has no manifest.json to verify against")
+    entries = [e for part in info.manifest.shards.values() for e in part]
+    for entry in entries:
+        found = manifests.sha256(info.path / entry.file)
+        if found != entry.sha256:
+            raise UserError(
+                f"{info.path / entry.file}: its contents changed: sha256 {found[:16]}…, "
+                f"the manifest says {entry.sha256[:16]}…"
+            )
+    return len(entries)
+
+
+def read_header(path: Path) -> Shard:
+    """Return where a shard's tokens lie. Raises UserError unless it is whole and of integers."""
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            if size == 0:
+                raise UserError(f"{path}: empty file; allowed are {_ALLOWED}")
+            version = np.lib.format.read_magic(file)
+            read = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
+            shape, _, dtype = read(file)
+            offset = file.tell()
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: not a .npy file ({error}); allowed are {_ALLOWED}") from error
+    if len(shape) != 1:
+        raise UserError(f"{path}: has {len(shape)} dimensions {shape}; allowed are {_ALLOWED}")
+    if dtype.kind not in "ui":
+        raise UserError(f"{path}: holds {dtype}; allowed are {_ALLOWED}")
+    (tokens,) = shape
+    if tokens == 0:
+        raise UserError(f"{path}: holds no tokens")
+    if size < offset + tokens * dtype.itemsize:
+        raise UserError(
+            f"{path}: truncated: its header says {tokens} tokens of {dtype}, "
+            f"{offset + tokens * dtype.itemsize} bytes, and it has {size}"
+        )
+    return Shard(path, offset, tokens, dtype)
+
+
+def _inspect_manifest(path: Path, manifest: Manifest) -> ShardsInfo:
+    tokenizer = path / manifests.TOKENIZER
+    if manifest.tokenizer_hash is not None:
+        if not tokenizer.is_file():
+            raise UserError(f"{tokenizer}: absent, but the manifest names it")
+        found = manifests.sha256(tokenizer)
+        if found != manifest.tokenizer_hash:
+            raise UserError(
+                f"{tokenizer}: another tokenizer than the shards were made with: sha256 "
+                f"{found[:16]}…, the manifest says {manifest.tokenizer_hash[:16]}…"
+            )
+    parts: dict[str, list[Shard]] = {"train": [], "val": []}
+    for part, entries in manifest.shards.items():
+        for entry in entries:
+            file = path / entry.file
+            if not file.is_file():
+                raise UserError(f"{file}: absent, but the manifest names it")
+            shard = read_header(file)
+            has = f"{shard.tokens} tokens of {shard.dtype}"
+            said = f"{entry.tokens} tokens of {manifest.dtype}"
+            if has != said:
+                raise UserError(f"{file}: holds {has}, the manifest says {said}")
+            parts.setdefault(part, []).append(shard)
+    if not parts["train"]:
+        raise UserError(f"{path / manifests.NAME}: names no training shards")
+    return ShardsInfo(path, parts["train"], parts["val"], manifest.vocab_size, True, manifest)
+
+
+def _largest_id(shards: list[Shard]) -> tuple[int, bool]:
+    """Return the largest id of the shards' beginnings, and whether that was all of them."""
+    share = max(1, _SCAN_BYTES // len(shards))
+    largest, exact = 0, True
+    for shard in shards:
+        count = min(shard.tokens, max(1, share // shard.dtype.itemsize))
+        exact &= count == shard.tokens
+        tokens = np.memmap(shard.path, shard.dtype, "r", shard.offset, (shard.tokens,))[:count]
+        if shard.dtype.kind == "i" and (least := int(tokens.min())) < 0:
+            raise UserError(f"{shard.path}: holds the negative id {least}; allowed are {_ALLOWED}")
+        largest = max(largest, int(tokens.max()))
+    return largest, exact
+
+
+class ShardsData:
+    """One folder of shards, or several that are mixed by weight."""
+
+    def __init__(
+        self,
+        *,
+        dir: str | Sequence[str],
+        val_dir: str | Sequence[str] | None = None,
+        weights: Sequence[float] | None = None,
+        val_fraction: float = 0.01,
+        vocab_size: int | None = None,
+        eot_id: int | None = None,
+        verify: bool = False,
+        document_masking: bool = False,
+    ) -> None:
+        """Keys of the `data` group; nothing is read before `prepare`."""
+        self._dirs = _as_list(dir)
+        self._val_dirs = None if val_dir is None else _as_list(val_dir)
+        self._weights = None if weights is None else [float(w) for w in weights]
+        self._val_fraction = val_fraction
+        self._given_vocab_size = vocab_size
+        self._given_eot_id = eot_id
+        self._verify = verify
+        self._document_masking = document_masking
+        self._infos: list[ShardsInfo] = []
+
+    def prepare(self) -> None:
+        if self._infos:
+            return
+        if self._verify:
+            for folder in self._dirs:
+                verify(folder)
+        self._infos = [inspect(folder) for folder in self._dirs]
+        check_together(self._infos)
+        if self._document_masking and self.eot_id is None:
+            raise UserError(
+                "data.document_masking=true: needs data.eot_id, for "
+                f"{self._dirs[0]} has no manifest that names the end-of-text id"
+            )
+
+    @property
+    def vocab_size(self) -> int:
+        found = max(info.vocab_size for info in self._infos)
+        given = self._given_vocab_size
+        if given is not None and given < found:
+            raise UserError(f"data.vocab_size={given}: the shards hold ids up to {found - 1}")
+        return found if given is None else given
+
+    @property
+    def eot_id(self) -> int | None:
+        found = self._infos[0].eot_id
+        return found if self._given_eot_id is None else self._given_eot_id
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        return self._infos[0].tokenizer_path
+
+    def train(self, seq_len: int, seed: int) -> Sequences:
+        parts = []
+        for i, (name, info) in enumerate(zip(names(self._dirs), self._infos, strict=True)):
+            stream = TokenStream(info.train, 0, info.n_tokens - self._tail(info))
+            # Each source has its own order; one folder alone is seeded by the run's seed itself.
+            part = StreamSequences(stream, seq_len, seed + i, name)
+            require_sequences(part, stream, seq_len, str(info.path))
+            parts.append(part)
+        if len(parts) == 1:
+            return parts[0]
+        return MixedSequences(parts, self._weights or [len(part) for part in parts], seed)
+
+    def val(self, seq_len: int) -> dict[str, Sequences]:
+        if self._val_dirs is not None:
+            infos = [inspect(folder) for folder in self._val_dirs]
+            streams = {
+                name: TokenStream(info.val or info.train)
+                for name, info in zip(names(self._val_dirs), infos, strict=True)
+            }
+        elif self._val_fraction == 0:
+            return {}
+        else:
+            streams = {
+                name: self._val_stream(info)
+                for name, info in zip(names(self._dirs), self._infos, strict=True)
+            }
+        return val_sequences(streams, seq_len)
+
+    def _tail(self, info: ShardsInfo) -> int:
+        """Return how many tokens at the end of the training shards are held out."""
+        own = info.val or info.manifest or self._val_dirs is not None
+        return 0 if own else round(info.n_tokens * self._val_fraction)
+
+    def _val_stream(self, info: ShardsInfo) -> TokenStream:
+        if info.val:
+            return TokenStream(info.val)
+        return TokenStream(info.train, info.n_tokens - self._tail(info))
+
+
+def check_together(infos: list[ShardsInfo]) -> None:
+    """Raise UserError unless all folders that name a tokenizer name the same one."""
+    known = [i for i in infos if i.manifest and i.manifest.tokenizer_hash]
+    for info in known[1:]:
+        first, other = known[0].manifest, info.manifest
+        assert first is not None and other is not None
+        if first.tokenizer_hash != other.tokenizer_hash:
+            raise UserError(
+                f"data.dir: {info.path} was made with another tokenizer than {known[0].path}; "
+                "folders that are mixed must share one"
+            )
+
+
+def require_sequences(
+    part: StreamSequences, stream: TokenStream, seq_len: int, folder: str
+) -> None:
+    """Raise UserError unless a training part holds at least one sequence."""
+    if len(part) == 0:
+        raise UserError(
+            f"data.dir={folder}: {len(stream)} training tokens, fewer than one sequence of "
+            f"model.max_seq_len={seq_len} and its last target"
+        )
+
+
+def val_sequences(streams: dict[str, TokenStream], seq_len: int) -> dict[str, Sequences]:
+    """Return the parts that hold a sequence, in file order; say which one is too short."""
+    parts: dict[str, Sequences] = {}
+    for name, stream in streams.items():
+        part = StreamSequences(stream, seq_len, None, name)
+        if len(part):
+            parts[name] = part
+        elif len(stream):
+            _log.warning("no validation on %s: its %d tokens make no sequence", name, len(stream))
+    return parts
+
+
+def names(folders: list[str]) -> list[str]:
+    """Return a short unlike name for each folder: its last part, or as much as tells it apart."""
+    for depth in range(1, 20):
+        short = ["/".join(Path(folder).resolve().parts[-depth:]) for folder in folders]
+        if len(set(short)) == len(short):
+            return short
+    return [f"{name}#{i}" for i, name in enumerate(short)]
+
+
+def _as_list(value: Any) -> list[str]:
+    folders = [value] if isinstance(value, str | Path) else list(value)
+    if not folders:
+        raise UserError("data.dir=[]: at least one folder is needed")
+    return [str(folder) for folder in folders]

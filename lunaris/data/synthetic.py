@@ -1,0 +1,85 @@
+"""Tokens of a seeded bigram table: for tests, and for measuring speed without a corpus."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from lunaris.data.protocol import Sequences
+from lunaris.data.shards import require_sequences
+from lunaris.data.stream import Shard, StreamSequences, TokenStream
+
+# Each token has this many likely followers; one token in `_NOISE` is drawn from all.
+_FOLLOWERS = 4
+_NOISE = 10
+_VAL_TOKENS = 65_536
+
+
+class ArrayStream(TokenStream):
+    """A stream over one array in memory."""
+
+    def __init__(self, tokens: np.ndarray, name: str) -> None:
+        super().__init__([Shard(Path(name), 0, len(tokens), tokens.dtype)])
+        self._tokens = tokens
+
+    def _map(self, i: int) -> np.ndarray:
+        return self._tokens
+
+
+class SyntheticData:
+    """A corpus that a model can learn: every token is followed by one of four, nine times in ten.
+
+    The first `n_tokens` are for training; what comes after them, an eighth as many but at most
+    65,536, for validation.
+    """
+
+    tokenizer_path: Path | None = None
+    eot_id: int | None = 0
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int = 512,
+        n_tokens: int = 1_000_000,
+        seed: int = 0,
+        document_masking: bool = False,
+    ) -> None:
+        """document_masking: token 0 stands for the end of a text."""
+        self.vocab_size = vocab_size
+        self._n_tokens = n_tokens
+        self._seed = seed
+        self._tokens: np.ndarray | None = None
+
+    def prepare(self) -> None:
+        if self._tokens is None:
+            held_out = max(2, min(_VAL_TOKENS, self._n_tokens // 8))
+            self._tokens = bigram_tokens(self.vocab_size, self._n_tokens + held_out, self._seed)
+
+    def train(self, seq_len: int, seed: int) -> Sequences:
+        assert self._tokens is not None, "prepare() comes first"
+        stream = ArrayStream(self._tokens[: self._n_tokens], "synthetic")
+        part = StreamSequences(stream, seq_len, seed, "synthetic")
+        require_sequences(part, stream, seq_len, "synthetic")
+        return part
+
+    def val(self, seq_len: int) -> dict[str, Sequences]:
+        assert self._tokens is not None, "prepare() comes first"
+        stream = ArrayStream(self._tokens[self._n_tokens :], "synthetic")
+        part = StreamSequences(stream, seq_len, None, "synthetic")
+        return {"synthetic": part} if len(part) else {}
+
+
+def bigram_tokens(vocab_size: int, n_tokens: int, seed: int) -> np.ndarray:
+    """Return n_tokens ([n] uint32) of a Markov chain whose table is drawn from `seed`."""
+    random = np.random.default_rng(seed)
+    table = random.integers(0, vocab_size, (vocab_size, _FOLLOWERS), dtype=np.uint32)
+    choice = random.integers(0, _FOLLOWERS, n_tokens)
+    noise = random.integers(0, _NOISE, n_tokens) == 0
+    anything = random.integers(0, vocab_size, n_tokens)
+    followers, picks = table.tolist(), choice.tolist()
+    tokens, token = [], 0
+    for pick, noisy, any_token in zip(picks, noise.tolist(), anything.tolist(), strict=True):
+        token = any_token if noisy else followers[token][pick]
+        tokens.append(token)
+    return np.array(tokens, dtype=np.uint32)

@@ -1,0 +1,200 @@
+"""Byte-level BPE: training, and encoding of any bytes so that they decode to the same bytes."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lunaris.errors import UserError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+EOT = "<|endoftext|>"
+# Other tokenizers' names for the end of a text, in the order in which they are looked for.
+_EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|end|>", "[SEP]")
+# A text is encoded in pieces of at most this many bytes, so that one of any size takes little
+# memory; a piece ends before white space where there is some in its second half.
+PIECE_BYTES = 65_536
+_INVALID = re.compile("([\udc80-\udcff]+)")
+_WORD_START = re.compile(rb"(?<=\S)\s")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
+    """Train byte-level BPE on texts and write it to `path`; the end of a text is id 0.
+
+    All 256 bytes are in the vocabulary, so nothing is ever unknown.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    # typed as read-only in the library's stubs
+    untyped: Any = tokenizer
+    untyped.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    untyped.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOT],
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.save(str(path))
+
+
+class TextTokenizer:
+    """A `tokenizer.json` with its end-of-text id, encoding and decoding bytes."""
+
+    def __init__(self, path: Path, eot: str | None = None) -> None:
+        """eot: the end-of-text token; None: the first known name that the tokenizer has.
+
+        Raises UserError when the file is no tokenizer or has no end of text.
+        """
+        from tokenizers import Tokenizer
+
+        try:
+            self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path}: not a tokenizer.json ({error})") from error
+        # "<|endoftext|>" within a text is text, not the end of a document.
+        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        self.vocab_size = self._vocab_size()
+        self.eot_id = self._find_eot(path, eot)
+        ids = [self._tokenizer.token_to_id(char) for char in byte_alphabet()]
+        byte_level = "ByteLevel" in self._tokenizer.to_str() and None not in ids
+        # The id of each byte where the tokenizer is byte-level; else broken UTF-8 is replaced.
+        self._byte_ids = np.array(ids, dtype=np.uint32) if byte_level else None
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Return the type of shards: uint16 up to 65,536 ids, else uint32."""
+        return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
+
+    def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
+        """Return each document's ids ([tokens] uint32), without an end of text."""
+        pieces: list[str] = []
+        spans: list[int] = []
+        for document in documents:
+            before = len(pieces)
+            for piece in split_bytes(document):
+                pieces.extend(self._texts(piece))
+            spans.append(len(pieces) - before)
+        encoded = iter(self._encode_pieces(pieces))
+        return [_join([next(encoded) for _ in range(count)]) for count in spans]
+
+    def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
+        """Return the bytes that ids stand for; an end of text stands for none."""
+        if self._byte_ids is None:
+            return self._tokenizer.decode(list(map(int, ids))).encode()
+        table = self._token_bytes
+        return b"".join([table[i] for i in np.asarray(ids).tolist()])
+
+    def _texts(self, piece: bytes) -> Iterator[str]:
+        """Yield a piece as text; bytes that are not UTF-8 as a text of lone surrogates."""
+        try:
+            yield piece.decode("utf-8")
+        except UnicodeDecodeError:
+            if self._byte_ids is None:
+                yield piece.decode("utf-8", "replace")
+                return
+            parts = _INVALID.split(piece.decode("utf-8", "surrogateescape"))
+            yield from (part for part in parts if part)
+
+    def _encode_pieces(self, pieces: list[str]) -> list[np.ndarray]:
+        valid = [not "\udc80" <= piece[:1] <= "\udcff" for piece in pieces]
+        texts = [piece for piece, ok in zip(pieces, valid, strict=True) if ok]
+        encoded = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        out = []
+        for piece, ok in zip(pieces, valid, strict=True):
+            if ok:
+                out.append(np.array(next(encoded).ids, dtype=np.uint32))
+            else:
+                assert self._byte_ids is not None
+                raw = np.frombuffer(piece.encode("utf-8", "surrogateescape"), dtype=np.uint8)
+                out.append(self._byte_ids[raw])
+        return out
+
+    def _vocab_size(self) -> int:
+        # Ids may have gaps, so their count can be smaller than the largest.
+        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+
+    def _find_eot(self, path: Path, eot: str | None) -> int:
+        names = _EOT_NAMES if eot is None else (eot,)
+        for name in names:
+            found = self._tokenizer.token_to_id(name)
+            if found is not None:
+                return found
+        raise UserError(
+            f"{path}: has no token {' or '.join(names)} for the end of a text; "
+            "name the one it has by data.eot"
+        )
+
+    @functools.cached_property
+    def _token_bytes(self) -> list[bytes]:
+        """The bytes of every id."""
+        of_char = {char: bytes([i]) for i, char in enumerate(byte_alphabet())}
+        table = []
+        added = self._tokenizer.get_added_tokens_decoder()
+        for i in range(self.vocab_size):
+            token = self._tokenizer.id_to_token(i)
+            if token is None or i == self.eot_id:
+                table.append(b"")
+            elif i in added:
+                table.append(token.encode())
+            else:
+                table.append(b"".join(of_char.get(char, char.encode()) for char in token))
+        return table
+
+
+def split_bytes(document: bytes, most: int = PIECE_BYTES) -> Iterator[bytes]:
+    """Yield a document in pieces of at most `most` bytes.
+
+    Where it can, a piece ends before the first of the white space that follows a word, so that
+    pieces are encoded as the whole is; else before a character, else (not UTF-8) anywhere.
+    """
+    start = 0
+    while len(document) - start > most:
+        end = start + most
+        window = document[start + most // 2 : end]
+        at = -1
+        for match in _WORD_START.finditer(window):
+            at = match.start()
+        if at >= 0:
+            end = start + most // 2 + at
+        else:
+            while end > start + most - 4 and document[end] & 0xC0 == 0x80:
+                end -= 1
+        yield document[start:end]
+        start = end
+    if start < len(document):
+        yield document[start:]
+
+
+@functools.cache
+def byte_alphabet() -> tuple[str, ...]:
+    """Return the character that byte-level BPE writes for each byte (GPT-2's table).
+
+    Printable Latin-1 bytes stand for themselves, the others for characters from U+0100 on.
+    """
+    printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
+    chars, beyond = [], 0x100
+    for byte in range(256):
+        if byte in printable:
+            chars.append(chr(byte))
+        else:
+            chars.append(chr(beyond))
+            beyond += 1
+    return tuple(chars)
+
+
+def _join(parts: list[np.ndarray]) -> np.ndarray:
+    if len(parts) == 1:
+        return parts[0]
+    return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
