@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,3 +33,53 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
     os.environ["LUNARIS_CACHE"] = str(root / "lunaris-cache")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., Any]:
+    """Return a function from overrides to the composed config of a run that takes a second."""
+
+    def make(*overrides: str, name: str = "run") -> Any:
+        from lunaris.config.compose import compose
+
+        return compose(
+            [
+                "data=synthetic",
+                "data.n_tokens=20000",
+                "data.vocab_size=64",
+                "model.d_model=16",
+                "model.n_layers=2",
+                "model.n_heads=2",
+                "model.n_kv_heads=1",
+                "model.max_seq_len=16",
+                "model.multiple_of=8",
+                "moe.n_experts=4",
+                "trainer.max_steps=8",
+                "trainer.batch_size=4",
+                "trainer.log_interval=1",
+                "trainer.eval_interval=4",
+                "trainer.eval_steps=2",
+                "trainer.device=cpu",
+                "checkpoint.save_interval=4",
+                f"name={name}",
+                f"out_dir={tmp_path}/runs/{name}",
+                *overrides,
+            ]
+        )
+
+    return make
+
+
+@pytest.fixture
+def run_here() -> Callable[[Any], Any]:
+    """Return a function that makes the folder of a composed config and trains it in this process."""
+
+    def run(cfg: Any) -> Any:
+        from lunaris.run import execute
+        from lunaris.rundir import create
+
+        run_dir = create(cfg, "test", [])
+        execute(run_dir.read_config(), run_dir.path)
+        return run_dir
+
+    return run

@@ -1,0 +1,250 @@
+"""Checkpoints: complete or absent, in one format for every parallelism.
+
+A checkpoint is written beside, as `.tmp-step_…`, by torch.distributed.checkpoint (each process its
+own shards), made durable, and then renamed by rank 0. `files.json`, written last, holds the size
+and CRC-32 of every other file, so that a damaged checkpoint is known and skipped.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import warnings
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
+
+from lunaris import distributed
+from lunaris.errors import UserError
+from lunaris.rundir import read_json, write_json
+
+_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
+_CHUNK = 1 << 22
+
+
+@dataclass
+class TrainState:
+    """Where a run stands, besides weights and optimizer state.
+
+    `sequences` is the position in the data: how many of the one global order are consumed.
+    """
+
+    step: int = 0
+    sequences: int = 0
+    best_val_loss: float | None = None
+    scaler: dict[str, Any] = field(default_factory=dict)
+
+
+class Checkpoints:
+    """The `checkpoints` folder of a run."""
+
+    def __init__(self, folder: Path, *, keep_last: int | None, async_save: bool) -> None:
+        self._folder = folder
+        self._keep_last = keep_last
+        self._async = async_save
+        self._pending: tuple[Path, Future[Any]] | None = None
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+        """Write the checkpoint of `state.step`; every process calls this.
+
+        With `async_save`, returns once the state is copied; `settle` completes it.
+        """
+        self.settle()
+        target = self._folder / f"step_{state.step:08d}"
+        beside = self._folder / f".tmp-{target.name}"
+        if distributed.rank() == 0:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.mkdir(parents=True)
+            write_json(beside / "train_state.json", asdict(state))
+        distributed.barrier()
+        model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
+        tree = {"model": model_state, "optimizer": optimizer_state}
+        if self._async:
+            future = dcp.async_save(tree, checkpoint_id=beside, **_processes())
+            assert isinstance(future, Future)
+            self._pending = (beside, future)
+            return
+        dcp.save(tree, checkpoint_id=beside, **_processes())
+        self._commit(beside)
+
+    def settle(self) -> None:
+        """Complete an asynchronous save that is under way; every process calls this."""
+        if self._pending is not None:
+            beside, future = self._pending
+            self._pending = None
+            future.result()
+            self._commit(beside)
+
+    def poll(self) -> None:
+        """Complete an asynchronous save if every process has written its part."""
+        if self._pending is not None and not distributed.any_rank(not self._pending[1].done()):
+            self.settle()
+
+    def load_newest(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState | None:
+        """Restore the newest complete checkpoint and return where it stands, or None.
+
+        A damaged one is skipped with a warning and the one before it is taken. Raises UserError
+        when there are checkpoints but none is whole: to begin anew would overwrite them.
+        """
+        found = distributed.from_rank_0([str(path) for path in complete(self._folder)])
+        for path in map(Path, found):
+            fault = damage(path, distributed.rank(), distributed.world_size())
+            if distributed.any_rank(fault is not None):
+                if fault is not None:
+                    warnings.warn(f"checkpoint {path} is damaged, skipped: {fault}", stacklevel=2)
+                continue
+            _load(path, model, optimizer)
+            return TrainState(**read_json(path / "train_state.json"))
+        if found:
+            raise UserError(
+                f"{self._folder}: every checkpoint is damaged; remove the folder to begin anew"
+            )
+        return None
+
+    def consolidate(self, step: int) -> Path:
+        """Write step `step`'s weights as one `model.pt`, readable by torch alone; rank 0 only."""
+        path = self._folder / f"step_{step:08d}"
+        full = path.with_name(f".tmp-{path.name}.pt")
+        dcp_to_torch_save(path, full)
+        weights = torch.load(full, map_location="cpu", weights_only=True)["model"]
+        torch.save(weights, full)
+        target = self._folder.parent / "model.pt"
+        full.replace(target)
+        return target
+
+    def _commit(self, beside: Path) -> None:
+        # Each process sums its own files, so that the time does not grow with the world.
+        rank = distributed.rank()
+        mine = {p.name: _sums(p) for p in beside.glob(f"__{rank}_*")}
+        if rank == 0:
+            mine |= {name: _sums(beside / name) for name in (".metadata", "train_state.json")}
+        sums: dict[str, Any] = {}
+        for part in distributed.gather_objects(mine):
+            sums |= part
+        if rank == 0:
+            write_json(beside / "files.json", sums)
+            _sync_folder(beside)
+            target = self._folder / beside.name.removeprefix(".tmp-")
+            # A step that is saved again was damaged, or the run would have gone on from it.
+            shutil.rmtree(target, ignore_errors=True)
+            beside.rename(target)
+            _sync_folder(self._folder)
+            self._prune()
+        distributed.barrier()
+
+    def _prune(self) -> None:
+        if self._keep_last is not None:
+            for old in complete(self._folder)[self._keep_last :]:
+                shutil.rmtree(old)
+
+
+def complete(folder: Path) -> list[Path]:
+    """Return the complete checkpoints in `folder`, newest first."""
+    return sorted((p for p in folder.glob("step_*") if (p / "files.json").is_file()), reverse=True)
+
+
+def damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
+    """Return what is wrong with a checkpoint's files, or None.
+
+    Checks every `parts`-th file from `part` on, so that processes share the reading.
+    """
+    sums = read_json(path / "files.json")
+    if not sums:
+        return "files.json cannot be read"
+    for name in sorted(sums)[part::parts]:
+        try:
+            found = _sums(path / name)
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if found != sums[name]:
+            return f"{name}: size and checksum {found}, expected {sums[name]}"
+    return None
+
+
+def newest(folder: Path, step: int | None = None) -> Path:
+    """Return the newest whole checkpoint in `folder`, or that of `step`.
+
+    Raises UserError when there is none.
+    """
+    for path in complete(folder):
+        if step is None or path.name == f"step_{step:08d}":
+            fault = damage(path)
+            if fault is None:
+                return path
+            warnings.warn(f"checkpoint {path} is damaged, skipped: {fault}", stacklevel=2)
+    steps = ", ".join(str(int(path.name.removeprefix("step_"))) for path in complete(folder))
+    wanted = "no complete checkpoint" if step is None else f"no checkpoint of step {step}"
+    raise UserError(f"{folder}: {wanted}" + (f"; there are {steps}" if steps else ""))
+
+
+def saved_vocab_size(path: Path) -> int:
+    """Return the vocabulary of a checkpoint's model, from its metadata."""
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return int(metadata["model.embedding.weight"].size[0])  # type: ignore[union-attr]
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Load the weights of one checkpoint into `model`, in any parallelism."""
+    state = {"model": get_model_state_dict(model)}
+    dcp.load(state, checkpoint_id=path, **_processes())
+    set_model_state_dict(model, state["model"])
+
+
+def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
+    tree = {"model": model_state, "optimizer": optimizer_state}
+    dcp.load(tree, checkpoint_id=path, **_processes())
+    set_state_dict(
+        model,
+        optimizer,
+        model_state_dict=tree["model"],
+        optim_state_dict=tree["optimizer"],
+        options=_OPTIONS,
+    )
+
+
+def _processes() -> dict[str, Any]:
+    """Return the arguments that tell DCP which processes take part."""
+    if dist.is_initialized():
+        return {"process_group": distributed.cpu_group()}
+    # Without a group DCP warns, from a thread of its own too, that it assumes a single process.
+    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+    return {"no_dist": True}
+
+
+def _sums(path: Path) -> list[int]:
+    crc = size = 0
+    for chunk in _chunks(path):
+        crc = zlib.crc32(chunk, crc)
+        size += len(chunk)
+    return [size, crc]
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            yield chunk
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

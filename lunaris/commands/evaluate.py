@@ -1,0 +1,75 @@
+"""`lunaris evaluate`: loss and perplexity of a run's checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from typing import Any
+
+from lunaris.config.schema import TrainerConfig
+from lunaris.errors import UserError, did_you_mean
+from lunaris.rundir import RunDir
+
+HELP = "loss and perplexity of a run's checkpoint, on its own validation part or any shards"
+_KEYS = ("data.dir", "trainer.batch_size", "trainer.precision", "trainer.device")
+
+
+def main(argv: list[str]) -> int:
+    """Print validation loss (nats a token) and perplexity, per source; return the exit code."""
+    args = _parser().parse_args(argv)
+    cfg = RunDir(args.dir).read_config()
+    for override in args.overrides:
+        _apply(cfg, override)
+
+    # torch only from here on: `--help` and a wrong key answer at once.
+    from lunaris.run import evaluate_checkpoint
+
+    result = evaluate_checkpoint(cfg, RunDir(args.dir), step=args.step, most=args.max_sequences)
+    if args.json:
+        print(json.dumps(result))
+        return 0
+    print(f"{args.dir}, step {result.pop('step')}")
+    for name, value in result.items():
+        print(f"{name:<28} {value:.4f}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lunaris evaluate",
+        description="Loss (nats a token) and perplexity of a run's checkpoint, per source.",
+        epilog="example: lunaris evaluate runs/default data.dir=shards/wiki --json",
+    )
+    parser.add_argument("dir", help="the run's folder")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help=f"of the run's config: {', '.join(_KEYS)}"
+    )
+    parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest)")
+    parser.add_argument("--max-sequences", type=int, help="of each source (default: all)")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    return parser
+
+
+def _apply(cfg: Any, override: str) -> None:
+    key, equals, value = override.partition("=")
+    if key not in _KEYS or not equals:
+        raise UserError(
+            f"{override}: not something evaluate can override; "
+            f"allowed are {', '.join(_KEYS)}{did_you_mean(key, _KEYS)}"
+        )
+    if key == "data.dir":
+        cfg.data = {
+            "_target_": "lunaris.data.shards.ShardsData",
+            "dir": value,
+            "val_dir": value,
+            "document_masking": cfg.data.document_masking,
+        }
+        return
+    name = key.removeprefix("trainer.")
+    try:
+        checked = TrainerConfig(**{name: int(value) if name == "batch_size" else value})
+    except ValueError as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{key}={value}: must be an integer") from error
+    cfg.trainer[name] = getattr(checked, name)

@@ -1,0 +1,72 @@
+"""`lunaris generate`: text sampled from a run's checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+from lunaris.errors import UserError
+from lunaris.rundir import RunDir
+
+HELP = "samples text from a run's checkpoint, with a KV cache"
+
+
+def main(argv: list[str]) -> int:
+    """Print the prompt and its continuations as they are sampled; return the exit code."""
+    args = _parser().parse_args(argv)
+    _check(args)
+    run_dir = RunDir(args.dir)
+    cfg = run_dir.read_config()
+
+    # torch and tokenizers only from here on: `--help` answers at once.
+    from lunaris.run import sample_text
+
+    for i in range(args.samples):
+        if args.samples > 1:
+            print(f"--- sample {i + 1} (seed {args.seed + i})")
+        sys.stdout.write(args.prompt)
+        for piece in sample_text(
+            cfg,
+            run_dir,
+            args.prompt,
+            step=args.step,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed + i,
+        ):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+        print()
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lunaris generate",
+        description="Sample text from a run's checkpoint.",
+        epilog="example: lunaris generate runs/default --prompt 'def main(' --temperature 0.8",
+    )
+    parser.add_argument("dir", help="the run's folder")
+    parser.add_argument("--prompt", required=True, help="the text to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: 128)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: 0.8)")
+    parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
+    parser.add_argument("--top-p", type=float, help="sample within this probability mass")
+    parser.add_argument("--seed", type=int, default=0, help="of the first sample (default: 0)")
+    parser.add_argument("--samples", type=int, default=1, help="(default: 1)")
+    parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest)")
+    return parser
+
+
+def _check(args: argparse.Namespace) -> None:
+    for name, value, fits, allowed in (
+        ("--max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 1, "at least 1"),
+        ("--samples", args.samples, args.samples >= 1, "at least 1"),
+        ("--temperature", args.temperature, args.temperature >= 0, "0 (greedy) or above"),
+        ("--top-k", args.top_k, args.top_k is None or args.top_k >= 1, "at least 1"),
+        ("--top-p", args.top_p, args.top_p is None or 0 < args.top_p <= 1, "in (0, 1]"),
+    ):
+        if not fits:
+            raise UserError(f"{name} {value}: must be {allowed}")

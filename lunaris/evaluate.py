@@ -1,0 +1,79 @@
+"""Validation loss over held-out sequences, per source."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+from torch import nn
+
+from lunaris.data.loader import split_documents
+from lunaris.data.protocol import Sequences
+from lunaris.parallelism.base import Parallelism
+
+
+class Evaluator:
+    """Mean cross-entropy of a model over the first sequences of each validation source.
+
+    Which sequences count does not depend on how many processes share them, so the figure is the
+    same at every world size to float tolerance.
+    """
+
+    def __init__(
+        self,
+        sources: dict[str, Sequences],
+        *,
+        parallelism: Parallelism,
+        seq_len: int,
+        batch_size: int,
+        max_sequences: int | None,
+        eot_id: int | None,
+    ) -> None:
+        """max_sequences: of each source; None: all. eot_id: given with document masking only."""
+        self._sources = sources
+        self._parallelism = parallelism
+        self._seq_len = seq_len
+        self._batch_size = batch_size
+        self._max = max_sequences
+        self._eot_id = eot_id
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module) -> dict[str, float]:
+        """Return `val/loss` and `val/perplexity`, and `val/SOURCE/loss` where there are several.
+
+        Every process calls this. Losses are nats a token; `val/loss` is over all tokens of all
+        sources. Empty when there is no validation part.
+        """
+        if not self._sources:
+            return {}
+        model.eval()
+        totals = {name: self._total(model, source) for name, source in self._sources.items()}
+        row = {}
+        if len(totals) > 1:
+            row = {f"val/{name}/loss": t[0] / max(t[1], 1) for name, t in totals.items()}
+        loss = sum(t[0] for t in totals.values()) / max(sum(t[1] for t in totals.values()), 1)
+        return {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))} | row
+
+    def _total(self, model: nn.Module, source: Sequences) -> list[float]:
+        """Return [summed loss, number of targets] of one source over all processes."""
+        size, rank, world = self._batch_size, self._parallelism.rank, self._parallelism.world_size
+        count = len(source) if self._max is None else min(self._max, len(source))
+        device = self._parallelism.device
+        total = torch.zeros(2, dtype=torch.float64, device=device)
+        # Every process takes as many rounds, for sharded models exchange weights in each; a row
+        # past the end repeats the last sequence and has no targets.
+        for first in range(0, count, size * world):
+            wanted = np.arange(first + rank * size, first + (rank + 1) * size)
+            rows = np.empty((size, self._seq_len + 1), dtype=np.int64)
+            source.gather(np.minimum(wanted, count - 1), rows)
+            tokens, targets, documents = split_documents(torch.from_numpy(rows), self._eot_id)
+            targets[torch.from_numpy(wanted >= count)] = -100
+            out = model(
+                tokens.to(device),
+                targets.to(device),
+                documents=None if documents is None else documents.to(device),
+            )
+            n_targets = (targets >= 0).sum().to(device)
+            total += torch.stack([out.main_loss.double() * n_targets, n_targets.double()])
+        return self._parallelism.sum(total).tolist()

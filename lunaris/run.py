@@ -1,0 +1,236 @@
+"""From a composed config to a trained model: the only file that instantiates components."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+
+from lunaris import distributed
+from lunaris.checkpoint import Checkpoints, TrainState
+from lunaris.data.loader import Loader
+from lunaris.errors import Stopped, UserError
+from lunaris.evaluate import Evaluator
+from lunaris.metrics.loggers import Logger, NullLogger
+from lunaris.metrics.plot import plot_loss
+from lunaris.metrics.throughput import Meter, peak_flops
+from lunaris.model.transformer import Transformer
+from lunaris.parallelism.base import Parallelism, unwrap
+from lunaris.precision import Precision
+from lunaris.rundir import RunDir
+from lunaris.signals import StopSignal
+from lunaris.train import Run, train
+
+
+@dataclass
+class RunResult:
+    """How a run ended: its last step and its best validation loss (nats a token)."""
+
+    step: int
+    best_val_loss: float | None
+
+
+def execute(cfg: Any, path: str | Path) -> RunResult:
+    """Train the run in folder `path`, from its newest checkpoint if it has one.
+
+    Every process of the run calls this with the same config. Raises UserError for what the person
+    can mend, Stopped after a signal with a checkpoint saved; status.json says how it ended.
+    """
+    run_dir = RunDir(path)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopSignal())
+        stack.enter_context(
+            distributed.session(cfg.trainer.device, cfg.launch.collective_timeout_s)
+        )
+        stack.enter_context(_held(run_dir))
+        stack.enter_context(_recorded(run_dir))
+        run = build(cfg, run_dir, stop)
+        stack.callback(run.loader.close)
+        stack.callback(run.logger.finish)
+        train(run)
+        if run.parallelism.rank == 0:
+            plot_loss(run_dir.metrics_path, run_dir.path / "loss.png")
+            if cfg.checkpoint.consolidated:
+                run.checkpoints.consolidate(run.state.step)
+    return RunResult(run.state.step, run.state.best_val_loss)
+
+
+def component(cfg: Any, **inputs: Any) -> Any:
+    """Build a config group's component from its keys and its run-time inputs."""
+    return instantiate(cfg, _partial_=True, _convert_="all")(**inputs)
+
+
+def build(cfg: Any, run_dir: RunDir, stop: StopSignal) -> Run:
+    """Build the components of a run in order and restore its newest checkpoint."""
+    data = prepared_data(cfg, run_dir)
+    parallelism: Parallelism = component(cfg.parallelism)
+    precision = Precision(cfg.trainer.precision, parallelism.device)
+    model = parallelism.wrap(
+        bare_model(cfg, data.vocab_size),
+        precision=precision,
+        seed=cfg.seed,
+        compile=cfg.trainer.compile_model,
+    )
+    optimizer = component(
+        cfg.optimizer, model=model, router_lr_scale=cfg.moe.get("router_lr_scale", 1.0)
+    )
+    schedule = component(cfg.schedule, max_steps=cfg.trainer.max_steps)
+    checkpoints = Checkpoints(
+        run_dir.checkpoints,
+        keep_last=cfg.checkpoint.keep_last,
+        async_save=cfg.checkpoint.async_save,
+    )
+    state = checkpoints.load_newest(model, optimizer) or TrainState()
+    if state.scaler:
+        precision.scaler.load_state_dict(state.scaler)
+
+    seq_len, trainer = cfg.model.max_seq_len, cfg.trainer
+    world = parallelism.world_size
+    global_batch = trainer.batch_size * trainer.gradient_accumulation_steps * world
+    eot_id = data.eot_id if cfg.data.document_masking else None
+    loader = Loader(
+        data.train(seq_len, cfg.seed),
+        batch_size=trainer.batch_size,
+        accumulation=trainer.gradient_accumulation_steps,
+        rank=parallelism.rank,
+        world_size=world,
+        start=state.sequences,
+        device=parallelism.device,
+        vocab_size=cfg.model.vocab_size or data.vocab_size,
+        eot_id=eot_id,
+    )
+    evaluator = evaluator_of(
+        cfg,
+        data,
+        parallelism,
+        most=trainer.eval_steps and trainer.eval_steps * global_batch,
+    )
+    logger: Logger = component(cfg.logger) if parallelism.rank == 0 else NullLogger()
+    logger.start(run_dir, cfg, state.step)
+    run = Run(
+        cfg=cfg,
+        dir=run_dir,
+        parallelism=parallelism,
+        precision=precision,
+        model=model,
+        optimizer=optimizer,
+        schedule=schedule,
+        loader=loader,
+        evaluator=evaluator,
+        checkpoints=checkpoints,
+        logger=logger,
+        meter=_meter(unwrap(model), parallelism, seq_len, global_batch),
+        stop=stop,
+        state=state,
+        global_batch=global_batch,
+    )
+    logger.message(describe(run))
+    return run
+
+
+def prepared_data(cfg: Any, run_dir: RunDir) -> Any:
+    """Build the data component, made ready by rank 0 first; keep its tokenizer with the run."""
+    data = component(cfg.data)
+    distributed.on_rank_0(data.prepare)
+    data.prepare()
+    kept = run_dir.path / "tokenizer.json"
+    if distributed.rank() == 0 and data.tokenizer_path is not None and not kept.is_file():
+        shutil.copyfile(data.tokenizer_path, kept)
+    vocab_size = cfg.model.vocab_size
+    if vocab_size is not None and vocab_size < data.vocab_size:
+        raise UserError(
+            f"model.vocab_size={vocab_size}: smaller than the data's vocabulary of "
+            f"{data.vocab_size}; leave it null to take that"
+        )
+    return data
+
+
+def bare_model(cfg: Any, data_vocab_size: int) -> Transformer:
+    """Return the model on the meta device: shapes, no memory, no values."""
+    keys = dict(cfg.model) | {"vocab_size": cfg.model.vocab_size or data_vocab_size}
+    with torch.device("meta"):
+        return Transformer(
+            **keys,
+            feed_forward=component(cfg.moe),
+            activation_checkpointing=cfg.trainer.activation_checkpointing,
+        )
+
+
+def evaluator_of(cfg: Any, data: Any, parallelism: Parallelism, most: int | None) -> Evaluator:
+    """Return the evaluator over the validation part; most: sequences of each source, or None."""
+    return Evaluator(
+        data.val(cfg.model.max_seq_len),
+        parallelism=parallelism,
+        seq_len=cfg.model.max_seq_len,
+        batch_size=cfg.trainer.batch_size,
+        max_sequences=most,
+        eot_id=data.eot_id if cfg.data.document_masking else None,
+    )
+
+
+def describe(run: Run) -> str:
+    """Return the derived quantities a person wants to see before the first step."""
+    count = unwrap(run.model).count_parameters()
+    trainer = run.cfg.trainer
+    seq_len = run.cfg.model.max_seq_len
+    lines = [
+        f"run        {run.dir.path}",
+        f"model      {count.total:,} parameters, {count.active:,} active a token",
+        f"batch      {run.global_batch} sequences of {seq_len} = {run.global_batch * seq_len:,} "
+        f"tokens a step ({trainer.batch_size} a process × {trainer.gradient_accumulation_steps} "
+        f"micro-steps × {run.parallelism.world_size} processes)",
+        f"training   {trainer.max_steps:,} steps = "
+        f"{trainer.max_steps * run.global_batch * seq_len:,} tokens, {trainer.precision} on "
+        f"{run.parallelism.device.type}",
+    ]
+    if run.state.step:
+        lines.append(f"resumed    after step {run.state.step}")
+    return "\n".join(lines)
+
+
+def _meter(model: Transformer, parallelism: Parallelism, seq_len: int, global_batch: int) -> Meter:
+    peak = peak_flops(parallelism.device)
+    return Meter(
+        tokens_per_step=global_batch * seq_len,
+        flops_per_token=model.flops_per_token(seq_len),
+        peak=peak and peak * parallelism.world_size,
+    )
+
+
+@contextmanager
+def _held(run_dir: RunDir) -> Iterator[None]:
+    """Hold the folder's lock on rank 0; every process learns when another job has it."""
+    with ExitStack() as stack:
+        distributed.on_rank_0(lambda: stack.enter_context(run_dir.lock()))
+        yield
+
+
+@contextmanager
+def _recorded(run_dir: RunDir) -> Iterator[None]:
+    """Keep status.json (rank 0): running now, then done, stopped or failed with the error."""
+    if distributed.rank() != 0:
+        yield
+        return
+    attempts = run_dir.record_attempt(distributed.world_size())
+    run_dir.write_status(
+        state="running",
+        attempts=attempts,
+        last_error=None,
+        job_id=os.environ.get("SLURM_JOB_ID"),
+    )
+    try:
+        yield
+    except Stopped:
+        run_dir.write_status(state="stopped")
+        raise
+    except BaseException as error:
+        run_dir.write_status(state="failed", last_error=f"{type(error).__name__}: {error}")
+        raise
+    run_dir.write_status(state="done")

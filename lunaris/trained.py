@@ -1,0 +1,109 @@
+"""What a finished or stopped run is good for: evaluating and sampling its checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+
+from lunaris import distributed
+from lunaris.checkpoint import load_weights, newest, saved_vocab_size
+from lunaris.errors import UserError
+from lunaris.model.generate import stream
+from lunaris.model.transformer import Transformer
+from lunaris.parallelism.base import unwrap
+from lunaris.parallelism.single import Single
+from lunaris.precision import Precision
+from lunaris.run import bare_model, component, evaluator_of
+from lunaris.rundir import RunDir
+
+
+def evaluate_checkpoint(
+    cfg: Any, run_dir: RunDir, *, step: int | None, most: int | None
+) -> dict[str, float]:
+    """Return the `val/` metrics of a checkpoint on `cfg.data`, and its `step`.
+
+    most: sequences of each source, None for all. Raises UserError when there is no checkpoint or
+    no validation part, or the data's ids do not fit the model's vocabulary.
+    """
+    with distributed.session(cfg.trainer.device, cfg.launch.collective_timeout_s):
+        data = component(cfg.data)
+        data.prepare()
+        model, at = load_trained(cfg, run_dir, step)
+        if data.vocab_size > model.vocab_size:
+            raise UserError(
+                f"data.dir={cfg.data.get('dir')}: its vocabulary of {data.vocab_size} is larger "
+                f"than the model's {model.vocab_size}"
+            )
+        single = Single()
+        with Precision(cfg.trainer.precision, single.device).autocast():
+            row = evaluator_of(cfg, data, single, most)(model)
+    if not row:
+        raise UserError(
+            f"{run_dir.path}: its data has no validation part; name shards with data.dir=FOLDER"
+        )
+    return {"step": at} | row
+
+
+def sample_text(
+    cfg: Any,
+    run_dir: RunDir,
+    prompt: str,
+    *,
+    step: int | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int,
+) -> Iterator[str]:
+    """Yield pieces of a continuation of `prompt` as they are sampled, up to end-of-text.
+
+    Raises UserError when the run has no tokenizer or checkpoint.
+    """
+    path = run_dir.path / "tokenizer.json"
+    if not path.is_file():
+        raise UserError(f"{path}: missing; a run on data without a tokenizer cannot generate text")
+    tokenizer = Tokenizer.from_file(str(path))
+    with distributed.session(cfg.trainer.device, cfg.launch.collective_timeout_s):
+        model, _ = load_trained(cfg, run_dir, step)
+        eot_id = tokenizer.token_to_id("<|endoftext|>")
+        ids = tokenizer.encode(prompt).ids or [eot_id]
+        new: list[int] = []
+        shown = ""
+        for token in stream(
+            model,
+            torch.tensor([ids], device=next(model.parameters()).device),
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            top_p=top_p,
+            seed=seed,
+            eot_id=eot_id,
+        ):
+            new.append(int(token))
+            text = tokenizer.decode(new)
+            # A character may still lack bytes: show it once it is whole.
+            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+                yield text[len(shown) :]
+                shown = text
+
+
+def load_trained(cfg: Any, run_dir: RunDir, step: int | None) -> tuple[Transformer, int]:
+    """Return a run's model with the weights of a checkpoint, in eval mode, and its step.
+
+    One process. Raises UserError when there is no such checkpoint.
+    """
+    path = newest(run_dir.checkpoints, step)
+    single = Single()
+    model = single.wrap(
+        bare_model(cfg, saved_vocab_size(path)),
+        precision=Precision(cfg.trainer.precision, single.device),
+        seed=cfg.seed,
+        compile=False,
+    )
+    load_weights(path, model)
+    model.eval()
+    return unwrap(model), int(path.name.removeprefix("step_"))

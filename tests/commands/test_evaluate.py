@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lunaris.commands.evaluate import main
+from lunaris.errors import UserError
+from lunaris.metrics.records import read_rows
+from lunaris.rundir import RunDir
+
+
+def test_the_loss_of_the_last_checkpoint_is_the_one_that_training_saw(
+    tiny: Callable[..., Any],
+    run_here: Callable[[Any], RunDir],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_dir = run_here(tiny("trainer.eval_steps=null"))
+    rows = {row["step"]: row["val/loss"] for row in read_rows(run_dir.metrics_path) if row["step"] % 4 == 0}
+    capsys.readouterr()
+    for step, flags in ((8, []), (4, ["--step", "4"])):
+        assert main([str(run_dir.path), "--json", *flags]) == 0
+        result = json.loads(capsys.readouterr().out)
+        assert result["step"] == step
+        assert result["val/loss"] == pytest.approx(rows[step], rel=1e-6)
+
+
+def test_any_folder_of_shards(
+    tiny: Callable[..., Any],
+    run_here: Callable[[Any], RunDir],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_dir = run_here(tiny())
+    (tmp_path / "shards").mkdir()
+    np.save(tmp_path / "shards/a.npy", np.arange(2000, dtype=np.uint16) % 64)
+    assert main([str(run_dir.path), f"data.dir={tmp_path}/shards", "trainer.batch_size=3"]) == 0
+    assert "val/perplexity" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["data.dirs=x"], "did you mean data.dir"),
+        (["trainer.batch_size=0"], "trainer.batch_size=0: must be at least 1"),
+        (["trainer.batch_size=many"], "trainer.batch_size=many: must be an integer"),
+        (["--step", "3"], "no checkpoint of step 3; there are 8, 4"),
+    ],
+)
+def test_bad_input_is_one_message(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir], arguments: list[str], message: str
+) -> None:
+    run_dir = run_here(tiny())
+    with pytest.raises(UserError, match=message):
+        main([str(run_dir.path), *arguments])
+
+
+def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="not a run's folder"):
+        main([str(tmp_path)])

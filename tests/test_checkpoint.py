@@ -1,0 +1,81 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lunaris.checkpoint import complete, damage, newest
+from lunaris.errors import UserError
+from lunaris.rundir import RunDir
+
+
+def steps(run_dir: RunDir) -> list[int]:
+    return sorted(int(p.name.removeprefix("step_")) for p in complete(run_dir.checkpoints))
+
+
+def spoil(path: Path) -> None:
+    """Change one byte in the middle of the largest file, as a bad disk would."""
+    file = max(path.iterdir(), key=lambda p: p.stat().st_size)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+
+
+def test_keep_last_and_the_last_step_is_always_saved(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir]
+) -> None:
+    cfg = tiny("trainer.max_steps=7", "checkpoint.save_interval=2", "checkpoint.keep_last=2")
+    run_dir = run_here(cfg)
+    assert steps(run_dir) == [6, 7]
+    assert not list(run_dir.checkpoints.glob(".tmp-*"))
+
+
+def test_a_damaged_checkpoint_is_skipped_with_a_warning_for_the_one_before(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir]
+) -> None:
+    run_dir = run_here(tiny())
+    assert steps(run_dir) == [4, 8]
+    reference = damage(newest(run_dir.checkpoints, 8))
+    assert reference is None
+    spoil(run_dir.checkpoints / "step_00000008")
+    with pytest.warns(UserWarning, match="step_00000008 is damaged, skipped"):
+        run_here(tiny())
+    assert steps(run_dir) == [4, 8]
+    assert damage(run_dir.checkpoints / "step_00000008") is None
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_refused(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir]
+) -> None:
+    run_dir = run_here(tiny())
+    for path in complete(run_dir.checkpoints):
+        spoil(path)
+    with (
+        pytest.warns(UserWarning, match="damaged"),
+        pytest.raises(UserError, match="every checkpoint is damaged"),
+    ):
+        run_here(tiny())
+
+
+def test_a_half_written_checkpoint_is_not_seen(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir]
+) -> None:
+    run_dir = run_here(tiny())
+    (run_dir.checkpoints / ".tmp-step_00000099").mkdir()
+    (run_dir.checkpoints / "step_00000100").mkdir()
+    assert steps(run_dir) == [4, 8]
+    assert newest(run_dir.checkpoints).name == "step_00000008"
+    with pytest.raises(UserError, match="no checkpoint of step 5; there are 8, 4"):
+        newest(run_dir.checkpoints, 5)
+
+
+def test_consolidated_weights_load_with_torch_alone(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir]
+) -> None:
+    run_dir = run_here(tiny("checkpoint.consolidated=true"))
+    weights = torch.load(run_dir.path / "model.pt", weights_only=True)
+    assert any("experts" in name for name in weights)
+    assert all(isinstance(value, torch.Tensor) for value in weights.values())
