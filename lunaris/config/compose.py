@@ -9,8 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lunaris.config.names import run_name
-from lunaris.config.options import CONFIG_MODULE
+from lunaris.config.faults import explain
+from lunaris.config.names import experiment, run_name
+from lunaris.config.options import CONFIG_MODULE, folders
+from lunaris.config.overrides import check, diagnose, is_group_choice, open_maps, parse
 from lunaris.config.schema import SCHEMAS, Config
 from lunaris.errors import UserError
 
@@ -48,35 +50,53 @@ def compose(
 
 def finish(cfg: DictConfig, overrides: list[str]) -> None:
     """Fill in what follows from the overrides: the run's name and the experiment's."""
-    if cfg.name is None:
+    from omegaconf import OmegaConf
+
+    if not OmegaConf.is_interpolation(cfg, "name") and cfg.name is None:
         cfg.name = run_name(overrides)
-    for override in overrides:
-        if override.startswith("experiment="):
-            cfg.experiment = override.partition("=")[2]
+    cfg.experiment = experiment(overrides)
 
 
 def compose_unchecked(
-    overrides: list[str], source: Source, *, with_hydra: bool = False
+    overrides: list[str], source: Source | None = None, *, with_hydra: bool = False
 ) -> DictConfig:
-    """Return what Hydra composes, with its faults told as ours but no check across keys.
+    """Return what Hydra composes, its faults told as ours, without the checks across keys.
 
     Within `hydra.main` (a sweep) the search path is the one that Hydra has set up.
     """
-    from hydra import compose as hydra_compose
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
 
-    register_schemas()
+    source = source or Source()
+    further = _search_path(source)
+    parsed = parse(overrides)
+    check(parsed, config_dirs(source))
     try:
-        with warnings.catch_warnings(), _initialized(source):
-            warnings.simplefilter("ignore")
-            return hydra_compose(
-                source.name,
-                [*_search_path(source), *overrides],
-                return_hydra_config=with_hydra,
-            )
+        return _compose(source, [*further, *open_maps(parsed)], with_hydra)
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise UserError(str(error)) from error
+        fault = error
+    choices = open_maps([o for o in parsed if is_group_choice(o)])
+    try:
+        base = _compose(source, [*further, *choices], True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        raise UserError(explain(error)) from error
+    diagnose(base, parsed)
+    raise UserError(explain(fault)) from fault
+
+
+def _compose(source: Source, overrides: list[str], with_hydra: bool) -> DictConfig:
+    from hydra import compose as hydra_compose
+
+    register_schemas()
+    with warnings.catch_warnings(), _initialized(source):
+        warnings.simplefilter("ignore")
+        return hydra_compose(source.name, overrides, return_hydra_config=with_hydra)
+
+
+def config_dirs(source: Source) -> list[Path]:
+    """Return the folders that options come from, ours first."""
+    given = [Path(folder) for folder in (source.path, source.dir) if folder is not None]
+    return [*folders(), *given]
 
 
 def register_schemas() -> None:

@@ -17,6 +17,8 @@ def run_name(overrides: list[str]) -> str:
     name is made of letters, digits and `._=+,-`, and is at most 80 characters long.
     """
     last = {_key(text): text for text in overrides if not is_unnamed(text)}
+    if experiment(overrides) is None:
+        last.pop("experiment", None)
     return join_names(sorted(last.values(), key=_order)) or "default"
 
 
@@ -28,6 +30,12 @@ def point_name(swept: list[str]) -> str:
 def is_unnamed(override: str) -> bool:
     """Say whether `override` leaves the name alone, like `launch=slurm` or `name=x`."""
     return re.split(r"[./@]", _key(override))[0] in _UNNAMED
+
+
+def experiment(overrides: list[str]) -> str | None:
+    """Return the name of the experiment that `overrides` choose, or None."""
+    chosen = [text.partition("=")[2] for text in overrides if _key(text) == "experiment"]
+    return chosen[-1] if chosen and chosen[-1] != "null" else None
 
 
 def join_names(overrides: list[str]) -> str:

@@ -21,10 +21,9 @@ class Option(NamedTuple):
     summary: str
 
 
-def folders(config_dir: str | None = None) -> list[Path]:
-    """Return the folders that options come from: ours, then the person's own."""
-    found = [Path(str(resources.files(CONFIG_MODULE)))]
-    return found + [Path(config_dir)] if config_dir is not None else found
+def folders() -> list[Path]:
+    """Return the folder that our own options come from, as a list to put others behind."""
+    return [Path(str(resources.files(CONFIG_MODULE)))]
 
 
 def options(group: str, config_dirs: list[Path] | None = None) -> list[Option]:

@@ -1,0 +1,94 @@
+"""The messages for a config that cannot be: the dotted key, the value, what is allowed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from lunaris.config.keys import nearest, options_having, schema_keys, schema_named, takes
+from lunaris.errors import did_you_mean
+
+
+def no_such_key(key: str, known: list[str], choice: str | None = None) -> str:
+    """Return the message for a dotted key that is not among `known`, its neighbours.
+
+    choice: the option that is chosen for the key's group, where that is known.
+    """
+    group, _, last = key.rpartition(".")
+    elsewhere = options_having(key)
+    if elsewhere:
+        chosen = f"{group}={choice}" if choice else f"the chosen option of {group}"
+        choices = ", ".join(f"{group}={option}" for option in elsewhere)
+        have = "have" if len(elsewhere) > 1 else "has"
+        return f"{key}: {chosen} has no such key; {choices} {have} it"
+    near = did_you_mean(last, [name.rpartition(".")[2] for name in known])
+    if near and group:
+        near = near.replace("did you mean ", f"did you mean {group}.")
+    return f"{key}: no such key{near or nearest(key) or _there_are(known)}"
+
+
+def wrong_value(schema: type | None, key: str, value: Any) -> str:
+    """Return the message for a value that is not of the key's type; schema: of its parent."""
+    last = key.rpartition(".")[2]
+    if schema is not None and last in schema_keys(schema):
+        return f"{key}={shown(value)}: must be {takes(schema, last)}"
+    return f"{key}={shown(value)}: not a value that {key} can take"
+
+
+def shown(value: Any) -> str:
+    """Return a value as one would write it in an override."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{','.join(shown(item) for item in value)}]"
+    return str(value)
+
+
+def explain(error: BaseException) -> str:
+    """Return one line or two for a fault that Hydra or OmegaConf found in a file.
+
+    Their hints to use a plus mislead here, since a key that no schema has is refused anyway.
+    """
+    text = f"{error}\n{error.__cause__ or ''}"
+    place = re.search(r"In '([^']+)'", text)
+    start = f"{place[1]}: " if place and place[1] not in ("train", "hydra/config") else ""
+    full_key = re.search(r"full_key: (\S+)", text)
+    key = full_key[1] if full_key else ""
+
+    absent = re.search(r"Key '([^']+)' not in '(\w+)'", text)
+    schema = schema_named(absent[2]) if absent else None
+    if absent and schema is not None:
+        parent = key.rpartition(".")[0]
+        known = [f"{parent}.{name}".lstrip(".") for name in schema_keys(schema)]
+        return start + no_such_key(key, known)
+
+    of_type = re.search(r"Value '(.*)' of type", text)
+    owner = re.search(r"object_type=(\w+)", text)
+    if of_type and owner:
+        return start + wrong_value(schema_named(owner[1]), key, of_type[1])
+
+    option = re.search(r"Could not find '([^']+)'", text)
+    if option:
+        available = re.findall(r"^\t(\w[^=\n]*)$", text, re.MULTILINE)
+        group, _, name = option[1].rpartition("/")
+        allowed = f"; allowed are {', '.join(available)}" if available else ""
+        return (
+            f"{start}{group or 'config'}={name}: no such option{allowed}"
+            f"{did_you_mean(name, available)}"
+        )
+    return start + _without_hints(str(error), place)
+
+
+def _without_hints(text: str, place: re.Match[str] | None) -> str:
+    text = text.removeprefix(f"In '{place[1]}': " if place else "")
+    kept = [
+        line.strip()
+        for line in text.splitlines()
+        if line.strip() and not re.search(r"use \+|append to|full_key|_type=|https?://", line)
+    ]
+    return "; ".join(kept) or "the config cannot be composed"
+
+
+def _there_are(known: list[str]) -> str:
+    keys = [key for key in known if not key.endswith("_target_")]
+    return f"; allowed are {', '.join(keys)}" if keys else "; the chosen option has no keys"

@@ -1,0 +1,186 @@
+"""The overrides of a command line: parsed, checked against the tree, and their faults named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from lunaris.config.faults import no_such_key, shown, wrong_value
+from lunaris.config.keys import all_keys, is_switch, nearest, schema_keys
+from lunaris.config.options import EXPERIMENT, GROUPS, options
+from lunaris.config.schema import Config
+from lunaris.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from hydra.core.override_parser.types import Override
+    from omegaconf import DictConfig
+
+
+def parse(overrides: list[str]) -> list[Override]:
+    """Return the overrides parsed. Raises UserError for what is not KEY=VALUE."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser = OverridesParser.create()
+    parsed = []
+    for text in overrides:
+        try:
+            parsed.append(parser.parse_override(text))
+        except HydraException as error:
+            raise UserError(_bad_syntax(text)) from error
+    return parsed
+
+
+def check(parsed: list[Override], config_dirs: list[Path], *, sweep: bool = False) -> None:
+    """Raise UserError for the first override that names no group, option or key of the tree.
+
+    A key below a group is checked once the group's option is known, by `diagnose` or `validate`.
+    """
+    further = any(o.key_or_group == "hydra.searchpath" for o in parsed)
+    for override in parsed:
+        if override.is_hydra_override():
+            continue
+        text = override.input_line or ""
+        root = override.key_or_group.partition(".")[0]
+        if root not in schema_keys(Config):
+            key = override.key_or_group
+            hint = nearest(key) or f"; allowed are {', '.join(schema_keys(Config))}"
+            raise UserError(f"{key}: no such key or group{hint}")
+        if override.package is not None:
+            raise UserError(f"{text}: a group has one place; write {override.key_or_group}=OPTION")
+        if override.is_delete():
+            raise UserError(_cannot_remove(override))
+        if override.is_sweep_override():
+            if not sweep:
+                raise UserError(
+                    f"{text}: several values; add -m to sweep over them, or write [a,b] for a list"
+                )
+            continue
+        if is_switch(override.key_or_group) and type(override.value()) in (int, float):
+            # OmegaConf takes any number for true.
+            raise UserError(f"{text}: must be true or false")
+        if override.key_or_group in GROUPS:
+            _check_option(override, config_dirs, certain=not further)
+
+
+def open_maps(parsed: list[Override]) -> list[str]:
+    """Return the overrides as texts in which no entry of a free map needs a plus.
+
+    The schemas are two levels deep, so what lies deeper is an entry of a map, like
+    `launch.additional_parameters.mail_type=END`. `experiment=null` is the default, which Hydra
+    does not take from a command line.
+    """
+    from hydra.core.override_parser.types import OverrideType
+
+    return [
+        f"++{o.input_line}"
+        if o.key_or_group.count(".") > 1
+        and o.type is OverrideType.CHANGE
+        and not o.is_hydra_override()
+        else o.input_line or ""
+        for o in parsed
+        if not (o.key_or_group == EXPERIMENT and o.value() is None)
+    ]
+
+
+def is_group_choice(override: Override) -> bool:
+    """Say whether the override picks an option, or is Hydra's own."""
+    return override.is_hydra_override() or (
+        override.key_or_group in GROUPS and not isinstance(override.value(), dict)
+    )
+
+
+def diagnose(base: DictConfig, parsed: list[Override]) -> None:
+    """Raise UserError for the first override that `base` cannot take.
+
+    `base` is composed with Hydra's own part from the group choices alone, so that each key's
+    schema is known.
+    """
+    chosen: dict[str, str] = dict(base.hydra.runtime.choices)
+    for override in parsed:
+        if is_group_choice(override):
+            continue
+        key, value = override.key_or_group, override.value()
+        if override.is_add() and _exists(base, key):
+            raise UserError(f"+{key}: the key exists already; write {key}=… without the plus")
+        if not override.is_force_add() and not override.is_add():
+            _check_key(base, key, chosen.get(key.partition(".")[0]))
+        try:
+            with open_dict(base):
+                OmegaConf.update(base, key, value, merge=True, force_add=True)
+        except OmegaConfBaseException as error:
+            raise UserError(wrong_value(_schema_of_parent(base, key), key, value)) from error
+
+
+def _check_key(cfg: DictConfig, key: str, choice: str | None) -> None:
+    """Raise UserError, naming the nearest key, unless `cfg` has the dotted `key`."""
+    node: Any = cfg
+    parts = key.split(".")
+    for depth, part in enumerate(parts):
+        here = ".".join(parts[:depth])
+        if not OmegaConf.is_dict(node):
+            raise UserError(f"{key}: {here} is a value, it has no keys of its own")
+        if part not in list(node):  # the node itself says no for a key whose value is missing
+            if OmegaConf.get_type(node) is dict:
+                raise UserError(f"{key}: the chosen option lacks it; write +{key}=… to add it")
+            known = [f"{here}.{name}".lstrip(".") for name in node if name != "hydra"]
+            raise UserError(no_such_key(key, known, choice))
+        fixed = not (OmegaConf.is_missing(node, part) or OmegaConf.is_interpolation(node, part))
+        node = node[part] if fixed else None
+
+
+def _schema_of_parent(cfg: DictConfig, key: str) -> type | None:
+    parent = key.rpartition(".")[0]
+    node = OmegaConf.select(cfg, parent) if parent else cfg
+    kind = OmegaConf.get_type(node) if OmegaConf.is_dict(node) else None
+    return kind if kind is not dict else None
+
+
+def _check_option(override: Override, config_dirs: list[Path], *, certain: bool) -> None:
+    group, value = override.key_or_group, override.value()
+    if isinstance(value, dict):
+        return
+    plain = f"{group}={shown(value)}"
+    if override.is_add() or override.is_force_add():
+        raise UserError(f"{override.input_line}: {group} is chosen already; write {plain}")
+    if value is None and group == EXPERIMENT:
+        return
+    known = [option.name for option in options(group, config_dirs)]
+    for name in value if isinstance(value, list) else [value]:
+        nested = any((folder / group / f"{name}.yaml").is_file() for folder in config_dirs)
+        if certain and name not in known and not nested:
+            raise UserError(
+                f"{group}={shown(name)}: no such option; allowed are {', '.join(known)}"
+                f"{did_you_mean(str(name), known)}"
+            )
+
+
+def _cannot_remove(override: Override) -> str:
+    key = override.key_or_group
+    if key in GROUPS:
+        names = ", ".join(option.name for option in options(key))
+        return f"~{key}: a group cannot be removed; allowed are {key}=…: {names}"
+    hint = "" if key in all_keys() else nearest(key)
+    return f"~{key}: a key cannot be removed, only given another value{hint}"
+
+
+def _bad_syntax(text: str) -> str:
+    if not text.strip():
+        return "'': an empty override; write KEY=VALUE"
+    key, equals, value = text.partition("=")
+    if text.startswith("-"):
+        return f"{text}: no such flag; overrides are KEY=VALUE"
+    if not equals:
+        hint = "" if key in all_keys() else nearest(key.lstrip("+~"))
+        return f"{text}: not an override; write {key}=VALUE{hint}"
+    return (
+        f"{text}: the value cannot be read; put one that holds spaces or any of = : , [ ] {{ }} "
+        f"( ) in quotes, twice for the shell: {key}='\"{value}\"'"
+    )
+
+
+def _exists(cfg: DictConfig, key: str) -> bool:
+    return OmegaConf.select(cfg, key, throw_on_missing=False) is not None

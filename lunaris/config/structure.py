@@ -1,0 +1,122 @@
+"""Checks of a composed config against its schemas: keys, missing values, interpolations, ranges."""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import TYPE_CHECKING, Any
+
+from omegaconf import OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from lunaris.config.faults import explain, no_such_key
+from lunaris.config.keys import schema_keys, schema_of_target
+from lunaris.config.schema import SCHEMAS, Config
+from lunaris.errors import UserError, did_you_mean
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
+_OURS = "lunaris."
+_EXAMPLES = {"dir": "FOLDER", "files": "'[corpus/*.jsonl]'", "datasets": "OWNER/NAME"}
+
+
+def check_structure(cfg: DictConfig) -> None:
+    """Raise UserError for an unknown key, a missing value, an interpolation or a value's range.
+
+    A group whose `_target_` is a class of the person's own may have any keys.
+    """
+    for key in cfg:
+        if key not in schema_keys(Config):
+            raise UserError(no_such_key(str(key), schema_keys(Config)))
+    for group in SCHEMAS:
+        _give_schema(cfg, group)
+        _check_keys(cfg, group)
+    _check_values(cfg)
+    for group in SCHEMAS:
+        # Reaches the schema's __post_init__, which raises UserError itself.
+        OmegaConf.to_object(cfg[group])
+    Config(name=cfg.name, seed=cfg.seed, out_dir=cfg.out_dir)
+
+
+def is_ours(cfg: DictConfig, group: str) -> bool:
+    """Say whether the group's class is one of this package, or the group has none."""
+    return str(cfg[group].get("_target_", _OURS)).startswith(_OURS)
+
+
+def _give_schema(cfg: DictConfig, group: str) -> None:
+    """Type a group that an option file without a schema filled, by its `_target_`."""
+    node = cfg._get_node(group)
+    if not OmegaConf.is_dict(node):
+        raise UserError(f"{group}: no option is chosen; allowed are {', '.join(SCHEMAS[group])}")
+    schemas = dict.fromkeys(SCHEMAS[group].values())
+    if not any("_target_" in schema_keys(schema) for schema in schemas):
+        return
+    target = "" if OmegaConf.is_missing(node, "_target_") else str(node.get("_target_") or "")
+    if "." not in target:
+        raise UserError(f"{group}._target_={target}: must be the dotted path of a class")
+    if not target.startswith(_OURS):
+        _check_module(group, target)
+        return
+    schema = schema_of_target(group, target)
+    if schema is None:
+        known = [str(getattr(s, "_target_", "")) for s in schemas]
+        raise UserError(
+            f"{group}._target_={target}: not a class for {group}; allowed are "
+            f"{', '.join(known)}, or a class of your own{did_you_mean(target, known)}"
+        )
+    if OmegaConf.get_type(node) is schema:
+        return
+    if OmegaConf.get_type(node) is not dict:
+        option = next(name for name, its in SCHEMAS[group].items() if its is schema)
+        raise UserError(f"{group}._target_={target}: choose it by {group}={option}")
+    try:
+        typed = OmegaConf.merge(OmegaConf.structured(schema), OmegaConf.to_container(node))
+    except OmegaConfBaseException as error:
+        raise UserError(f"{group}: {explain(error)}") from error
+    with open_dict(cfg):
+        cfg[group] = typed
+
+
+def _check_module(group: str, target: str) -> None:
+    """Find the module of a class of the person's own without running it."""
+    module = target.rpartition(".")[0]
+    while module:
+        try:
+            if importlib.util.find_spec(module) is not None:
+                return
+        except (ImportError, ValueError):
+            pass
+        # A class within a class: the module is further up. An absent module ends at "".
+        module, _, last = module.rpartition(".")
+        if not last[:1].isupper():
+            break
+    raise UserError(f"{group}._target_={target}: no such module on the Python path")
+
+
+def _check_keys(cfg: DictConfig, group: str) -> None:
+    schema = OmegaConf.get_type(cfg[group])
+    if schema is dict or not is_ours(cfg, group):
+        return
+    known = schema_keys(schema)
+    for key in cfg[group]:
+        if key not in known:
+            raise UserError(no_such_key(f"{group}.{key}", [f"{group}.{name}" for name in known]))
+
+
+def _check_values(node: Any, path: str = "") -> None:
+    """Raise UserError for a value that is missing or an interpolation that leads nowhere."""
+    listed = OmegaConf.is_list(node)
+    for key in range(len(node)) if listed else list(node):
+        here = f"{path}[{key}]" if listed else f"{path}.{key}".lstrip(".")
+        if OmegaConf.is_missing(node, key):
+            example = _EXAMPLES.get(here.rpartition(".")[2], "VALUE")
+            raise UserError(f"{here}: must be given, it has no default; write {here}={example}")
+        if OmegaConf.is_interpolation(node, key):
+            raw: Any = OmegaConf.to_container(node, resolve=False)
+            try:
+                node[key]
+            except OmegaConfBaseException as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{here}={raw[key]}: cannot be resolved: {reason}") from error
+        elif OmegaConf.is_config(node[key]):
+            _check_values(node[key], here)

@@ -1,0 +1,133 @@
+"""Every bad input is one UserError that names the key, the value and what is allowed."""
+
+from __future__ import annotations
+
+import pytest
+
+from lunaris.config.compose import compose
+from lunaris.errors import UserError
+
+# command line → what its message must hold
+TABLE: list[tuple[str, str]] = [
+    # keys
+    ("moe.n_expert=16", "moe.n_expert: no such key; did you mean moe.n_experts?"),
+    ("+moe.n_expert=16", "moe.n_expert: no such key; did you mean moe.n_experts?"),
+    ("++moe.n_expert=16", "moe.n_expert: no such key; did you mean moe.n_experts?"),
+    ("moe.foo=1", "moe.foo: no such key; allowed are moe.n_experts, "),
+    ("++moe.foo.bar=1", "moe.foo: no such key; allowed are "),
+    ("trainer.max_step=3", "trainer.max_step: no such key; did you mean trainer.max_steps?"),
+    ("trianer.max_steps=3", "trianer.max_steps: no such key or group; did you mean trainer.max_s"),
+    ("n_experts=3", "n_experts: no such key or group; did you mean moe.n_experts?"),
+    ("model.learning_rate=1", "did you mean optimizer.learning_rate?"),
+    ("model.d_model.x=3", "model.d_model.x: model.d_model is a value"),
+    ("foo=3", "foo: no such key or group; allowed are name, seed, out_dir, model, moe, data"),
+    ("+moe.n_experts=16", "write moe.n_experts=… without the plus"),
+    ("~moe.n_experts", "~moe.n_experts: a key cannot be removed"),
+    ("~moe", "~moe: a group cannot be removed; allowed are moe=…: fine_grained, none, switch"),
+    ("moe=none moe.n_experts=4", "moe.n_experts: moe=none has no such key; moe=switch, moe=top2"),
+    ("logger.tags=[a]", "logger.tags: logger=local has no such key; logger=wandb has it"),
+    # options
+    ("moe=swich", "moe=swich: no such option; allowed are fine_grained, none, switch, top2; did"),
+    ("moe=null", "moe=null: no such option; allowed are "),
+    ("model=8", "model=8: no such option; allowed are base, large, nano, small, tiny"),
+    ("experiment=smok", "experiment=smok: no such option; allowed are codex_8ex_gqa_20l, "),
+    ("+experiment=smoke", "write experiment=smoke"),
+    ("moo=switch", "moo: no such key or group; did you mean moe?"),
+    ("+moe@data=none", "a group has one place; write moe=OPTION"),
+    ("hydra/launcher=foo", "hydra/launcher=foo: no such option; allowed are basic, local, slurm"),
+    # types
+    ("moe.n_experts=four", "moe.n_experts=four: must be a whole number"),
+    ("moe.n_experts=4.5", "moe.n_experts=4.5: must be a whole number"),
+    ("moe.n_experts=true", "moe.n_experts=true: must be a whole number"),
+    ("moe.n_experts=null", "moe.n_experts=null: must be a whole number"),
+    ("model.vocab_size=none", "model.vocab_size=none: must be a whole number or null"),
+    ("optimizer.learning_rate=fast", "optimizer.learning_rate=fast: must be a number"),
+    ("trainer.compile_model=maybe", "trainer.compile_model=maybe: must be true or false"),
+    ("trainer.compile_model=3", "trainer.compile_model=3: must be true or false"),
+    ("optimizer.betas=0.9", "optimizer.betas=0.9: must be a list of 2 numbers"),
+    ("optimizer.betas=[a,b]", "optimizer.betas=[a,b]: must be a list of 2 numbers"),
+    ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: must be a list of 2 numbers"),
+    # syntax
+    ("moe.n_experts", "moe.n_experts: not an override; write moe.n_experts=VALUE"),
+    ("moe.n_experts=[1", "moe.n_experts=[1: the value cannot be read"),
+    ("out_dir=/x=3", "out_dir=/x=3: the value cannot be read"),
+    ("moe.n_experts=4,8", "moe.n_experts=4,8: several values; add -m to sweep over them"),
+    # values
+    ("moe.n_experts=0", "moe.n_experts=0: must be at least 1"),
+    ("moe.n_experts_per_token=9", "moe.n_experts_per_token=9: must be at most moe.n_experts=8"),
+    ("moe.balancing=biass", "allowed are aux_loss, bias, none; did you mean bias?"),
+    ("optimizer.learning_rate=-1", "optimizer.learning_rate=-1.0: must be greater than 0"),
+    ("optimizer.learning_rate=nan", "optimizer.learning_rate=nan: must be a finite number"),
+    ("optimizer.learning_rate=inf", "optimizer.learning_rate=inf: must be a finite number"),
+    ("optimizer.betas=[0.9,1]", "optimizer.betas=[0.9, 1.0]: each must be in [0, 1)"),
+    ("model.n_heads=3", "model.d_model=128: must be divisible by model.n_heads=3"),
+    ("model.n_kv_heads=3", "model.n_kv_heads=3: must divide model.n_heads=4"),
+    ("model.norm=post", "model.norm=post: allowed are qk_reorder, pre"),
+    ("trainer.precision=fp8", "trainer.precision=fp8: allowed are bf16, fp16, fp32"),
+    ("seed=-1", "seed=-1: must be between 0"),
+    ("name=a/b", "name=a/b: must be 1 to 200 letters, digits"),
+    ("name=''", "name=: must be 1 to 200 letters, digits"),
+    # what has to be given, or leads nowhere
+    ("data=shards", "data.dir: must be given, it has no default; write data.dir=FOLDER"),
+    ("data=text data.dir=x", "data.files: must be given"),
+    ("experiment=codex_8ex_gqa_20l", "data.dir: must be given"),
+    ("trainer.max_steps=${foo.bar}", "trainer.max_steps=${foo.bar}: cannot be resolved: "),
+    ("out_dir=${oc.env:LUNARIS_ABSENT}", "out_dir=${oc.env:LUNARIS_ABSENT}: cannot be resolved"),
+    # several keys together
+    ("moe.first_dense_layers=4", "moe.first_dense_layers=4: must be below model.n_layers=4"),
+    ("schedule.warmup_steps=401", "schedule.warmup_steps=401: must be at most trainer.max_steps"),
+    ("schedule=wsd schedule.warmup_steps=390", "must leave room for the 80 steps of decay"),
+    ("model.vocab_size=100", "model.vocab_size=100: must be at least data.vocab_size=2048"),
+    ("data=synthetic data.n_tokens=100", "model.max_seq_len=256: one sequence needs 257 tokens"),
+    ("launch.processes=2", "parallelism=single: one process, but launch.processes=2"),
+    ("launch=slurm launch.nodes=2", "one process, but launch.nodes=2 × 1 processes = 2"),
+    (
+        "parallelism=ddp launch.processes=3 parallelism.expert_parallel=2",
+        "parallelism.expert_parallel=2: must divide the world: launch.processes=3",
+    ),
+    (
+        "parallelism=ddp launch.processes=3 parallelism.expert_parallel=3",
+        "parallelism.expert_parallel=3: must divide moe.n_experts=8",
+    ),
+    (
+        "parallelism=ddp launch.processes=2 parallelism.expert_parallel=2 moe=none",
+        "parallelism.expert_parallel=2: must be 1 with moe=none",
+    ),
+    (
+        "parallelism=hsdp launch.processes=4 parallelism.shard_size=3",
+        "parallelism.shard_size=3: must divide the world: launch.processes=4",
+    ),
+    ("launch=slurm launch.timeout_min=1", "launch.signal_delay_s=120: must be below the 60 sec"),
+    (
+        "launch=slurm parallelism=ddp launch.gpus_per_node=2 launch.tasks_per_node=4",
+        "launch.tasks_per_node=4: must be at most launch.gpus_per_node=2",
+    ),
+    # classes
+    ("moe._target_=lunaris.moe.factory.Moe", "did you mean lunaris.moe.factory.MoEFactory?"),
+    ("moe._target_=lunaris.moe.factory.DenseFactory", "choose it by moe=none"),
+    ("moe._target_=no_such_package.MoE", "no such module on the Python path"),
+    ("moe._target_=MoE", "moe._target_=MoE: must be the dotted path of a class"),
+]
+
+
+@pytest.mark.parametrize(("command", "message"), TABLE, ids=[row[0] for row in TABLE])
+def test_bad_input_is_one_message(command: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        compose(command.split(" "))
+    text = str(caught.value)
+    assert message in text
+    assert "use +" not in text and "full_key" not in text
+    assert len(text.splitlines()) <= 2
+
+
+def test_an_empty_override_is_refused() -> None:
+    with pytest.raises(UserError, match="an empty override"):
+        compose([""])
+
+
+def test_world_comes_from_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="one process, but torchrun started 2 processes"):
+        compose([])
+    assert compose(["parallelism=ddp"]).launch.processes == 1
