@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -193,7 +194,7 @@ class ShardsData:
         """Keys of the `data` group; nothing is read before `prepare`."""
         self._dirs = _as_list(dir)
         self._val_dirs = None if val_dir is None else _as_list(val_dir)
-        self._weights = None if weights is None else [float(w) for w in weights]
+        self._weights = None if weights is None else check_weights(weights, self._dirs)
         self._val_fraction = val_fraction
         self._given_vocab_size = vocab_size
         self._given_eot_id = eot_id
@@ -314,6 +315,17 @@ def names(folders: list[str]) -> list[str]:
         if len(set(short)) == len(short):
             return short
     return [f"{name}#{i}" for i, name in enumerate(short)]
+
+
+def check_weights(weights: Sequence[float], folders: Sequence[str]) -> list[float]:
+    """Return the weights of several folders. Raises UserError unless each has one above 0."""
+    if len(weights) != len(folders):
+        raise UserError(
+            f"data.weights={list(weights)}: {len(weights)} for {len(folders)} folders of data.dir"
+        )
+    if not all(0 < weight < math.inf for weight in weights):
+        raise UserError(f"data.weights={list(weights)}: each must be a number above 0")
+    return [float(weight) for weight in weights]
 
 
 def _as_list(value: Any) -> list[str]:

@@ -1,0 +1,115 @@
+"""The standard library as a corpus: made once, whole or absent, the same every time."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lunaris.data import stdlib
+from lunaris.data.manifest import read
+from lunaris.data.shards import verify
+from lunaris.data.stdlib import StdlibData
+from lunaris.data.tokenizer import TextTokenizer
+
+FEW = stdlib.library_files()[:40]
+
+
+@pytest.fixture
+def few_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(stdlib, "library_files", lambda: FEW)
+    monkeypatch.setenv("LUNARIS_CACHE", str(tmp_path / "cache"))
+
+
+def test_files_are_the_librarys_own_in_order() -> None:
+    files = [str(path) for path in stdlib.library_files()]
+    assert any(name.endswith("/argparse.py") for name in files)
+    assert not any(part in name for name in files for part in ("site-packages", "/test/"))
+    assert len(files) > 300
+
+
+@pytest.mark.usefixtures("few_files")
+def test_shards_decode_to_the_files(tmp_path: Path) -> None:
+    data = StdlibData(vocab_size=400, val_fraction=0.2)
+    data.prepare()
+    assert data.folder.parent == tmp_path / "cache"
+    assert data.tokenizer_path is not None and data.eot_id is not None
+    assert verify(data.folder) == 2
+    assert data.vocab_size == 400
+    tokenizer = TextTokenizer(data.tokenizer_path)
+    found = []
+    for part in ("train", "val"):
+        tokens = np.load(data.folder / f"{part}_00000.npy")
+        assert tokens.dtype == np.uint16
+        ends = np.flatnonzero(tokens == data.eot_id)
+        assert ends[-1] == len(tokens) - 1
+        found += [tokenizer.decode_bytes(ids) for ids in np.split(tokens, ends + 1)[:-1]]
+    assert sorted(found) == sorted(path.read_bytes() for path in FEW)
+    assert len(data.train(64, 0)) > 0
+    assert list(data.val(64)) == [data.folder.name]
+
+
+@pytest.mark.usefixtures("few_files")
+def test_made_once_and_the_same_again(tmp_path: Path) -> None:
+    first = StdlibData(vocab_size=300)
+    first.prepare()
+    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in first.folder.iterdir()}
+    StdlibData(vocab_size=300).prepare()
+    assert before == {
+        p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in first.folder.iterdir()
+    }
+    elsewhere = StdlibData(dir=str(tmp_path / "mine"), vocab_size=300)
+    elsewhere.prepare()
+    for name, (_, content) in before.items():
+        assert (tmp_path / "mine" / name).read_bytes() == content
+
+
+@pytest.mark.usefixtures("few_files")
+def test_an_interrupted_build_is_begun_anew() -> None:
+    data = StdlibData(vocab_size=300)
+    half = data.folder.with_name(f".{data.folder.name}.tmp")
+    half.mkdir(parents=True)
+    (half / "train_00000.npy").write_bytes(b"half")
+    data.prepare()
+    assert not half.exists()
+    assert read(data.folder) is not None
+
+
+_RACE = """
+from lunaris.data import stdlib
+few = stdlib.library_files()[:40]
+stdlib.library_files = lambda: few
+data = stdlib.StdlibData(vocab_size=300)
+data.prepare()
+print(data.folder, len(data.train(64, 0)))
+"""
+
+
+def test_two_at_once_make_it_once(tmp_path: Path) -> None:
+    env = os.environ | {"LUNARIS_CACHE": str(tmp_path / "cache")}
+    both = [
+        subprocess.Popen([sys.executable, "-c", _RACE], env=env, stdout=-1, stderr=-1, text=True)
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=120) for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert said[0][0] == said[1][0] != ""
+    assert sum("standard library" in err for _, err in said) == 1
+
+
+def test_default_is_ready_for_training() -> None:
+    """The whole library, as `lunaris train` uses it."""
+    data = StdlibData()
+    data.prepare()
+    assert (data.vocab_size, data.eot_id) == (2048, 0)
+    manifest = json.loads((data.folder / "manifest.json").read_text())
+    assert manifest["sources"][0]["documents"] == len(stdlib.library_files())
+    train = manifest["shards"]["train"][0]["tokens"]
+    val = manifest["shards"]["val"][0]["tokens"]
+    assert train > 2_000_000
+    assert 0.01 < val / train < 0.15
