@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lunaris.optim.groups import roles
+from lunaris.optim.groups import by_layout, roles
 
 
 def build_adamw(
@@ -32,7 +32,7 @@ def build_adamw(
     ]
     groups = [
         {"params": params, "weight_decay": decay, "lr": rate, "peak_lr": rate}
-        for params, decay, rate in rows
-        if params
+        for roled, decay, rate in rows
+        for params in by_layout(roled)
     ]
     return torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=eps, fused=True)

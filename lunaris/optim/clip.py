@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 
@@ -15,35 +18,47 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -
 
     The norm is the square root of the sum of squares over every element of the whole model.
     Sharded gradients (DTensor) may lie on several meshes: each process sums the squares of its
-    own shards, and one all-reduce a mesh adds them up. max_norm: None leaves the gradients alone.
+    own shards, and one all-reduce a mesh dimension adds them up. max_norm: None leaves the gradients alone.
     """
-    groups: dict[object, list[Tensor]] = {}
+    groups: dict[_Layout | None, list[Tensor]] = {}
     grads = [p.grad for p in parameters if p.grad is not None]
     for grad in grads:
-        key = (grad.device_mesh, grad.placements) if isinstance(grad, DTensor) else None
-        groups.setdefault(key, []).append(grad)
+        groups.setdefault(_layout(grad), []).append(grad)
     if not grads:
         return torch.zeros(())
-    total = torch.stack([_squared_norm(group) for group in groups.values()]).sum()
+    total = torch.stack([_squared_norm(group, at) for at, group in groups.items()]).sum()
     norm = total.sqrt().float()
     if max_norm is not None:
         # Not finite: leave the gradients as they are, for the caller to see.
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-        torch._foreach_mul_(local, scale)
+        torch._foreach_mul_(_local(grads), scale)
     return norm
 
 
-def _squared_norm(grads: list[Tensor]) -> Tensor:
+class _Layout(NamedTuple):
+    """The mesh of a sharded gradient and the mesh's dimensions that hold different elements."""
+
+    mesh: DeviceMesh
+    sharded: tuple[int, ...]
+
+
+def _layout(grad: Tensor) -> _Layout | None:
+    if not isinstance(grad, DTensor):
+        return None
+    for placement in grad.placements:
+        assert placement.is_shard() or placement.is_replicate(), f"not reduced: {placement}"
+    sharded = (dim for dim, placement in enumerate(grad.placements) if placement.is_shard())
+    return _Layout(grad.device_mesh, tuple(sharded))
+
+
+def _squared_norm(grads: list[Tensor], layout: _Layout | None) -> Tensor:
     """Return the sum of squares [] (float64) of gradients that are laid out alike."""
-    first = grads[0]
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in grads]
-    total = torch.stack(torch._foreach_norm(local)).double().square().sum()
-    if isinstance(first, DTensor):
-        for dim, placement in enumerate(first.placements):
-            if placement.is_shard():
-                group = first.device_mesh.get_group(dim)
-                torch.distributed.all_reduce(total, group=group)
-            else:
-                assert placement.is_replicate(), f"gradient is {placement}, not reduced"
+    total = torch.stack(torch._foreach_norm(_local(grads))).double().square().sum()
+    if layout is not None:
+        for dim in layout.sharded:
+            dist.all_reduce(total, group=layout.mesh.get_group(dim))
     return total
+
+
+def _local(grads: list[Tensor]) -> list[Tensor]:
+    return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]

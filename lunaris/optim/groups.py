@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 @dataclass
@@ -38,6 +39,15 @@ def roles(model: nn.Module) -> ParameterRoles:
         else:
             found.matrices.append(parameter)
     return found
+
+
+def by_layout(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """Split parameters into those that one fused step can take: plain, or sharded on one mesh."""
+    found: dict[object, list[nn.Parameter]] = {}
+    for parameter in parameters:
+        mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+        found.setdefault(mesh, []).append(parameter)
+    return list(found.values())
 
 
 def set_learning_rate(groups: list[dict[str, object]], multiplier: float) -> None:

@@ -1,0 +1,136 @@
+"""Expert parallelism: each process of a group holds a part of every layer's experts.
+
+All processes stay data ranks: a layer sends each token to the process that holds its expert and
+takes the result back, two all-to-all exchanges a layer (GShard, arXiv 2006.16668, section 3).
+
+Legend: E experts, P processes of an expert group, T tokens of this process, R tokens it receives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+
+from lunaris.errors import UserError
+
+
+def expert_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that hold stacked experts (attribute `experts`), in the model's order."""
+    return [m for name, m in model.named_modules() if name.rpartition(".")[2] == "experts"]
+
+
+def router_modules(model: nn.Module) -> list[nn.Module]:
+    """Return the modules that hold a router's weights (attribute `router`), in order."""
+    return [m for name, m in model.named_modules() if name.rpartition(".")[2] == "router"]
+
+
+def check_degree(degree: int, processes: int, within: str) -> None:
+    """Raise UserError unless `degree` divides the `processes` that experts are spread over."""
+    if processes % degree:
+        raise UserError(
+            f"parallelism.expert_parallel={degree}: must divide {within}, which is {processes}"
+        )
+
+
+def spread_experts(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Spread every layer's experts over the one-dimensional `mesh`, the model still on meta.
+
+    Stacked weights [E, …] become DTensors sharded on the experts, so that checkpoints know the
+    whole tensor; the module's forward, over its own E/P experts, is put behind the exchange.
+    """
+    parts, own = mesh.size(), mesh.get_local_rank()
+    for experts in expert_modules(model):
+        for name, parameter in list(experts.named_parameters(recurse=False)):
+            count = parameter.size(0)
+            if count % parts:
+                raise UserError(
+                    f"parallelism.expert_parallel={parts}: must divide moe.n_experts={count}"
+                )
+            local = parameter.detach().chunk(parts)[own]
+            spread = DTensor.from_local(local.contiguous(), mesh, [Shard(0)], run_check=False)
+            experts.register_parameter(name, nn.Parameter(spread))
+        experts.forward = _Exchange(experts.forward, mesh.get_group())
+
+
+@torch.no_grad()
+def scale_expert_grads(model: nn.Module, factor: float) -> None:
+    """Scale the gradients of spread experts in place.
+
+    They hold the tokens of every process of an expert group, where other gradients hold those of
+    one: after the average over the processes beside it, they are too large by the group's size.
+    """
+    grads = [
+        parameter.grad.to_local()
+        for experts in expert_modules(model)
+        for parameter in experts.parameters()
+        if parameter.grad is not None
+    ]
+    if grads:
+        torch._foreach_mul_(grads, factor)
+
+
+class _Exchange:
+    """The forward of a module of experts, with every token taken to its expert and back."""
+
+    def __init__(
+        self, forward: Callable[[Tensor, Tensor], Tensor], group: dist.ProcessGroup
+    ) -> None:
+        self._forward = forward
+        self._group = group
+        self._parts = dist.get_world_size(group)
+
+    @torch.compiler.disable
+    def __call__(self, x: Tensor, counts: Tensor, *args: Any) -> Tensor:
+        """Return the experts' outputs [T, D] for tokens `x` [T, D] sorted by expert.
+
+        counts: [E] tokens of each expert. The sizes of the exchange must be known to the host, so
+        this waits for the device once a layer.
+        """
+        parts = self._parts
+        # [P, E/P]: row p holds what goes to, and later what comes from, process p.
+        sent = counts.view(parts, -1)
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, sent.contiguous(), group=self._group)
+        totals = torch.stack([sent.sum(1), received.sum(1)]).tolist()
+        send, receive = [int(n) for n in totals[0]], [int(n) for n in totals[1]]
+
+        arrived = _AllToAll.apply(x, receive, send, self._group)  # [R, D], by process then expert
+        order = _by_expert(received, arrived.size(0))
+        out = self._forward(arrived[order], received.sum(0), *args)
+        back = torch.empty_like(out).index_copy(0, order, out)
+        return _AllToAll.apply(back, send, receive, self._group)
+
+
+def _by_expert(received: Tensor, total: int) -> Tensor:
+    """Return the order [R] that sorts tokens from (process, expert) to (expert, process).
+
+    received: [P, E/P] tokens from each process for each own expert; total: their sum, R.
+    """
+    experts = torch.arange(received.size(1), device=received.device).repeat(received.size(0))
+    of_token = experts.repeat_interleave(received.reshape(-1).long(), output_size=total)
+    return of_token.argsort(stable=True)
+
+
+class _AllToAll(torch.autograd.Function):
+    """Exchange rows between the processes of a group; the gradient goes the way back."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, receive: list[int], send: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.receive, ctx.send, ctx.group = receive, send, group
+        out = x.new_empty(sum(receive), *x.shape[1:])
+        dist.all_to_all_single(out, x.contiguous(), receive, send, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+        out = grad.new_empty(sum(ctx.send), *grad.shape[1:])
+        dist.all_to_all_single(out, grad.contiguous(), ctx.send, ctx.receive, group=ctx.group)
+        return out, None, None, None
