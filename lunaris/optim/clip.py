@@ -18,7 +18,8 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -
 
     The norm is the square root of the sum of squares over every element of the whole model.
     Sharded gradients (DTensor) may lie on several meshes: each process sums the squares of its
-    own shards, and one all-reduce a mesh dimension adds them up. max_norm: None leaves the gradients alone.
+    own shards, and one all-reduce a mesh dimension adds them up. max_norm: None leaves the
+    gradients alone.
     """
     groups: dict[_Layout | None, list[Tensor]] = {}
     grads = [p.grad for p in parameters if p.grad is not None]
