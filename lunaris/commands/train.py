@@ -13,25 +13,56 @@ from lunaris.errors import UserError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from lunaris.config.flags import Flags
+
 HELP = "train a model here (launch=local) or send it to SLURM (launch=slurm); -m sweeps"
+
+_WHAT = """\
+Trains a model on this machine, or sends the run to SLURM (launch=slurm). The config is checked
+before anything starts; the run's folder (out_dir) holds it, the metrics and the checkpoints. The
+same command goes on from the newest checkpoint."""
+
+_EXAMPLES = [
+    ("lunaris train", "a small MoE model, in about two minutes"),
+    ("lunaris train model=small moe=switch moe.n_experts=16", "other options, another value"),
+    ("lunaris train experiment=smoke", "a preset of many overrides"),
+    ("lunaris train -m moe.n_experts=4,8,16", "a sweep, one point after the other"),
+    ("lunaris train parallelism=fsdp launch.processes=8", "eight GPUs of this machine"),
+    ("lunaris train -m launch=slurm moe.n_experts=8,16", "a job array"),
+]
 
 
 def main(argv: list[str]) -> int:
     """Compose, check and launch; return the exit code."""
+    from lunaris.config.flags import parse_flags
+
+    flags = parse_flags(argv)
+    if flags.help:
+        return _help(flags)
+    if flags.cfg == "job":
+        return _show(flags)
+    command = shlex.join(["lunaris", "train", *argv])
+    if flags.multirun:
+        from lunaris.launch.sweep import sweep
+
+        return sweep(flags, command)
+    if flags.hydra_help or flags.cfg or flags.info or flags.shell_completion:
+        from lunaris.launch.sweep import hand_to_hydra
+
+        hand_to_hydra(flags, [], _unreached)
+        return 0
+
     from lunaris.config.compose import compose
 
-    cfg = compose(argv)
-    return submit(cfg, shlex.join(["lunaris", "train", *argv]), argv)
+    return submit(compose(flags.overrides, source=flags.source), command, flags.overrides)
 
 
 def submit(cfg: DictConfig, command: str, overrides: list[str]) -> int:
     """Give a composed config to its launcher, or run it here when torchrun started us."""
     if "RANK" in os.environ:
         return _run_as_rank(cfg, command, overrides)
-    from omegaconf import OmegaConf
-
-    keys: Any = OmegaConf.to_container(cfg.launch, resolve=True)
-    launcher = locate("launch._target_", keys.pop("_target_"))(**keys)
+    keys: dict[str, Any] = {str(k): v for k, v in cfg.launch.items() if k != "_target_"}
+    launcher = _class("launch._target_", cfg.launch._target_)(**keys)
     return int(launcher.submit(cfg, command, overrides))
 
 
@@ -41,15 +72,47 @@ def _run_as_rank(cfg: DictConfig, command: str, overrides: list[str]) -> int:
 
     if os.environ["RANK"] == "0":
         rundir.create(cfg, command, overrides)
-    # The other ranks meet rank 0 in `work`, when the process group is made.
+    # The other ranks meet rank 0 when the process group is made.
     work(cfg, Path(cfg.out_dir))
     return 0
 
 
-def locate(key: str, dotted: str) -> Any:
-    """Return the class at a dotted path. Raises UserError under `key` where there is none."""
+def _help(flags: Flags) -> int:
+    from lunaris.config.compose import config_dirs
+    from lunaris.config.manual import manual
+
+    print(manual("lunaris train", _WHAT, _EXAMPLES, config_dirs(flags.source)))
+    return 0
+
+
+def _show(flags: Flags) -> int:
+    from omegaconf import OmegaConf
+
+    from lunaris.config.compose import compose_unchecked, finish
+    from lunaris.config.structure import check_keys
+
+    cfg: Any = compose_unchecked(flags.overrides, flags.source)
+    finish(cfg, flags.overrides)
+    check_keys(cfg)
+    if flags.package not in (None, "_global_"):
+        cfg = OmegaConf.select(cfg, flags.package)
+        if cfg is None:
+            raise UserError(f"--package {flags.package}: no such part of the config")
+        print(f"# @package {flags.package}")
+    if not OmegaConf.is_config(cfg):
+        print(cfg)
+        return 0
+    print(OmegaConf.to_yaml(cfg, resolve=flags.resolve), end="")
+    return 0
+
+
+def _class(key: str, dotted: str) -> Any:
     module, _, name = dotted.rpartition(".")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError) as error:
         raise UserError(f"{key}={dotted}: cannot be imported: {error}") from error
+
+
+def _unreached(cfg: DictConfig) -> None:
+    raise AssertionError("Hydra shows something here and runs nothing")

@@ -22,9 +22,16 @@ def run_name(overrides: list[str]) -> str:
     return join_names(sorted(last.values(), key=_order)) or "default"
 
 
+def sweep_name(overrides: list[str], swept: list[str]) -> str:
+    """Return the name of a sweep: of all that names a run, and of whatever is swept."""
+    named = [text for text in overrides if text in swept or not is_unnamed(text)]
+    return join_names(sorted(named, key=_order)) or "sweep"
+
+
 def point_name(swept: list[str]) -> str:
     """Return the name of a sweep's point from the overrides that differ between its points."""
-    return join_names(swept) or "default"
+    named = [text for text in swept if _key(text) == "name"]
+    return named[-1].partition("=")[2] if named else join_names(swept) or "default"
 
 
 def is_unnamed(override: str) -> bool:

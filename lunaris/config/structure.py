@@ -21,7 +21,17 @@ _EXAMPLES = {"dir": "FOLDER", "files": "'[corpus/*.jsonl]'", "datasets": "OWNER/
 
 
 def check_structure(cfg: DictConfig) -> None:
-    """Raise UserError for an unknown key, a missing value, an interpolation or a value's range.
+    """Raise UserError for an unknown key, a missing value, an interpolation or a value's range."""
+    check_keys(cfg)
+    _check_values(cfg)
+    for group in SCHEMAS:
+        # Reaches the schema's __post_init__, which raises UserError itself.
+        OmegaConf.to_object(cfg[group])
+    Config(name=cfg.name, seed=cfg.seed, out_dir=cfg.out_dir)
+
+
+def check_keys(cfg: DictConfig) -> None:
+    """Raise UserError for a key that no schema has; give its schema to a group without one.
 
     A group whose `_target_` is a class of the person's own may have any keys.
     """
@@ -31,11 +41,6 @@ def check_structure(cfg: DictConfig) -> None:
     for group in SCHEMAS:
         _give_schema(cfg, group)
         _check_keys(cfg, group)
-    _check_values(cfg)
-    for group in SCHEMAS:
-        # Reaches the schema's __post_init__, which raises UserError itself.
-        OmegaConf.to_object(cfg[group])
-    Config(name=cfg.name, seed=cfg.seed, out_dir=cfg.out_dir)
 
 
 def is_ours(cfg: DictConfig, group: str) -> bool:

@@ -170,12 +170,21 @@ def _check_shards(cfg: DictConfig) -> None:
         )
     found = [inspect(folder) for folder in folders]
     check_together(found)
+    if cfg.data.document_masking and cfg.data.get("eot_id") is None and found[0].eot_id is None:
+        raise UserError(
+            f"data.document_masking=true: needs data.eot_id, for data.dir={folders[0]} has no "
+            "manifest that names the end-of-text id"
+        )
     for folder, info in zip(folders, found, strict=True):
-        if cfg.model.vocab_size is not None and cfg.model.vocab_size < info.vocab_size:
-            raise UserError(
-                f"model.vocab_size={cfg.model.vocab_size}: must be at least {info.vocab_size}, "
-                f"for data.dir={folder} holds token ids up to {info.vocab_size - 1}"
-            )
+        sizes = {"model.vocab_size": cfg.model.vocab_size}
+        if not prepared:
+            sizes["data.vocab_size"] = cfg.data.get("vocab_size")
+        for key, size in sizes.items():
+            if size is not None and size < info.vocab_size:
+                raise UserError(
+                    f"{key}={size}: must be at least {info.vocab_size}, "
+                    f"for data.dir={folder} holds token ids up to {info.vocab_size - 1}"
+                )
         _check_length(cfg, f"data.dir={folder}", info.n_tokens)
 
 

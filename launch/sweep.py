@@ -1,0 +1,356 @@
+"""Sweeps on this machine: Hydra expands the points, each runs as a process of its own."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module, util
+from pathlib import Path
+from types import FrameType, ModuleType
+from typing import Any
+
+from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from lunaris.launch.points import Outcome, Point, Sweep, outcome_of
+
+from lunaris.config.compose import compose_unchecked, config_dirs, register_schemas
+from lunaris.config.faults import explain
+from lunaris.config.flags import Flags
+from lunaris.config.names import sweep_name
+from lunaris.config.options import CONFIG_MODULE
+from lunaris.config.overrides import check, parse
+from lunaris.errors import Stopped, UserError
+from lunaris.rundir import RunDir
+
+# Hydra takes plugins from this package only; ours are registered under its name.
+_PLUGINS = "hydra_plugins.lunaris"
+_LAUNCHERS = {"LocalSweep": "lunaris.launch.sweep", "SlurmArray": "lunaris.launch.array"}
+_POLL_S = 0.2
+
+
+class PointFailed(RuntimeError):
+    """Says that a point of a sweep did not end well; its message holds the last error."""
+
+
+def sweep(flags: Flags, command: str) -> int:
+    """Run or send every point of a sweep; return 1 if any failed. Raises Stopped at a signal."""
+    if "RANK" in os.environ:
+        raise UserError("--multirun: not under torchrun; give launch.processes=N instead")
+    parsed = parse(flags.overrides)
+    check(parsed, config_dirs(flags.source), sweep=True)
+    task = _SweepTask(_sweep_of(flags, parsed, command))
+    hand_to_hydra(flags, [f"hydra.sweep.dir='{task.sweep.dir}'"], task)
+    outcomes = {outcome.point.name: outcome for outcome in task.sweep.outcomes}
+    print(summary(task.sweep, list(outcomes.values())))
+    return int(any(outcome.state == "failed" for outcome in outcomes.values()))
+
+
+def hand_to_hydra(flags: Flags, extra: list[str], task: Callable[[Any], Any]) -> None:
+    """Let `hydra.main` do what the flags ask, and tell its faults as ours.
+
+    Raises UserError. Hydra's sweepers, launchers, completion and `--info` work by this way.
+    """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+
+    register_schemas()
+    _register_plugins()
+    try:
+        with warnings.catch_warnings(), _as_hydra_program(_argv(flags, extra)):
+            warnings.simplefilter("ignore")
+            hydra.main(f"pkg://{CONFIG_MODULE}", "train", version_base="1.3")(task)()
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        # Ours is the better message, where the fault is one that our own composition finds.
+        swept = {o.input_line for o in parse(flags.overrides) if o.is_sweep_override()}
+        compose_unchecked([o for o in flags.overrides if o not in swept], flags.source)
+        raise UserError(explain(error)) from error
+
+
+class _SweepTask:
+    """What Hydra calls for a point when a launcher of its own runs it; ours use `sweep` only."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+
+    def __call__(self, cfg: Any) -> float | None:
+        from hydra.core.hydra_config import HydraConfig
+
+        points = self.sweep.plan([list(HydraConfig.get().overrides.task)])
+        self.sweep.freeze(points)
+        return returned(run_point(points[0], lambda line: None)).return_value
+
+
+class Product(Sweeper):
+    """Every combination of the swept values, all handed to the launcher at once.
+
+    As Hydra's basic sweeper, but it writes nothing itself, so that a sweep in which any point is
+    wrong leaves no trace. `params`: further overrides, as for Hydra's own.
+    """
+
+    def __init__(self, params: dict[str, str] | None = None) -> None:
+        self._params = params or {}
+        self._launcher: Launcher | None = None
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: Any
+    ) -> None:
+        from hydra.core.plugins import Plugins
+
+        self._launcher = Plugins.instance().instantiate_launcher(
+            hydra_context=hydra_context, task_function=task_function, config=config
+        )
+
+    def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
+        """Launch the points and return how each ended."""
+        assert self._launcher is not None
+        given = [f"{key}={value}" for key, value in self._params.items()]
+        return self._launcher.launch(expand([*given, *arguments]), initial_job_idx=0)
+
+
+class PointLauncher(Launcher):
+    """A Hydra launcher that freezes every point's folder before it starts any."""
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: Any
+    ) -> None:
+        assert isinstance(task_function, _SweepTask)
+        self._sweep = task_function.sweep
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Check all points, write their folders, run or send them, return how each ended."""
+        points = self._sweep.plan(job_overrides)
+        self._sweep.freeze(points)
+        outcomes = {outcome.point.name: outcome for outcome in self.run(self._sweep, points)}
+        self._sweep.outcomes += outcomes.values()
+        names = [self._sweep.name_of(list(overrides)) for overrides in job_overrides]
+        return [returned(outcomes[name]) for name in names]
+
+    def run(self, sweep: Sweep, points: list[Point]) -> list[Outcome]:
+        """Run or send the points, whose folders are ready; return one outcome a point."""
+        raise NotImplementedError
+
+
+class LocalSweep(PointLauncher):
+    """Runs the points here, one after the other; a failing one does not stop the others."""
+
+    def run(self, sweep: Sweep, points: list[Point]) -> list[Outcome]:
+        """Run what is not done yet. Raises Stopped at a signal, the current point saved."""
+        first = len(sweep.outcomes)
+        outcomes = []
+        for i, point in enumerate(points):
+            label = f"[{first + i + 1}/{first + len(points)}] {point.name}"
+            outcomes.append(run_point(point, _console(label)))
+        return outcomes
+
+
+def run_point(point: Point, show: Callable[[str], None]) -> Outcome:
+    """Train one point as a process of its own, unless it is done; return how it ended.
+
+    Its output goes to its own logs; `show` is called with how far it is. A signal is passed on:
+    the point saves and stops, then Stopped is raised.
+    """
+    if point.done:
+        outcome = outcome_of(point)
+        show(f"done before, {_loss(outcome)}\n")
+        return outcome
+    run_dir = RunDir(point.dir)
+    started = time.monotonic()
+    with (run_dir.logs / "console.log").open("ab") as log, _passing_on() as children:
+        worker = subprocess.Popen(
+            [sys.executable, "-u", "-m", "lunaris.launch.worker", str(point.dir)],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            # Signals reach it through us, once each.
+            process_group=0,
+        )
+        children.append(worker)
+        while True:
+            try:
+                code = worker.wait(_POLL_S)
+                break
+            except subprocess.TimeoutExpired:
+                status = run_dir.read_status()
+                show(f"step {status.get('step', 0)}/{point.cfg.trainer.max_steps}")
+    if code != 0:
+        _settle(run_dir, code)
+    outcome = outcome_of(point)
+    seconds = f"{time.monotonic() - started:.0f} s"
+    if outcome.state == "done":
+        show(f"done in {seconds}, {_loss(outcome)}\n")
+    else:
+        show(f"{outcome.state} after {seconds}: {outcome.error}\n")
+    if outcome.state == "stopped":
+        raise Stopped(f"at {point.dir}; the same command goes on")
+    return outcome
+
+
+def expand(overrides: list[str]) -> list[list[str]]:
+    """Return the overrides of every point: the product of all swept values."""
+    last: dict[str, list[str]] = {}
+    for override in parse(overrides):
+        key = override.get_key_element()
+        last.pop(key, None)
+        last[key] = [f"{key}={value}" for value in _values(override)]
+    return [list(point) for point in itertools.product(*last.values())]
+
+
+def returned(outcome: Outcome) -> JobReturn:
+    """Return an outcome as Hydra's sweepers take it: the best validation loss, or the error."""
+    result = JobReturn(
+        overrides=outcome.point.overrides,
+        cfg=outcome.point.cfg,
+        working_dir=str(outcome.point.dir),
+        task_name="train",
+        status=JobStatus.FAILED if outcome.state == "failed" else JobStatus.COMPLETED,
+    )
+    failed = outcome.state == "failed"
+    result.return_value = PointFailed(outcome.error) if failed else outcome.val_loss
+    return result
+
+
+def summary(sweep: Sweep, outcomes: list[Outcome]) -> str:
+    """Return what a sweep's end says: how many points ended how, the best, all that failed."""
+    states = [outcome.state for outcome in outcomes]
+    counts = ", ".join(f"{states.count(s)} {s}" for s in dict.fromkeys(states))
+    lines = ["", f"sweep {sweep.dir}: {counts or 'no points'}"]
+    losses = [o for o in outcomes if o.state == "done" and o.val_loss is not None]
+    if losses:
+        best = min(losses, key=lambda o: o.val_loss or 0.0)
+        lines.append(f"best: {best.point.name}, {_loss(best)} ({best.point.dir})")
+    for outcome in outcomes:
+        if outcome.state == "failed":
+            lines.append(f"failed: {outcome.point.name}: {outcome.error}")
+            lines.append(f"        log: {outcome.log or outcome.point.dir}")
+    return "\n".join(lines)
+
+
+def _sweep_of(flags: Flags, parsed: list[Override], command: str) -> Sweep:
+    swept = [o.input_line or "" for o in parsed if o.is_sweep_override()]
+    task = [o.input_line or "" for o in parsed if not o.is_hydra_override()]
+    given = {o.key_or_group: o.value() for o in parsed if not o.is_sweep_override()}
+    name = str(given.get("name") or sweep_name(task, swept))
+    folder = given.get("hydra.sweep.dir") or given.get("out_dir") or f"sweeps/{name}"
+    return Sweep(Path(str(folder).replace("${name}", name)), command, task, flags.source)
+
+
+def _values(override: Override) -> Iterator[str]:
+    if not override.is_sweep_override():
+        return iter([override.get_value_element_as_str()])
+    if not override.is_discrete_sweep():
+        raise UserError(
+            f"{override.input_line}: this sweeper takes values one by one, not an interval"
+        )
+    return override.sweep_string_iterator()
+
+
+def _settle(run_dir: RunDir, code: int) -> None:
+    """Write down how a worker ended that could not do so itself, like one that was killed."""
+    status = run_dir.read_status()
+    if status.get("state") in ("queued", "running"):
+        how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+        error = status.get("last_error") or ("" if code == 2 else how)
+        run_dir.write_status(state="failed", **({"last_error": error} if error else {}))
+
+
+@contextmanager
+def _passing_on() -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Pass SIGTERM and SIGINT on to the processes in the list that is yielded."""
+    children: list[subprocess.Popen[bytes]] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        for child in children:
+            child.send_signal(number)
+
+    before = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield children
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _console(label: str) -> Callable[[str], None]:
+    """Return what shows a point's line: written over on a terminal, else once at its end."""
+    live = sys.stdout.isatty()
+
+    def show(line: str) -> None:
+        if live:
+            print(f"\r\x1b[K{label}: {line}", end="", flush=True)
+        elif line.endswith("\n"):
+            print(f"{label}: {line}", end="", flush=True)
+
+    return show
+
+
+def _loss(outcome: Outcome) -> str:
+    return "no validation" if outcome.val_loss is None else f"val loss {outcome.val_loss:.4f}"
+
+
+def _register_plugins() -> None:
+    from hydra.core.plugins import Plugins
+
+    plugins = ModuleType(_PLUGINS)
+    sys.modules[_PLUGINS] = plugins
+    classes = [Product]
+    for name, module in _LAUNCHERS.items():
+        if util.find_spec(module) is not None:
+            classes.append(getattr(import_module(module), name))
+    for plugin in classes:
+        plugin.__module__ = _PLUGINS
+        setattr(plugins, plugin.__name__, plugin)
+        Plugins.instance().register(plugin)
+
+
+def _argv(flags: Flags, extra: list[str]) -> list[str]:
+    argv = ["lunaris"]
+    for flag, value in (
+        ("--cfg", flags.cfg),
+        ("--package", flags.package),
+        ("--info", flags.info),
+        ("--config-name", flags.config_name),
+        ("--config-dir", flags.config_dir),
+        ("--config-path", flags.config_path and os.path.abspath(flags.config_path)),
+    ):
+        argv += [flag, value] if value is not None else []
+    for flag, given in (
+        ("--multirun", flags.multirun),
+        ("--resolve", flags.resolve),
+        ("--hydra-help", flags.hydra_help),
+        ("--shell-completion", flags.shell_completion),
+    ):
+        argv += [flag] if given else []
+    if flags.config_path is not None:
+        extra = [*extra, f"hydra.searchpath=[pkg://{CONFIG_MODULE}]"]
+    return [*argv, *extra, *flags.overrides]
+
+
+@contextmanager
+def _as_hydra_program(argv: list[str]) -> Iterator[None]:
+    """Lend `hydra.main` the command line, and have it raise its errors instead of printing."""
+    before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = argv
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = before
+        if full is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full

@@ -1,0 +1,100 @@
+"""The flags that `lunaris train` shares with every Hydra program, apart from its overrides."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass, field
+from typing import NoReturn
+
+from lunaris.config.compose import Source
+from lunaris.errors import UserError, did_you_mean
+
+
+@dataclass
+class Flags:
+    """What a command line asks for besides the config; `overrides` is the rest of it."""
+
+    overrides: list[str] = field(default_factory=list)
+    help: bool = False
+    hydra_help: bool = False
+    cfg: str | None = None
+    resolve: bool = False
+    package: str | None = None
+    multirun: bool = False
+    info: str | None = None
+    shell_completion: bool = False
+    config_name: str = "train"
+    config_path: str | None = None
+    config_dir: str | None = None
+
+    @property
+    def source(self) -> Source:
+        """Where the config is read from."""
+        return Source(self.config_name, self.config_path, self.config_dir)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        unknown = message.removeprefix("unrecognized arguments: ")
+        if unknown != message:
+            flag = unknown.split()[0]
+            known = [name for action in self._actions for name in action.option_strings]
+            raise UserError(f"{flag}: no such flag{did_you_mean(flag, known)}")
+        raise UserError(message)
+
+
+def parser(prog: str) -> argparse.ArgumentParser:
+    """Return the parser of the flags, which also prints them in the help."""
+    made = _Parser(prog=prog, add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
+    made.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
+    flags = made.add_argument_group("flags")
+    add = flags.add_argument
+    add("-h", "--help", action="store_true", help="this text")
+    add("-m", "--multirun", action="store_true", help="a sweep over every KEY=A,B,C")
+    add(
+        "-c", "--cfg", nargs="?", const="job", choices=("job", "hydra", "all"),
+        help="show the config and do nothing",
+    )  # fmt: skip
+    add("-p", "--package", help="with --cfg: the part to show, like model or moe")
+    add("--resolve", action="store_true", help="with --cfg: fill in the interpolations")
+    add("-cd", "--config-dir", metavar="DIR", help="a folder with options of your own")
+    add("-cn", "--config-name", metavar="NAME", default="train", help="instead of train")
+    add("-cp", "--config-path", metavar="DIR", help="a folder that is read before ours")
+    add(
+        "-i", "--info", nargs="?", const="all",
+        choices=("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+        help="how Hydra composes the config",
+    )  # fmt: skip
+    add("--hydra-help", action="store_true", help="Hydra's own help")
+    add("-sc", "--shell-completion", action="store_true", help="with install=SHELL: completion")
+    return made
+
+
+def parse_flags(argv: list[str], prog: str = "lunaris train") -> Flags:
+    """Return the flags and overrides of a command line. Raises UserError for an unknown flag.
+
+    `--cfg` and `--info` may stand without a value before an override.
+    """
+    spread: list[str] = []
+    for text in argv:
+        # argparse would take the override for the flag's value.
+        if spread and spread[-1] in ("-c", "--cfg", "-i", "--info") and "=" in text:
+            spread[-1] = f"{'--cfg=job' if 'c' in spread[-1] else '--info=all'}"
+        spread.append(text)
+    flags = Flags(**vars(parser(prog).parse_intermixed_args(spread)))
+    asked = [
+        name
+        for name, given in (
+            ("--cfg", flags.cfg),
+            ("--multirun", flags.multirun),
+            ("--info", flags.info),
+            ("--shell-completion", flags.shell_completion),
+        )
+        if given
+    ]
+    if len(asked) > 1:
+        raise UserError(f"{' '.join(asked)}: only one of these at a time")
+    for name, value in (("--resolve", flags.resolve), ("--package", flags.package)):
+        if value and not flags.cfg:
+            raise UserError(f"{name}: goes with --cfg")
+    return flags
