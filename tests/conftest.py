@@ -42,18 +42,21 @@ def tiny(tmp_path: Path) -> Callable[..., Any]:
     def make(*overrides: str, name: str = "run") -> Any:
         from lunaris.config.compose import compose
 
+        groups = {text.partition("=")[0]: text.partition("=")[2] for text in overrides}
+        own_keys = []
+        if groups.get("data", "synthetic") == "synthetic":
+            own_keys += ["data=synthetic", "data.n_tokens=20000", "data.vocab_size=64"]
+        if groups.get("moe") != "none":
+            own_keys += ["moe.n_experts=4"]
         return compose(
             [
-                "data=synthetic",
-                "data.n_tokens=20000",
-                "data.vocab_size=64",
+                *own_keys,
                 "model.d_model=16",
                 "model.n_layers=2",
                 "model.n_heads=2",
                 "model.n_kv_heads=1",
                 "model.max_seq_len=16",
                 "model.multiple_of=8",
-                "moe.n_experts=4",
                 "trainer.max_steps=8",
                 "trainer.batch_size=4",
                 "trainer.log_interval=1",

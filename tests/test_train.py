@@ -62,9 +62,9 @@ def assert_same_run(a: RunDir, b: RunDir, tmp_path: Path) -> None:
     [
         ["moe=switch"],
         ["moe=top2", "moe.balancing=bias", "optimizer=muon", "model.dropout=0.2"],
-        ["optimizer.eps=1e-6", "trainer.precision=fp16", "checkpoint.async_save=true"],
+        ["moe=none", "trainer.precision=fp16", "checkpoint.async_save=true"],
     ],
-    ids=["switch", "bias-muon-dropout", "fp16-async"],
+    ids=["switch", "bias-muon-dropout", "dense-fp16-async"],
 )
 def test_a_run_stopped_by_a_signal_and_started_again_equals_an_undisturbed_one(
     tiny: Callable[..., Any],

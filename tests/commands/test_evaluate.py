@@ -20,7 +20,11 @@ def test_the_loss_of_the_last_checkpoint_is_the_one_that_training_saw(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     run_dir = run_here(tiny("trainer.eval_steps=null"))
-    rows = {row["step"]: row["val/loss"] for row in read_rows(run_dir.metrics_path) if row["step"] % 4 == 0}
+    rows = {
+        row["step"]: row["val/loss"]
+        for row in read_rows(run_dir.metrics_path)
+        if row["step"] % 4 == 0
+    }
     capsys.readouterr()
     for step, flags in ((8, []), (4, ["--step", "4"])):
         assert main([str(run_dir.path), "--json", *flags]) == 0

@@ -13,7 +13,7 @@ from lunaris.rundir import RunDir
 
 @pytest.fixture
 def trained_on_text(tiny: Callable[..., Any], run_here: Callable[[Any], RunDir]) -> RunDir:
-    cfg = tiny("data=stdlib", "~data.n_tokens", "data.vocab_size=300", "trainer.max_steps=2")
+    cfg = tiny("data=stdlib", "data.vocab_size=300", "trainer.max_steps=2")
     return run_here(cfg)
 
 

@@ -1,0 +1,88 @@
+"""Cross-entropy of a vocabulary projection, without ever holding all logits.
+
+Shapes: T positions, D model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lunaris.layers import compute_dtype
+
+# Logits held at once: 2^24 float32 are 64 MiB.
+_LOGITS = 1 << 24
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, targets: Tensor, chunk: int | None = None
+) -> Tensor:
+    """Return the mean cross-entropy [] (float32, nats) of softmax(x Wᵀ) against the targets.
+
+    x: [..., D]; weight: [V, D]; targets: [...] int64, negative where there is none (0 for a batch
+    without any). chunk: positions whose logits are held at once; None: as many as fit 64 MiB. The
+    products run in autocast's dtype, the softmax and all sums in float32.
+    """
+    if chunk is None:
+        chunk = max(64, _LOGITS // weight.size(0))
+    return _LinearCrossEntropy.apply(
+        x.reshape(-1, x.size(-1)), weight, targets.reshape(-1), chunk, compute_dtype(x)
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Computes both gradients with the loss, chunk by chunk, so that no logits are kept.
+
+    The gradients are kept without the factor 1 / targets, of order 1, for float16's sake; backward
+    scales them by it and by the incoming gradient at once.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, chunk: int, dtype: torch.dtype
+    ) -> Tensor:
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        grad_x = torch.empty_like(x) if need_x else None
+        grad_weight = (
+            torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+            if need_weight
+            else None
+        )
+        total = torch.zeros((), dtype=torch.float32, device=x.device)
+        wanted = targets >= 0
+        with torch.autocast(x.device.type, enabled=False):
+            w = weight.to(dtype)
+            for begin in range(0, x.size(0), chunk):
+                rows = slice(begin, begin + chunk)
+                x_c, want_c = x[rows].to(dtype), wanted[rows]
+                target_c = targets[rows].clamp_min(0)[:, None]
+                logits = (x_c @ w.mT).float()
+                log_z = logits.logsumexp(dim=-1, keepdim=True)
+                loss = (log_z - logits.gather(1, target_c)).squeeze(1)
+                total += (loss * want_c).sum()
+                if not (need_x or need_weight):
+                    continue
+                # softmax − onehot, in the logits' own memory
+                grad = logits.sub_(log_z).exp_()
+                grad.scatter_add_(1, target_c, torch.full_like(loss, -1.0)[:, None])
+                grad = grad.mul_(want_c[:, None]).to(dtype)
+                if grad_x is not None:
+                    grad_x[rows] = (grad @ w).to(grad_x.dtype)
+                if grad_weight is not None:
+                    grad_weight += (grad.mT @ x_c).float()
+        scale = 1.0 / wanted.sum().clamp_min(1)
+        ctx.save_for_backward(grad_x, grad_weight, scale)
+        ctx.weight_dtype = weight.dtype
+        return total * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Any:
+        grad_x, grad_weight, scale = ctx.saved_tensors
+        factor = grad_output * scale
+        if grad_x is not None:
+            grad_x = (grad_x * factor).to(grad_x.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * factor).to(ctx.weight_dtype)
+        return grad_x, grad_weight, None, None, None

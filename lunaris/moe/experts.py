@@ -1,0 +1,66 @@
+"""The experts' weights, stacked, and their product over tokens sorted by expert.
+
+Shapes: T assignments, D model width, H hidden width, E experts.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lunaris.layers import compute_dtype, gated
+
+
+class Experts(nn.Module):
+    """E SwiGLU feed-forwards with stacked weights."""
+
+    def __init__(self, n_experts: int, d_model: int, hidden: int) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(n_experts, d_model, 2 * hidden))
+        self.down = nn.Parameter(torch.empty(n_experts, hidden, d_model))
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        """Return each row's expert's output ([T, D], in the dtype of the products).
+
+        x: [T, D], sorted by expert; counts: [E] int64 rows of each, T or fewer in all; rows past
+        their sum give zeros.
+        """
+        dtype = compute_dtype(x)
+        weights = (self.gate_up.to(dtype), self.down.to(dtype))
+        with torch.autocast(x.device.type, enabled=False):
+            if grouped_mm_fits(x, dtype, *weights):
+                return _grouped(x.to(dtype), counts, *weights)
+            return _one_by_one(x.to(dtype), counts, *weights)
+
+
+def grouped_mm_fits(x: Tensor, dtype: torch.dtype, *weights: Tensor) -> bool:
+    """Return whether `grouped_mm` is right and fast here: bf16 on a GPU, rows of 16 bytes.
+
+    On a CPU it is slower than one product an expert (tests/benchmarks/LOG.md).
+    """
+    return x.is_cuda and dtype == torch.bfloat16 and all(w.size(-1) % 8 == 0 for w in weights)
+
+
+def _grouped(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    ends = counts.cumsum(0)
+    # Rows past the last expert's are not computed: keep what stands there out of both directions.
+    inside = (torch.arange(len(x), device=x.device) < ends[-1])[:, None]
+    x = torch.where(inside, x, 0)
+    offsets = ends.to(torch.int32)
+    hidden = gated(F.grouped_mm(x, gate_up, offs=offsets))
+    hidden = torch.where(inside, hidden, 0)
+    return torch.where(inside, F.grouped_mm(hidden, down, offs=offsets), 0)
+
+
+def _one_by_one(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+    """One product an expert. On a GPU the counts are waited for: the path for fp32 and fp16."""
+    sizes = counts.tolist()
+    rest = len(x) - sum(sizes)
+    *parts, past = x.split([*sizes, rest])
+    # unbind and not indexing: its backward stacks once, where each index makes a full-size zero.
+    outputs = [
+        gated(part @ up) @ out
+        for part, up, out in zip(parts, gate_up.unbind(), down.unbind(), strict=True)
+    ]
+    return torch.cat([*outputs, torch.zeros_like(past)])

@@ -1,0 +1,105 @@
+"""A Mixture-of-Experts feed-forward.
+
+Shapes: B sequences, L positions, D model width, E experts, k experts a token, T = B·L·k
+assignments.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lunaris.layers import SwiGLU
+from lunaris.moe.experts import Experts
+from lunaris.moe.router import Router, within_capacity
+
+
+class RoutingStats(NamedTuple):
+    """What one call tells about its routing; returned, so that a recomputed forward counts once.
+
+    loss: [] float32, weighted, with a gradient. load: [E] float32, tokens sent to each expert
+    before drops; dropped: [] float32, assignments dropped by capacity; both without a gradient.
+    """
+
+    loss: Tensor
+    load: Tensor
+    dropped: Tensor
+
+
+class MoE(nn.Module):
+    """Routed experts, each output scaled by its gate, plus experts that every token takes.
+
+    The gate lets the language-model loss reach the router. Capacity drops in training alone;
+    evaluation and generation never drop.
+    """
+
+    def __init__(
+        self,
+        router: Router,
+        experts: Experts,
+        shared: SwiGLU | None,
+        *,
+        n_experts: int,
+        capacity_factor: float | None,
+        dropout: float,
+    ) -> None:
+        super().__init__()
+        self.router = router
+        self.experts = experts
+        self.shared = shared
+        self.n_experts = n_experts
+        self.capacity_factor = capacity_factor
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, RoutingStats]:
+        """Return [B, L, D] and the routing statistics for [B, L, D]."""
+        routing = self.router(x)
+        chosen, gates = routing.experts, routing.gates
+        dropped = torch.zeros((), device=x.device)
+        if self.capacity_factor is not None and self.training:
+            fits = within_capacity(chosen, self.n_experts, self.capacity_factor)
+            # Expert E does not exist: sorted last, beyond every real expert's rows.
+            chosen = chosen.masked_fill(~fits, self.n_experts)
+            dropped = (~fits).sum().float()
+        y = self.dropout(self._routed(x, chosen, gates)).type_as(x)
+        if self.shared is not None:
+            y = y + self.shared(x)
+        return y, RoutingStats(routing.loss, routing.load.detach(), dropped)
+
+    def _routed(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
+        """Return the gated sum of the chosen experts' outputs ([B, L, D] float32)."""
+        k = chosen.size(-1)
+        flat = chosen.flatten()
+        order = flat.sort(stable=True).indices
+        inverse = torch.empty_like(order).scatter_(
+            0, order, torch.arange(len(order), device=order.device)
+        )
+        counts = torch.zeros(self.n_experts + 1, dtype=torch.int64, device=x.device)
+        counts = counts.scatter_add_(0, flat, torch.ones_like(flat))[: self.n_experts]
+        rows = x.flatten(0, 1)
+        if k > 1:
+            rows = rows[:, None].expand(-1, k, -1).flatten(0, 1)
+        out = self.experts(_Permute.apply(rows, order, inverse), counts)
+        out = _Permute.apply(out, inverse, order).unflatten(0, gates.shape)
+        return (out * gates[..., None]).sum(dim=2) if k > 1 else out[:, :, 0] * gates
+
+    def idle_parameters(self) -> int:
+        """Return how many parameters of the experts a token does not pass through."""
+        total = sum(p.numel() for p in self.experts.parameters())
+        return total - total // self.n_experts * self.router.k
+
+
+class _Permute(torch.autograd.Function):
+    """Rows in another order. Its backward is the inverse gather: no atomic adds, deterministic."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (inverse,) = ctx.saved_tensors
+        return grad.index_select(0, inverse), None, None
