@@ -22,7 +22,7 @@ def main(argv: list[str]) -> int:
         _apply(cfg, override)
 
     # torch only from here on: `--help` and a wrong key answer at once.
-    from lunaris.run import evaluate_checkpoint
+    from lunaris.trained import evaluate_checkpoint
 
     result = evaluate_checkpoint(cfg, RunDir(args.dir), step=args.step, most=args.max_sequences)
     if args.json:

@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     cfg = run_dir.read_config()
 
     # torch and tokenizers only from here on: `--help` answers at once.
-    from lunaris.run import sample_text
+    from lunaris.trained import sample_text
 
     for i in range(args.samples):
         if args.samples > 1:
