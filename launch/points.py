@@ -94,7 +94,8 @@ class Sweep:
         try:
             cfg = compose(overrides, source=self.source)
         except UserError as error:
-            raise UserError(f"point {name}: {error}") from error
+            about = "" if str(error).startswith(name) else f"point {name}: "
+            raise UserError(f"{about}{error}") from error
         cfg.name = name
         cfg.out_dir = str(self.dir / name)
         if cfg.logger.get("group", "") is None:

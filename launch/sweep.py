@@ -8,12 +8,9 @@ import signal
 import subprocess
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from importlib import import_module, util
 from pathlib import Path
-from types import FrameType, ModuleType
+from types import FrameType
 from typing import Any
 
 from hydra.core.override_parser.types import Override
@@ -21,20 +18,16 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
+from lunaris.launch.handoff import hand_to_hydra
 from lunaris.launch.points import Outcome, Point, Sweep, outcome_of
 
-from lunaris.config.compose import compose_unchecked, config_dirs, register_schemas
-from lunaris.config.faults import explain
+from lunaris.config.compose import config_dirs
 from lunaris.config.flags import Flags
 from lunaris.config.names import sweep_name
-from lunaris.config.options import CONFIG_MODULE
 from lunaris.config.overrides import check, parse
 from lunaris.errors import Stopped, UserError
 from lunaris.rundir import RunDir
 
-# Hydra takes plugins from this package only; ours are registered under its name.
-_PLUGINS = "hydra_plugins.lunaris"
-_LAUNCHERS = {"LocalSweep": "lunaris.launch.sweep", "SlurmArray": "lunaris.launch.array"}
 _POLL_S = 0.2
 
 
@@ -53,30 +46,6 @@ def sweep(flags: Flags, command: str) -> int:
     outcomes = {outcome.point.name: outcome for outcome in task.sweep.outcomes}
     print(summary(task.sweep, list(outcomes.values())))
     return int(any(outcome.state == "failed" for outcome in outcomes.values()))
-
-
-def hand_to_hydra(flags: Flags, extra: list[str], task: Callable[[Any], Any]) -> None:
-    """Let `hydra.main` do what the flags ask, and tell its faults as ours.
-
-    Raises UserError. Hydra's sweepers, launchers, completion and `--info` work by this way.
-    """
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-
-    register_schemas()
-    _register_plugins()
-    try:
-        with warnings.catch_warnings(), _as_hydra_program(_argv(flags, extra)):
-            warnings.simplefilter("ignore")
-            hydra.main(f"pkg://{CONFIG_MODULE}", "train", version_base="1.3")(task)()
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        # Ours is the better message, where the fault is one that our own composition finds.
-        swept = {o.input_line for o in parse(flags.overrides) if o.is_sweep_override()}
-        compose_unchecked([o for o in flags.overrides if o not in swept], flags.source)
-        raise UserError(explain(error)) from error
 
 
 class _SweepTask:
@@ -169,17 +138,18 @@ def run_point(point: Point, show: Callable[[str], None]) -> Outcome:
         show(f"done before, {_loss(outcome)}\n")
         return outcome
     run_dir = RunDir(point.dir)
+    run_dir.write_status(state="queued", last_error=None)
     started = time.monotonic()
-    with (run_dir.logs / "console.log").open("ab") as log, _passing_on() as children:
+    with (run_dir.logs / "console.log").open("ab") as log, _PassedOn() as signals:
         worker = subprocess.Popen(
-            [sys.executable, "-u", "-m", "lunaris.launch.worker", str(point.dir)],
+            worker_command(point.dir),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
             # Signals reach it through us, once each.
             process_group=0,
         )
-        children.append(worker)
+        signals.child = worker
         while True:
             try:
                 code = worker.wait(_POLL_S)
@@ -195,9 +165,14 @@ def run_point(point: Point, show: Callable[[str], None]) -> Outcome:
         show(f"done in {seconds}, {_loss(outcome)}\n")
     else:
         show(f"{outcome.state} after {seconds}: {outcome.error}\n")
-    if outcome.state == "stopped":
+    if signals.received or outcome.state == "stopped":
         raise Stopped(f"at {point.dir}; the same command goes on")
     return outcome
+
+
+def worker_command(path: Path) -> list[str]:
+    """Return the command that trains the run in folder `path`."""
+    return [sys.executable, "-u", "-m", "lunaris.launch.worker", str(path)]
 
 
 def expand(overrides: list[str]) -> list[list[str]]:
@@ -268,21 +243,26 @@ def _settle(run_dir: RunDir, code: int) -> None:
         run_dir.write_status(state="failed", **({"last_error": error} if error else {}))
 
 
-@contextmanager
-def _passing_on() -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Pass SIGTERM and SIGINT on to the processes in the list that is yielded."""
-    children: list[subprocess.Popen[bytes]] = []
+class _PassedOn:
+    """Passes SIGTERM and SIGINT on to `child` while in its context."""
 
-    def pass_on(number: int, frame: FrameType | None) -> None:
-        for child in children:
-            child.send_signal(number)
+    def __init__(self) -> None:
+        self.child: subprocess.Popen[bytes] | None = None
+        self.received = False
 
-    before = {n: signal.signal(n, pass_on) for n in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield children
-    finally:
-        for number, handler in before.items():
+    def __enter__(self) -> _PassedOn:
+        numbers = (signal.SIGTERM, signal.SIGINT)
+        self._before = {number: signal.signal(number, self._pass_on) for number in numbers}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
             signal.signal(number, handler)
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        self.received = True
+        if self.child is not None:
+            self.child.send_signal(number)
 
 
 def _console(label: str) -> Callable[[str], None]:
@@ -300,57 +280,3 @@ def _console(label: str) -> Callable[[str], None]:
 
 def _loss(outcome: Outcome) -> str:
     return "no validation" if outcome.val_loss is None else f"val loss {outcome.val_loss:.4f}"
-
-
-def _register_plugins() -> None:
-    from hydra.core.plugins import Plugins
-
-    plugins = ModuleType(_PLUGINS)
-    sys.modules[_PLUGINS] = plugins
-    classes = [Product]
-    for name, module in _LAUNCHERS.items():
-        if util.find_spec(module) is not None:
-            classes.append(getattr(import_module(module), name))
-    for plugin in classes:
-        plugin.__module__ = _PLUGINS
-        setattr(plugins, plugin.__name__, plugin)
-        Plugins.instance().register(plugin)
-
-
-def _argv(flags: Flags, extra: list[str]) -> list[str]:
-    argv = ["lunaris"]
-    for flag, value in (
-        ("--cfg", flags.cfg),
-        ("--package", flags.package),
-        ("--info", flags.info),
-        ("--config-name", flags.config_name),
-        ("--config-dir", flags.config_dir),
-        ("--config-path", flags.config_path and os.path.abspath(flags.config_path)),
-    ):
-        argv += [flag, value] if value is not None else []
-    for flag, given in (
-        ("--multirun", flags.multirun),
-        ("--resolve", flags.resolve),
-        ("--hydra-help", flags.hydra_help),
-        ("--shell-completion", flags.shell_completion),
-    ):
-        argv += [flag] if given else []
-    if flags.config_path is not None:
-        extra = [*extra, f"hydra.searchpath=[pkg://{CONFIG_MODULE}]"]
-    return [*argv, *extra, *flags.overrides]
-
-
-@contextmanager
-def _as_hydra_program(argv: list[str]) -> Iterator[None]:
-    """Lend `hydra.main` the command line, and have it raise its errors instead of printing."""
-    before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = argv
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    finally:
-        sys.argv = before
-        if full is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = full

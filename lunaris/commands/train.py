@@ -47,7 +47,7 @@ def main(argv: list[str]) -> int:
 
         return sweep(flags, command)
     if flags.hydra_help or flags.cfg or flags.info or flags.shell_completion:
-        from lunaris.launch.sweep import hand_to_hydra
+        from lunaris.launch.handoff import hand_to_hydra
 
         hand_to_hydra(flags, [], _unreached)
         return 0

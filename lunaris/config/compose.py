@@ -66,19 +66,21 @@ def compose_unchecked(
     """
     from hydra.errors import HydraException
     from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
 
+    faults = (HydraException, OmegaConfBaseException, YAMLError, ValueError)
     source = source or Source()
     further = _search_path(source)
     parsed = parse(overrides)
     check(parsed, config_dirs(source))
     try:
         return _compose(source, [*further, *open_maps(parsed)], with_hydra)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except faults as error:
         fault = error
     choices = open_maps([o for o in parsed if is_group_choice(o)])
     try:
         base = _compose(source, [*further, *choices], True)
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
+    except faults as error:
         raise UserError(explain(error)) from error
     diagnose(base, parsed)
     raise UserError(explain(fault)) from fault

@@ -41,6 +41,7 @@ def _summary(file: Path) -> str:
         if not line.startswith("#"):
             break
         text = line.lstrip("# ")
-        if not text.startswith("@"):
+        # An experiment opens with the command that runs it.
+        if not text.startswith(("@", "lunaris ")):
             return text
     return ""

@@ -1,0 +1,104 @@
+"""The edge to Hydra: `hydra.main` with our plugins, our command line and our messages."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import import_module, util
+from types import ModuleType
+from typing import Any
+
+from lunaris.config.compose import compose_unchecked, register_schemas
+from lunaris.config.faults import explain
+from lunaris.config.flags import Flags
+from lunaris.config.options import CONFIG_MODULE
+from lunaris.config.overrides import parse
+from lunaris.errors import UserError
+
+# Hydra takes plugins from this package only; ours are registered under its name.
+_PACKAGE = "hydra_plugins.lunaris"
+_PLUGINS = {
+    "Product": "lunaris.launch.sweep",
+    "LocalSweep": "lunaris.launch.sweep",
+    "SlurmArray": "lunaris.launch.array",
+}
+
+
+def hand_to_hydra(flags: Flags, extra: list[str], task: Callable[[Any], Any]) -> None:
+    """Let `hydra.main` do what the flags ask, and tell its faults as ours.
+
+    Raises UserError. Hydra's sweepers, launchers, completion and `--info` work by this way.
+    """
+    import hydra
+    from hydra.errors import HydraException
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    register_schemas()
+    _register_plugins()
+    try:
+        with warnings.catch_warnings(), _as_hydra_program(_argv(flags, extra)):
+            warnings.simplefilter("ignore")
+            hydra.main(f"pkg://{CONFIG_MODULE}", "train", version_base="1.3")(task)()
+    except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        # Ours is the better message, where the fault is one that our own composition finds.
+        swept = {o.input_line for o in parse(flags.overrides) if o.is_sweep_override()}
+        compose_unchecked([o for o in flags.overrides if o not in swept], flags.source)
+        raise UserError(explain(error)) from error
+
+
+def _register_plugins() -> None:
+    from hydra.core.plugins import Plugins
+
+    package = ModuleType(_PACKAGE)
+    sys.modules[_PACKAGE] = package
+    for name, module in _PLUGINS.items():
+        if util.find_spec(module) is not None:
+            plugin = getattr(import_module(module), name)
+            plugin.__module__ = _PACKAGE
+            setattr(package, name, plugin)
+            Plugins.instance().register(plugin)
+
+
+def _argv(flags: Flags, extra: list[str]) -> list[str]:
+    argv = ["lunaris"]
+    for flag, value in (
+        ("--cfg", flags.cfg),
+        ("--package", flags.package),
+        ("--info", flags.info),
+        ("--config-name", flags.config_name),
+        ("--config-dir", flags.config_dir),
+        ("--config-path", flags.config_path and os.path.abspath(flags.config_path)),
+    ):
+        argv += [flag, value] if value is not None else []
+    for flag, given in (
+        ("--multirun", flags.multirun),
+        ("--resolve", flags.resolve),
+        ("--hydra-help", flags.hydra_help),
+        ("--shell-completion", flags.shell_completion),
+    ):
+        argv += [flag] if given else []
+    if flags.config_path is not None:
+        extra = [*extra, f"hydra.searchpath=[pkg://{CONFIG_MODULE}]"]
+    return [*argv, *extra, *flags.overrides]
+
+
+@contextmanager
+def _as_hydra_program(argv: list[str]) -> Iterator[None]:
+    """Lend `hydra.main` the command line, and have it raise its errors instead of printing."""
+    before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    sys.argv = argv
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        yield
+    finally:
+        sys.argv = before
+        if full is None:
+            del os.environ["HYDRA_FULL_ERROR"]
+        else:
+            os.environ["HYDRA_FULL_ERROR"] = full
