@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from lunaris.layers import compute_dtype, gated
 
@@ -27,11 +28,16 @@ class Experts(nn.Module):
         their sum give zeros.
         """
         dtype = compute_dtype(x)
-        weights = (self.gate_up.to(dtype), self.down.to(dtype))
+        weights = (own_experts(self.gate_up).to(dtype), own_experts(self.down).to(dtype))
         with torch.autocast(x.device.type, enabled=False):
             if grouped_mm_fits(x, dtype, *weights):
                 return _grouped(x.to(dtype), counts, *weights)
             return _one_by_one(x.to(dtype), counts, *weights)
+
+
+def own_experts(weight: Tensor) -> Tensor:
+    """Return this process's part of a stacked weight: all of it, unless experts are spread."""
+    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def grouped_mm_fits(x: Tensor, dtype: torch.dtype, *weights: Tensor) -> bool:

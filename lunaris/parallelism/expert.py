@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from lunaris.errors import UserError
+from lunaris.layers import compute_dtype
 
 
 def expert_modules(model: nn.Module) -> list[nn.Module]:
@@ -86,25 +87,25 @@ class _Exchange:
         self._parts = dist.get_world_size(group)
 
     @torch.compiler.disable
-    def __call__(self, x: Tensor, counts: Tensor, *args: Any) -> Tensor:
+    def __call__(self, x: Tensor, counts: Tensor) -> Tensor:
         """Return the experts' outputs [T, D] for tokens `x` [T, D] sorted by expert.
 
-        counts: [E] tokens of each expert. The sizes of the exchange must be known to the host, so
-        this waits for the device once a layer.
+        counts: [E] tokens of each expert, T or fewer in all; rows past their sum give zeros. The
+        sizes of the exchange must be known to the host, so this waits for the device once.
         """
-        parts = self._parts
-        # [P, E/P]: row p holds what goes to, and later what comes from, process p.
-        sent = counts.view(parts, -1)
+        # [P, E/P]: row p holds what goes to, and what comes from, process p.
+        sent = counts.view(self._parts, -1).contiguous()
         received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent.contiguous(), group=self._group)
-        totals = torch.stack([sent.sum(1), received.sum(1)]).tolist()
-        send, receive = [int(n) for n in totals[0]], [int(n) for n in totals[1]]
+        dist.all_to_all_single(received, sent, group=self._group)
+        send, receive = torch.stack([sent.sum(1), received.sum(1)]).tolist()
 
-        arrived = _AllToAll.apply(x, receive, send, self._group)  # [R, D], by process then expert
-        order = _by_expert(received, arrived.size(0))
-        out = self._forward(arrived[order], received.sum(0), *args)
+        rows = x[: sum(send)].to(compute_dtype(x))
+        arrived = _AllToAll.apply(rows, receive, send, self._group)  # [R, D]
+        order = _by_expert(received, len(arrived))
+        out = self._forward(arrived[order], received.sum(0))
         back = torch.empty_like(out).index_copy(0, order, out)
-        return _AllToAll.apply(back, send, receive, self._group)
+        mine = _AllToAll.apply(back, send, receive, self._group)
+        return torch.cat([mine, mine.new_zeros(len(x) - len(mine), mine.size(1))])
 
 
 def _by_expert(received: Tensor, total: int) -> Tensor:

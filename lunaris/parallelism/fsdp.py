@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
@@ -27,10 +28,11 @@ from lunaris.precision import Precision
 class FSDP(Parallelism):
     """Shards over all processes; a block's parameters are gathered while it computes.
 
-    In bf16 and fp16 a block's weights are cast before they are gathered, which halves the
-    traffic; gradients are reduced in float32. Routers, embeddings, the last norm and the head
-    are gathered in float32, and activations between blocks keep their dtype, so that the numbers
-    are those of autocast without sharding.
+    In bf16 and fp16 a block's matrices are cast before they are gathered, which halves the
+    traffic; gradients are reduced in float32. What autocast reads in float32 stays so: embeddings
+    and the head are gathered as they are; norms and routers inside blocks, a few thousandths of
+    the parameters, are not sharded at all, since a gather of their own inside each block would
+    cost more than it saves. The numbers are those of autocast without sharding.
     """
 
     def __init__(self, *, expert_parallel: int = 1, reshard_after_forward: bool = True) -> None:
@@ -38,6 +40,7 @@ class FSDP(Parallelism):
         distributed.ensure_group()
         self._expert_parallel = expert_parallel
         self._reshard = reshard_after_forward
+        self._replicated: list[nn.Parameter] = []
 
     def meshes(self) -> Meshes:
         """Return the meshes: of the experts, and of everything else."""
@@ -54,34 +57,23 @@ class FSDP(Parallelism):
         if compile:
             compile_blocks(model)
         half = None if precision.dtype == torch.float32 else precision.dtype
-        cast = MixedPrecisionPolicy(
+        exact = set() if half is None else set(_read_exactly(model.blocks))  # type: ignore[arg-type]
+        # Activations keep their dtype between blocks: autocast decides, as without sharding.
+        inside = MixedPrecisionPolicy(
             param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        exact = MixedPrecisionPolicy(cast_forward_inputs=False)
+        around = MixedPrecisionPolicy(cast_forward_inputs=False)
         for block in model.blocks:  # type: ignore[union-attr]
-            if half is not None:
-                for router in router_modules(block):
-                    self._shard(router, meshes.dense, exact)
             if meshes.expert is not None:
                 for experts in expert_modules(block):
-                    self._shard(experts, meshes.beside_experts, cast)
-            self._shard(block, meshes.dense, cast)
-        self._shard(model, meshes.dense, exact, root=True)
+                    _shard(experts, meshes.beside_experts, self._reshard, inside, exact)
+            _shard(block, meshes.dense, self._reshard, inside, exact)
+        # The root's are needed first in the backward, right after the forward.
+        _shard(model, meshes.dense, False, around, exact)
         materialize(model, self.device, seed)
+        if half is not None:
+            self._replicated = _read_exactly(model.blocks)  # type: ignore[arg-type]
         return model
-
-    def _shard(
-        self, module: nn.Module, mesh: DeviceMesh, policy: MixedPrecisionPolicy, root: bool = False
-    ) -> None:
-        shards = mesh.size(-1)
-        fully_shard(
-            module,
-            mesh=mesh,
-            # The root's are needed first in the backward, right after the forward.
-            reshard_after_forward=self._reshard and not root,
-            shard_placement_fn=lambda parameter: _placement(parameter, shards),
-            mp_policy=policy,
-        )
 
     @contextmanager
     def micro_step(self, model: nn.Module, last: bool) -> Iterator[None]:
@@ -94,7 +86,11 @@ class FSDP(Parallelism):
         model.set_is_last_backward(last)
         with super().micro_step(model, last):
             yield
-        if last and self._expert_parallel > 1:
+        if not last:
+            return
+        if self._replicated and self.world_size > 1:
+            _average([p.grad for p in self._replicated if p.grad is not None], self.world_size)
+        if self._expert_parallel > 1:
             scale_expert_grads(model, 1 / self._expert_parallel)
 
 
@@ -159,6 +155,39 @@ class Meshes:
             mesh_dim_names=(*names, "expert"),
         )
         return cls(dense, whole["expert"], whole[names])
+
+
+def _shard(
+    module: nn.Module,
+    mesh: DeviceMesh,
+    reshard: bool,
+    policy: MixedPrecisionPolicy,
+    left_whole: set[nn.Parameter],
+) -> None:
+    fully_shard(
+        module,
+        mesh=mesh,
+        reshard_after_forward=reshard,
+        shard_placement_fn=lambda parameter: _placement(parameter, mesh.size(-1)),
+        mp_policy=policy,
+        ignored_params=left_whole,
+    )
+
+
+def _read_exactly(blocks: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of the blocks' routers and norms."""
+    routers = {p for module in router_modules(blocks) for p in module.parameters()}
+    return [p for p in blocks.parameters() if p.ndim < 2 or p in routers]
+
+
+@torch.no_grad()
+def _average(grads: list[Tensor], world_size: int) -> None:
+    """Replace gradients by their averages over all processes, in one exchange."""
+    flat = torch.cat([grad.reshape(-1) for grad in grads])
+    dist.all_reduce(flat)
+    flat /= world_size
+    parts = flat.split([grad.numel() for grad in grads])
+    torch._foreach_copy_(grads, [p.view_as(g) for p, g in zip(parts, grads, strict=True)])
 
 
 def _placement(parameter: nn.Parameter, shards: int) -> Shard:
