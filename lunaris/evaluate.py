@@ -14,7 +14,7 @@ from lunaris.parallelism.base import Parallelism
 
 
 class Evaluator:
-    """Mean cross-entropy of a model over the first sequences of each validation source.
+    """Mean cross-entropy of a model over sequences spread evenly over each validation source.
 
     Which sequences count does not depend on how many processes share them, so the figure is the
     same at every world size to float tolerance.
@@ -66,7 +66,8 @@ class Evaluator:
         for first in range(0, count, size * world):
             wanted = np.arange(first + rank * size, first + (rank + 1) * size)
             rows = np.empty((size, self._seq_len + 1), dtype=np.int64)
-            source.gather(np.minimum(wanted, count - 1), rows)
+            picked = np.minimum(wanted, count - 1) * len(source) // count
+            source.gather(picked, rows)
             tokens, targets, documents = split_documents(torch.from_numpy(rows), self._eot_id)
             targets[torch.from_numpy(wanted >= count)] = -100
             out = model(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -14,12 +14,14 @@ import torch
 from hydra.utils import instantiate
 
 from lunaris import distributed
-from lunaris.checkpoint import Checkpoints, TrainState
+from lunaris.checkpoint import Checkpoints, TrainState, complete
 from lunaris.data.loader import Loader
 from lunaris.errors import Stopped, UserError
 from lunaris.evaluate import Evaluator
+from lunaris.jobs import current_job_id
 from lunaris.metrics.loggers import Logger, NullLogger
 from lunaris.metrics.plot import plot_loss
+from lunaris.metrics.records import read_rows
 from lunaris.metrics.throughput import Meter, peak_flops
 from lunaris.model.transformer import Transformer
 from lunaris.parallelism.base import Parallelism, unwrap
@@ -59,6 +61,7 @@ def execute(cfg: Any, path: str | Path) -> RunResult:
             plot_loss(run_dir.metrics_path, run_dir.path / "loss.png")
             if cfg.checkpoint.consolidated:
                 run.checkpoints.consolidate(run.state.step)
+            run.logger.message(conclude(run))
     return RunResult(run.state.step, run.state.best_val_loss)
 
 
@@ -195,6 +198,27 @@ def describe(run: Run) -> str:
     return "\n".join(lines)
 
 
+def conclude(run: Run) -> str:
+    """Return how the run ended, where its results are, and what to do with them."""
+    folder = run.dir.path
+    losses = [row["val/loss"] for row in read_rows(run.dir.metrics_path) if row.get("val/loss")]
+    lines = []
+    if losses:
+        lines.append(
+            f"validation {losses[-1]:.4f} nats a token (perplexity {math.exp(losses[-1]):.1f}), "
+            f"from {losses[0]:.4f} at the start"
+        )
+    lines += [
+        f"checkpoint {complete(run.dir.checkpoints)[0]}",
+        f"plot       {folder / 'loss.png'}",
+        f"next       lunaris evaluate {folder}",
+    ]
+    if (folder / "tokenizer.json").is_file():
+        lines.append(f"           lunaris generate {folder} --prompt 'def main('")
+    lines.append("           lunaris train -m moe.n_experts=4,8 trainer.max_steps=100")
+    return "\n".join(lines)
+
+
 def _meter(model: Transformer, parallelism: Parallelism, seq_len: int, global_batch: int) -> Meter:
     peak = peak_flops(parallelism.device)
     return Meter(
@@ -223,7 +247,7 @@ def _recorded(run_dir: RunDir) -> Iterator[None]:
         state="running",
         attempts=attempts,
         last_error=None,
-        job_id=os.environ.get("SLURM_JOB_ID"),
+        job_id=current_job_id(),
     )
     try:
         yield

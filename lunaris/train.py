@@ -66,6 +66,9 @@ class StepStats:
 def train(run: Run) -> None:
     """Train until `trainer.max_steps`. Raises Stopped, with a checkpoint saved, on a signal."""
     state, trainer = run.state, run.cfg.trainer
+    if state.step == 0:
+        with run.meter.paused():
+            run.logger.log({"step": 0} | evaluate(run))
     batches = iter(run.loader)
     while state.step < trainer.max_steps:
         stats = train_step(run, next(batches))
@@ -163,20 +166,18 @@ def step_row(run: Run, stats: StepStats) -> dict[str, Any]:
     }
     if run.precision.scaler.is_enabled():
         row["train/loss_scale"] = run.precision.scaler.get_scale()
-    row |= moe_row(stats)
+    row |= moe_row(unwrap(run.model).moe_layers(), stats)
     row |= run.meter.row()
     row["perf/peak_memory_gb"] = run.parallelism.sum(memory).tolist()
     write_progress(run)
     return row
 
 
-def moe_row(stats: StepStats) -> dict[str, Any]:
+def moe_row(layers: list[int], stats: StepStats) -> dict[str, Any]:
     """Return each layer's expert shares (sum 1) and drop rate, and the extremes over all layers."""
     row: dict[str, Any] = {}
     shares = []
-    for i, (load, dropped) in enumerate(
-        zip(stats.load.tolist(), stats.dropped.tolist(), strict=True)
-    ):
+    for i, load, dropped in zip(layers, stats.load.tolist(), stats.dropped.tolist(), strict=True):
         total = sum(load)
         if total > 0:
             share = [tokens / total for tokens in load]

@@ -129,7 +129,7 @@ def test_accumulation_and_activation_checkpointing_change_only_float_noise(
             name="split",
         )
     )
-    for a, b in zip(exact_rows(whole), exact_rows(split), strict=True):
+    for a, b in zip(exact_rows(whole)[1:], exact_rows(split)[1:], strict=True):
         assert a["train/main_loss"] == pytest.approx(b["train/main_loss"], rel=1e-5)
         assert a["train/aux_loss"] == pytest.approx(b["train/aux_loss"], rel=1e-5)
         assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-4)
@@ -149,7 +149,7 @@ def test_document_masking_weighs_every_target_alike_whatever_the_accumulation(
             name="split",
         )
     )
-    for a, b in zip(exact_rows(whole), exact_rows(split), strict=True):
+    for a, b in zip(exact_rows(whole)[1:], exact_rows(split)[1:], strict=True):
         assert a["train/main_loss"] == pytest.approx(b["train/main_loss"], rel=1e-5)
 
 
@@ -158,8 +158,9 @@ def test_a_row_holds_what_the_design_names_and_the_loss_falls(
 ) -> None:
     run_dir = run_here(tiny("trainer.max_steps=60", "optimizer.learning_rate=1e-2"))
     rows = read_rows(run_dir.metrics_path)
-    assert [row["step"] for row in rows] == list(range(1, 61))
-    first, last = rows[0], rows[-1]
+    assert [row["step"] for row in rows] == list(range(61))
+    first, last = rows[1], rows[-1]
+    assert rows[0]["val/loss"] == pytest.approx(math.log(64), rel=0.05)
     for key in ("loss", "main_loss", "aux_loss", "perplexity", "lr", "grad_norm"):
         assert isinstance(last[f"train/{key}"], float)
     for key in ("perf/tokens_per_s", "perf/mfu", "perf/data_wait", "moe/layer_00/load"):
