@@ -86,7 +86,11 @@ class RunDir:
 
     def write_status(self, **changes: Any) -> None:
         """Merge `changes` into status.json and stamp the time (seconds since the epoch)."""
-        write_json(self.path / "status.json", self.read_status() | changes | {"time": time.time()})
+        # Who sends a job notes its id while the job, maybe, already writes how far it is.
+        with (self.path / ".status.lock").open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            status = self.read_status() | changes | {"time": time.time()}
+            write_json(self.path / "status.json", status)
 
     def record_attempt(self, world_size: int) -> int:
         """Count a start of the run and append where it runs to provenance.json."""

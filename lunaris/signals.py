@@ -12,6 +12,7 @@ class StopSignal:
     """Notes SIGTERM, SIGINT and SIGUSR2 while in its context; a second SIGINT interrupts at once.
 
     SLURM sends SIGTERM at preemption and the signal of `--signal` (SIGUSR2) before the time limit.
+    One within another's context begins with what that has noted.
     """
 
     def __init__(self) -> None:
@@ -20,7 +21,10 @@ class StopSignal:
 
     def __enter__(self) -> StopSignal:
         for number in _ASK_TO_STOP:
-            self._before[number] = signal.signal(number, self._note)
+            self._before[number] = before = signal.signal(number, self._note)
+            outer = getattr(before, "__self__", None)
+            if isinstance(outer, StopSignal):
+                self.received = self.received or outer.received
         return self
 
     def __exit__(
