@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -110,12 +111,12 @@ def judge(path: Path, status: dict[str, Any], job: JobState | None) -> RunState:
     ended = _ENDED.get(job.name, "failed") if job is not None else None
     if ended in ("timeout", "node_fail", "out_of_memory", "preempted", "cancelled"):
         return RunState(ended, status, error or (job.reason if job is not None else ""))
-    if own in ("failed", "stopped"):
-        return _by_own_word(status)
     if status.get("cancelled"):
         return RunState("cancelled", status)
+    if own in ("failed", "stopped"):
+        return _by_own_word(status)
     if ended is None and own in ACTIVE and _alive(path, status):
-        return RunState("running", status)
+        return RunState(str(own), status)
     return _died(path, status, ended)
 
 
@@ -126,10 +127,11 @@ def ask_slurm(job_ids: Iterable[str]) -> dict[str, JobState]:
     """
     wanted = set(job_ids)
     found = _squeue(wanted) if wanted else {}
-    forgotten = wanted - found.keys()
+    forgotten = {i for i in wanted if _record_of(i, found) is None}
     if forgotten:
-        found |= _sacct(forgotten)
-    return {i: found[i] for i in wanted & found.keys()}
+        found = _sacct(forgotten) | found
+    records = {i: _record_of(i, found) for i in wanted}
+    return {i: record for i, record in records.items() if record is not None}
 
 
 def current_job_id() -> str | None:
@@ -166,22 +168,25 @@ def logs_of(path: Path, status: dict[str, Any]) -> list[Path]:
 def _by_own_word(status: dict[str, Any]) -> RunState:
     state = status["state"]
     if state == "stopped":
-        state = status.get("stop_cause") or "stopped"
+        state = status.get("stop_cause") or _by_log(status) or "stopped"
     return RunState(state, status, status.get("last_error") or "")
 
 
 def _died(path: Path, status: dict[str, Any], ended: str | None) -> RunState:
     """Judge a run that says it waits or runs, but whose job or process is gone."""
-    job_log = status.get("job_log")
-    if ended is None and job_log:
-        for pattern, state in _IN_LOG:
-            if re.search(pattern, _last_attempt(Path(job_log))):
-                return RunState(state, status)
+    told = _by_log(status) if ended is None else None
+    if told is not None:
+        return RunState(told, status)
     if status.get("state") == "running":
         return RunState("failed", status, "ended without a word")
     if ended is not None:
         return RunState("failed", status, "the job ended before the run began")
     return RunState("missing", status, "never started" if status.get("job_id") else "")
+
+
+def _by_log(status: dict[str, Any]) -> str | None:
+    text = _last_attempt(Path(status["job_log"])) if status.get("job_log") else ""
+    return next((state for pattern, state in _IN_LOG if re.search(pattern, text)), None)
 
 
 def _last_attempt(job_log: Path) -> str:
@@ -226,14 +231,21 @@ def _is_process(pid: int) -> bool:
         return True  # No /proc on this system.
 
 
-def _end_local(controller: int) -> None:
-    import signal
-
-    try:
-        # It is the group's leader; its tasks are in the group.
-        os.killpg(controller, signal.SIGTERM)
-    except ProcessLookupError:
-        pass
+def _end_local(shell: int) -> None:
+    """Tell the shell of a local job and all it started to end; its ranks save first."""
+    done = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True)
+    parent = {int(pid): int(ppid) for pid, ppid in map(str.split, done.stdout.splitlines())}
+    family = {shell}
+    while True:
+        grown = family | {pid for pid, ppid in parent.items() if ppid in family}
+        if grown == family:
+            break
+        family = grown
+    for pid in sorted(family & parent.keys()):
+        try:
+            os.kill(pid, signal.SIGTERM)
+        except ProcessLookupError:
+            pass
 
 
 def _squeue(wanted: set[str]) -> dict[str, JobState]:
@@ -258,9 +270,27 @@ def _parse(text: str) -> dict[str, JobState]:
     for line in text.splitlines():
         job_id, state, reason = (line.split("|") + ["", ""])[:3]
         reason = "" if reason in ("None", "0:0") else reason
-        # "CANCELLED by 1000" is CANCELLED.
-        found[job_id.strip()] = JobState(state.split()[0] if state else "", reason)
+        for one in _elements(job_id.strip()):
+            # "CANCELLED by 1000" is CANCELLED.
+            found[one] = JobState(state.split()[0] if state else "", reason)
     return found
+
+
+def _elements(job_id: str) -> list[str]:
+    """Return the ids that `7_[0-2,5%4]` stands for; other ids stand for themselves."""
+    match = re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", job_id)
+    if match is None:
+        return [job_id]
+    ids = []
+    for part in match[2].split(","):
+        low, _, high = part.partition("-")
+        ids += [f"{match[1]}_{i}" for i in range(int(low), int(high or low) + 1)]
+    return ids
+
+
+def _record_of(job_id: str, found: dict[str, JobState]) -> JobState | None:
+    # The elements of an array that never started are one record, under the array's own id.
+    return found.get(job_id) or found.get(job_id.partition("_")[0])
 
 
 def _client(*command: str) -> subprocess.CompletedProcess[str] | None:

@@ -1,0 +1,122 @@
+"""`lunaris runs`: a table of runs and sweep points and where each stands. No torch."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from lunaris import jobs
+from lunaris.jobs import RunState
+from lunaris.listing import Listed, find
+
+HELP = "a table of runs and sweep points: state, step, validation loss, job"
+
+_HEADS = ("run", "state", "step", "val loss", "job", "overrides")
+_WIDEST_NAME = 48
+# These need no remark of why.
+_FINE = ("done", "running", "stopped", "cancelled")
+
+
+def main(argv: list[str]) -> int:
+    """Print the table of all runs below a folder, and why those that failed did."""
+    args = _parser().parse_args(argv)
+    listed = find(Path(args.dir))
+    states = jobs.states([run.path for run in listed])
+    if args.json:
+        rows = zip(listed, states, strict=True)
+        print(json.dumps([_as_json(run, state) for run, state in rows], indent=2))
+        return 0
+    width = shutil.get_terminal_size((160, 24)).columns if sys.stdout.isatty() else 10_000
+    pairs = list(zip(listed, states, strict=True))
+    tables = []
+    for sweep, group in groupby(pairs, key=lambda pair: pair[0].sweep):
+        tables.append(_table(sweep, list(group), width))
+    print("\n\n".join(tables))
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="lunaris runs",
+        description="A table of runs and sweep points. States: " + ", ".join(jobs.STATES) + ".",
+        epilog="example: lunaris runs sweeps/first",
+    )
+    parser.add_argument(
+        "dir", nargs="?", default=".", help="a run, a sweep, or a folder of them (default: here)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON list")
+    return parser
+
+
+def _as_json(run: Listed, state: RunState) -> dict[str, Any]:
+    status = state.status
+    return {
+        "name": run.name,
+        "dir": str(run.path),
+        "sweep": None if run.sweep is None else str(run.sweep),
+        "overrides": run.overrides,
+        "state": state.state,
+        "remark": state.remark or None,
+        "step": status.get("step", 0),
+        "max_steps": status.get("max_steps"),
+        "best_val_loss": status.get("best_val_loss"),
+        "attempts": status.get("attempts", 0),
+        "job_id": state.job_id,
+        "logs": [str(log) for log in jobs.logs_of(run.path, status)],
+    }
+
+
+def _table(sweep: Path | None, pairs: list[tuple[Listed, RunState]], width: int) -> str:
+    rows = [_HEADS] + [_row(run, state) for run, state in pairs]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADS))]
+    lines = []
+    if sweep is not None:
+        counts = Counter(state.state for _, state in pairs)
+        shown = ", ".join(f"{counts[name]} {name}" for name in jobs.STATES if counts[name])
+        lines.append(f"sweep {sweep}: {shown}")
+    for row in rows:
+        line = "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True))
+        lines.append(line.rstrip()[:width])
+    for run, state in pairs:
+        lines += _why(run, state)
+    return "\n".join(lines)
+
+
+def _row(run: Listed, state: RunState) -> tuple[str, ...]:
+    status = state.status
+    loss = status.get("best_val_loss")
+    name = run.name if len(run.name) <= _WIDEST_NAME else run.name[: _WIDEST_NAME - 1] + "…"
+    return (
+        name,
+        state.state,
+        f"{status.get('step', 0)}/{status.get('max_steps', '?')}",
+        "-" if loss is None else f"{loss:.4f}",
+        state.job_id or "-",
+        " ".join(run.overrides),
+    )
+
+
+def _why(run: Listed, state: RunState) -> list[str]:
+    if state.state in _FINE or (state.state == "queued" and not state.remark):
+        return []
+    if state.state == "queued":
+        return [f"  {run.name}: waits ({state.remark})"]
+    logs = jobs.logs_of(run.path, state.status)
+    why = state.remark or _last_line(logs)
+    lines = [f"  {run.name}: {state.state}" + (f": {why}" if why else "")]
+    return lines + [f"    log: {logs[0]}"] if logs else lines
+
+
+def _last_line(logs: list[Path]) -> str:
+    for log in logs:
+        lines = log.read_text(errors="replace").splitlines()
+        text = next((line.strip() for line in reversed(lines) if line.strip()), "")
+        if text:
+            return text
+    return ""

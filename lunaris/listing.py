@@ -1,0 +1,67 @@
+"""The runs and sweeps below a folder, found by their files. No torch, no Hydra."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lunaris.errors import UserError
+from lunaris.rundir import read_json
+
+_MANIFEST = "manifest.json"
+_CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A run's folder, or a sweep's point that may have no folder (any more)."""
+
+    path: Path
+    name: str
+    # As given on the command line; of a point those that not all points of its sweep share.
+    overrides: list[str]
+    sweep: Path | None = None
+
+
+def is_run(folder: Path) -> bool:
+    """Say whether `folder` holds a run."""
+    return (folder / _CONFIG).is_file()
+
+
+def is_sweep(folder: Path) -> bool:
+    """Say whether `folder` holds a sweep."""
+    return "points" in read_json(folder / _MANIFEST)
+
+
+def find(folder: Path) -> list[Listed]:
+    """Return the run in `folder`, the points of the sweep, or all below it, sorted by path.
+
+    Raises UserError when there are none.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    found = list(_in(folder))
+    if not found:
+        for child in sorted(folder.iterdir()):
+            if child.is_dir():
+                found += _in(child)
+                if child.name in ("runs", "sweeps"):
+                    for grandchild in sorted(child.iterdir()):
+                        found += _in(grandchild)
+    if not found:
+        raise UserError(f"{folder}: holds no runs and no sweeps")
+    return found
+
+
+def _in(folder: Path) -> Iterator[Listed]:
+    if is_run(folder):
+        overrides = read_json(folder / "provenance.json").get("overrides", [])
+        yield Listed(folder, folder.name, overrides)
+    elif folder.is_dir() and is_sweep(folder):
+        rows: list[dict[str, Any]] = read_json(folder / _MANIFEST)["points"]
+        shared = set.intersection(*(set(row["overrides"]) for row in rows)) if rows else set()
+        for row in rows:
+            own = [text for text in row["overrides"] if len(rows) == 1 or text not in shared]
+            yield Listed(folder / row["dir"], row["name"], own, folder)
