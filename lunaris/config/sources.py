@@ -79,13 +79,18 @@ class PreparedDataConfig(DataConfig):
     dir: str = MISSING
     # A tokenizer.json, a Hub name, or null: train byte-level BPE of `vocab_size` on a sample.
     tokenizer: str | None = None
+    # The token that ends a text; null: <|endoftext|>, </s> or another known name.
+    eot: str | None = None
     vocab_size: int = 32768
     sample_mb: int = 64
     shard_tokens: int = 100_000_000
     val_fraction: float = 0.001
     # Name -> weight; null: in proportion to the sources' sizes.
     weights: Any = None
+    # When a source runs out: continue with the others, or stop, so that the weights hold.
+    on_exhausted: str = "continue"
     seed: int = 0
+    # Null: one a processor.
     processes: int | None = None
     on_error: str = "fail"
     verify: bool = False
@@ -97,6 +102,7 @@ class PreparedDataConfig(DataConfig):
         within("data.val_fraction", self.val_fraction, 0.0, 0.9)
         within("data.processes", self.processes, low=1)
         one_of("data.on_error", self.on_error, ("fail", "skip"))
+        one_of("data.on_exhausted", self.on_exhausted, ("continue", "stop"))
 
 
 @dataclass
@@ -106,7 +112,13 @@ class TextDataConfig(PreparedDataConfig):
     _target_: str = "lunaris.data.text.TextData"
     # A list of globs, or a map of source name -> list of globs.
     files: Any = MISSING
+    # auto (by the files' names), text (a file is a document), lines (a line is), jsonl, parquet.
+    format: str = "auto"
     text_key: str = "text"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        one_of("data.format", self.format, ("auto", "text", "lines", "jsonl", "parquet"))
 
 
 @dataclass

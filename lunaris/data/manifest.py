@@ -13,6 +13,8 @@ from lunaris.errors import UserError
 
 NAME = "manifest.json"
 TOKENIZER = "tokenizer.json"
+# The folder within that an unfinished preparation works in.
+UNFINISHED = ".prepare"
 _FORMAT = 1
 
 

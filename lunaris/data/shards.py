@@ -69,6 +69,8 @@ def inspect(folder: str | Path) -> ShardsInfo:
     manifest = manifests.read(path)
     if manifest is not None:
         return _inspect_manifest(path, manifest)
+    if (path / manifests.UNFINISHED).is_dir():
+        raise UserError(f"data.dir={folder}: half prepared; run the same `lunaris prepare` again")
     files = sorted(path.glob("*.npy"))
     if not files:
         raise UserError(f"data.dir={folder}: holds no .npy files; allowed are {_ALLOWED}")

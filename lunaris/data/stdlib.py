@@ -116,7 +116,7 @@ def build(folder: Path, asked: dict[str, object]) -> None:
     with tqdm(total=size, desc="standard library: tokenizer", unit="B", unit_scale=True) as bar:
         train_bpe(_sample(files), int(str(asked["vocab_size"])), path)
         tokenizer = TextTokenizer(path)
-        end = np.array([tokenizer.eot_id], dtype=np.uint32)
+        end = np.array([tokenizer.eot_id], dtype=tokenizer.dtype)
         bar.set_description("standard library: tokens")
         for first in range(0, len(files), _BATCH):
             batch = files[first : first + _BATCH]
@@ -126,7 +126,7 @@ def build(folder: Path, asked: dict[str, object]) -> None:
                 parts["val" if held_out else "train"] += [ids, end]
             bar.update(sum(map(len, documents)))
     shards = {
-        part: [_write(folder / f"{part}_00000.npy", np.concatenate(ids).astype(tokenizer.dtype))]
+        part: [_write(folder / f"{part}_00000.npy", np.concatenate(ids))]
         for part, ids in parts.items()
         if ids
     }

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from lunaris.data.cuts import split_bytes
 from lunaris.errors import UserError
 
 if TYPE_CHECKING:
@@ -18,11 +19,9 @@ if TYPE_CHECKING:
 EOT = "<|endoftext|>"
 # Other tokenizers' names for the end of a text, in the order in which they are looked for.
 _EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|end|>", "[SEP]")
-# A text is encoded in pieces of at most this many bytes, so that one of any size takes little
-# memory; a piece ends before white space where there is some in its second half.
-PIECE_BYTES = 65_536
+# Bytes of text given to the library at once: its encodings take many times as much.
+_BATCH_BYTES = 2**20
 _INVALID = re.compile("([\udc80-\udcff]+)")
-_WORD_START = re.compile(rb"(?<=\S)\s")
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
@@ -70,7 +69,7 @@ class TextTokenizer:
         ids = [self._tokenizer.token_to_id(char) for char in byte_alphabet()]
         byte_level = "ByteLevel" in self._tokenizer.to_str() and None not in ids
         # The id of each byte where the tokenizer is byte-level; else broken UTF-8 is replaced.
-        self._byte_ids = np.array(ids, dtype=np.uint32) if byte_level else None
+        self._byte_ids = np.array(ids, dtype=self.dtype) if byte_level else None
 
     @property
     def dtype(self) -> np.dtype:
@@ -78,16 +77,23 @@ class TextTokenizer:
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
-        """Return each document's ids ([tokens] uint32), without an end of text."""
+        """Return each document's ids ([tokens] of `dtype`), without an end of text."""
+        ids: list[list[np.ndarray]] = []
         pieces: list[str] = []
-        spans: list[int] = []
-        for document in documents:
-            before = len(pieces)
+        owners: list[int] = []
+        size = 0
+        for i, document in enumerate(documents):
+            ids.append([])
             for piece in split_bytes(document):
-                pieces.extend(self._texts(piece))
-            spans.append(len(pieces) - before)
-        encoded = iter(self._encode_pieces(pieces))
-        return [_join([next(encoded) for _ in range(count)]) for count in spans]
+                for text in self._texts(piece):
+                    pieces.append(text)
+                    owners.append(i)
+                size += len(piece)
+                if size >= _BATCH_BYTES:
+                    self._encode_pieces(pieces, owners, ids)
+                    pieces, owners, size = [], [], 0
+        self._encode_pieces(pieces, owners, ids)
+        return [self._join(parts) for parts in ids]
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """Return the bytes that ids stand for; an end of text stands for none."""
@@ -107,19 +113,24 @@ class TextTokenizer:
             parts = _INVALID.split(piece.decode("utf-8", "surrogateescape"))
             yield from (part for part in parts if part)
 
-    def _encode_pieces(self, pieces: list[str]) -> list[np.ndarray]:
-        valid = [not "\udc80" <= piece[:1] <= "\udcff" for piece in pieces]
-        texts = [piece for piece, ok in zip(pieces, valid, strict=True) if ok]
+    def _encode_pieces(
+        self, pieces: list[str], owners: list[int], ids: list[list[np.ndarray]]
+    ) -> None:
+        """Append each piece's ids to those of the document that it is of."""
+        texts = [piece for piece in pieces if not _is_escaped(piece)]
         encoded = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        out = []
-        for piece, ok in zip(pieces, valid, strict=True):
-            if ok:
-                out.append(np.array(next(encoded).ids, dtype=np.uint32))
-            else:
+        for piece, owner in zip(pieces, owners, strict=True):
+            if _is_escaped(piece):
                 assert self._byte_ids is not None
                 raw = np.frombuffer(piece.encode("utf-8", "surrogateescape"), dtype=np.uint8)
-                out.append(self._byte_ids[raw])
-        return out
+                ids[owner].append(self._byte_ids[raw])
+            else:
+                ids[owner].append(np.array(next(encoded).ids, dtype=self.dtype))
+
+    def _join(self, parts: list[np.ndarray]) -> np.ndarray:
+        if len(parts) == 1:
+            return parts[0]
+        return np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
 
     def _vocab_size(self) -> int:
         # Ids may have gaps, so their count can be smaller than the largest.
@@ -153,30 +164,6 @@ class TextTokenizer:
         return table
 
 
-def split_bytes(document: bytes, most: int = PIECE_BYTES) -> Iterator[bytes]:
-    """Yield a document in pieces of at most `most` bytes.
-
-    Where it can, a piece ends before the first of the white space that follows a word, so that
-    pieces are encoded as the whole is; else before a character, else (not UTF-8) anywhere.
-    """
-    start = 0
-    while len(document) - start > most:
-        end = start + most
-        window = document[start + most // 2 : end]
-        at = -1
-        for match in _WORD_START.finditer(window):
-            at = match.start()
-        if at >= 0:
-            end = start + most // 2 + at
-        else:
-            while end > start + most - 4 and document[end] & 0xC0 == 0x80:
-                end -= 1
-        yield document[start:end]
-        start = end
-    if start < len(document):
-        yield document[start:]
-
-
 @functools.cache
 def byte_alphabet() -> tuple[str, ...]:
     """Return the character that byte-level BPE writes for each byte (GPT-2's table).
@@ -194,7 +181,28 @@ def byte_alphabet() -> tuple[str, ...]:
     return tuple(chars)
 
 
-def _join(parts: list[np.ndarray]) -> np.ndarray:
-    if len(parts) == 1:
-        return parts[0]
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.uint32)
+def _is_escaped(piece: str) -> bool:
+    return "\udc80" <= piece[:1] <= "\udcff"
+
+
+def load_tokenizer(name: str, path: Path) -> None:
+    """Write a tokenizer to `path`: of a file, of a folder that holds tokenizer.json, of the Hub.
+
+    Raises UserError when there is none.
+    """
+    from tokenizers import Tokenizer
+
+    local = Path(name).expanduser()
+    if local.is_dir():
+        local = local / "tokenizer.json"
+    if local.is_file():
+        path.write_bytes(local.read_bytes())
+        return
+    if name.endswith(".json") or name.startswith((".", "/", "~")):
+        raise UserError(f"data.tokenizer={name}: no such file")
+    try:
+        Tokenizer.from_pretrained(name).save(str(path))
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(
+            f"data.tokenizer={name}: neither a file nor a tokenizer that the Hub gives ({error})"
+        ) from error

@@ -1,0 +1,118 @@
+"""`lunaris prepare`: from text to a tokenizer, shards and their manifest."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from typing import TYPE_CHECKING, Any
+
+from lunaris.errors import UserError
+
+if TYPE_CHECKING:
+    from lunaris.data.manifest import Manifest
+
+HELP = "make token shards from text files or Hub datasets; goes on where it stopped"
+
+_USAGE = """\
+usage: lunaris prepare [--verify] data=text|hf|stdlib data.dir=FOLDER [data.KEY=VALUE ...]
+
+Trains or loads a tokenizer, and writes shards of tokens and their manifest into data.dir. Killed at
+any moment, the same command goes on; the shards are the same bytes whatever data.processes is.
+Training takes the folder by `lunaris train data=shards data.dir=FOLDER`.
+
+  --verify  recompute the checksum of every shard in data.dir (any kind of data), write nothing
+
+  lunaris prepare data=text data.dir=shards 'data.files=[corpus/*.jsonl]'
+  lunaris prepare data=text data.dir=shards data.tokenizer=gpt2 \\
+      'data.files={code: src/**/*.py, prose: books/*.txt.gz}' 'data.weights={code: 1, prose: 3}'
+  lunaris prepare data=hf data.dir=shards data.datasets=roneneldan/TinyStories
+  lunaris prepare --verify data=shards data.dir=shards
+
+keys of data=text, with their defaults (`lunaris train --help` lists those of every group):
+"""
+
+
+def main(argv: list[str]) -> int:
+    """Compose the `data` group, and prepare it or verify what was prepared."""
+    if "-h" in argv or "--help" in argv:
+        print(_USAGE + _keys())
+        return 0
+    flags = [arg for arg in argv if arg.startswith("-")]
+    for flag in flags:
+        if flag != "--verify":
+            raise UserError(f"{flag}: no such option of prepare; allowed are --verify and --help")
+    from omegaconf import OmegaConf
+
+    from lunaris.config.compose import compose
+
+    overrides = [arg for arg in argv if not arg.startswith("-")]
+    cfg = compose(overrides, check_data=False)
+    keys: Any = OmegaConf.to_container(cfg.data, resolve=True)
+    if flags:
+        return _verify(keys)
+    target = keys.pop("_target_")
+    data = _class(target)(**keys)
+    began = time.monotonic()
+    if not hasattr(data, "make"):
+        if not hasattr(data, "folder"):
+            raise UserError(f"data={target}: is trained on as it is; there is nothing to prepare")
+        data.prepare()
+        from lunaris.data.manifest import read
+
+        made = read(data.folder)
+    else:
+        made = data.make()
+    assert made is not None
+    _report(made, str(data.folder), time.monotonic() - began)
+    return 0
+
+
+def _verify(keys: dict[str, Any]) -> int:
+    from lunaris.data.shards import verify
+
+    folders = keys.get("dir")
+    if folders is None:
+        raise UserError("--verify: needs data.dir, the folder of the shards")
+    for folder in [folders] if isinstance(folders, str) else folders:
+        print(f"{folder}: {verify(folder)} shards are as they were written")
+    return 0
+
+
+def _report(made: Manifest, folder: str, seconds: float) -> None:
+    for source in made.sources:
+        skipped = f", {source.skipped:,} skipped" if source.skipped else ""
+        print(
+            f"{source.name}: {source.documents:,} documents, {source.tokens:,} tokens "
+            f"of {source.bytes:,} bytes{skipped}"
+        )
+    tokens = {
+        part: sum(entry.tokens for entry in made.shards.get(part, ())) for part in made.shards
+    }
+    shards = sum(len(entries) for entries in made.shards.values())
+    print(
+        f"{folder}: {tokens.get('train', 0):,} tokens for training, {tokens.get('val', 0):,} for "
+        f"validation, {shards} shards of {made.dtype}, vocabulary {made.vocab_size:,} "
+        f"({seconds:.1f} s)"
+    )
+    print(f"next: lunaris train data=shards data.dir={folder}")
+
+
+def _keys() -> str:
+    from dataclasses import fields
+
+    from lunaris.config.sources import TextDataConfig
+
+    rows = []
+    for key in fields(TextDataConfig):
+        if key.name != "_target_":
+            value = "(required)" if key.default == "???" else key.default
+            rows.append(f"  data.{key.name:<16} {'null' if value is None else value}")
+    return "\n".join(rows)
+
+
+def _class(dotted: str) -> Any:
+    module, _, name = dotted.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"data._target_={dotted}: cannot be imported: {error}") from error

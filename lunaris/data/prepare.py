@@ -1,0 +1,344 @@
+"""From sources of documents to a folder of shards: parallel, streaming, and safe to kill.
+
+The parent cuts the sources into units, worker processes encode them, the parent merges the results
+in an order that only the input decides, and notes from time to time how far it came. So the shards
+are the same bytes whatever the number of processes and however often the work was interrupted.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lunaris.data import manifest as manifests
+from lunaris.data.encode import PARTS, Encoded, Job, encode_unit, start_process
+from lunaris.data.manifest import Manifest, SourceEntry, sync_folder, write_durably
+from lunaris.data.merge import Merger
+from lunaris.data.prepared import folder_lock
+from lunaris.data.sample import sample_texts
+from lunaris.data.tokenizer import TextTokenizer, load_tokenizer, train_bpe
+from lunaris.data.units import Cursor, Source, Unit
+from lunaris.data.writer import ShardWriter
+from lunaris.errors import UserError
+
+# Seconds between notes of how far the merging came: what a kill costs at most.
+NOTE_S = 2.0
+# Raised when the same input and keys give other bytes.
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What to make of the sources: the keys of the `data` group that decide the bytes, and others.
+
+    weights: one a source. processes and on_error do not change what is written of sound documents.
+    """
+
+    folder: Path
+    tokenizer: str | None
+    eot: str | None
+    vocab_size: int
+    sample_mb: int
+    shard_tokens: int
+    val_fraction: float
+    seed: int
+    on_exhausted: str
+    processes: int
+    on_error: str
+
+
+def prepare(recipe: Recipe, sources: Sequence[Source], weights: list[float]) -> Manifest:
+    """Make the folder's shards and manifest, or go on making them; return the manifest.
+
+    Raises UserError when the folder is in use, holds something else, or a document cannot be read.
+    """
+    folder = recipe.folder
+    asked = _asked(recipe, sources, weights)
+    with folder_lock(folder / ".lock", wait=False):
+        made = manifests.read(folder)
+        if made is not None:
+            _require_same(folder, made.settings, asked)
+            shutil.rmtree(folder / manifests.UNFINISHED, ignore_errors=True)
+            return made
+        work = folder / manifests.UNFINISHED
+        note = _read_note(folder, work, asked)
+        tokenizer = _tokenizer(recipe, sources, weights)
+        made = _Preparation(recipe, sources, weights, asked, tokenizer, note).run()
+        made.write(folder)
+        shutil.rmtree(work)
+        return made
+
+
+class _Preparation:
+    """One run of the work, from where the last note says it stands."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        sources: Sequence[Source],
+        weights: list[float],
+        asked: dict[str, Any],
+        tokenizer: TextTokenizer,
+        note: dict[str, Any],
+    ) -> None:
+        self._recipe, self._sources, self._weights = recipe, sources, weights
+        self._asked, self._tokenizer = asked, tokenizer
+        self._work = recipe.folder / manifests.UNFINISHED
+        units = self._work / "units"
+        shutil.rmtree(units, ignore_errors=True)
+        units.mkdir(parents=True)
+        states = note.get("writers", {})
+        self._writers = {
+            part: ShardWriter(
+                recipe.folder, part, tokenizer.dtype, recipe.shard_tokens, states.get(part)
+            )
+            for part in PARTS
+        }
+        self._bar = _bar(sources)
+        self._merger = Merger(
+            [source.name for source in sources],
+            weights,
+            self._writers,
+            units,
+            seed=recipe.seed,
+            skip_problems=recipe.on_error == "skip",
+            stop_at_first=recipe.on_exhausted == "stop",
+            report=self._bar.write,
+            state=note.get("sources"),
+        )
+        self._planners: list[Iterator[Unit] | None] = [
+            None if p.exhausted else source.units(i, Cursor(p.file, p.start))
+            for i, (source, p) in enumerate(zip(sources, self._merger.progress, strict=True))
+        ]
+        for i, planner in enumerate(self._planners):
+            if planner is None:
+                self._merger.end(i)
+        # Units of each source that are sent and not yet merged, oldest first.
+        self._sent: list[list[tuple[Unit, Future[Encoded]]]] = [[] for _ in sources]
+        self._sent_bytes = [0] * len(sources)
+        self._noted = time.monotonic()
+        self._job = Job(
+            recipe.folder / manifests.TOKENIZER,
+            recipe.eot,
+            tuple(source.text_key for source in sources),
+            recipe.val_fraction,
+            recipe.seed,
+            units,
+        )
+
+    def run(self) -> Manifest:
+        """Encode and merge all that is left; return what the manifest will say."""
+        pool = ProcessPoolExecutor(
+            self._recipe.processes,
+            mp_context=multiprocessing.get_context("spawn"),
+            initializer=start_process,
+            initargs=(self._job,),
+        )
+        try:
+            with self._bar:
+                self._loop(pool)
+            return self._manifest()
+        except BrokenProcessPool as error:
+            raise RuntimeError(
+                "a process of the preparation was ended from outside, perhaps for want of memory; "
+                "the same command goes on, fewer data.processes take less"
+            ) from error
+        finally:
+            pool.shutdown(wait=True, cancel_futures=True)
+            for writer in self._writers.values():
+                writer.close()
+
+    def _loop(self, pool: ProcessPoolExecutor) -> None:
+        began, before = time.monotonic(), self._tokens()
+        waiting = self._merger.advance()
+        while waiting is not None:
+            self._send(pool, waiting)
+            self._collect(waiting)
+            bytes_before = self._merger.bytes_read
+            try:
+                waiting = self._merger.advance()
+            except UserError:
+                self._note()
+                raise
+            self._bar.update(self._merger.bytes_read - bytes_before)
+            rate = (self._tokens() - before) / max(time.monotonic() - began, 1e-9)
+            self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
+            if time.monotonic() - self._noted >= NOTE_S:
+                self._note()
+
+    def _send(self, pool: ProcessPoolExecutor, waiting: int) -> None:
+        """Keep the workers busy with the units that the merger will ask for next."""
+        processes = self._recipe.processes
+        while True:
+            unfinished = sum(not future.done() for sent in self._sent for _, future in sent)
+            room = [
+                i
+                for i, planner in enumerate(self._planners)
+                if planner is not None and len(self._sent[i]) < processes + 2
+            ]
+            # The one that is waited for is sent in any case, or all would wait for ever.
+            starving = waiting in room and not self._sent[waiting]
+            if not room or (unfinished >= processes + 2 and not starving):
+                return
+            source = (
+                waiting
+                if starving
+                else min(room, key=lambda i: self._sent_bytes[i] / self._weights[i])
+            )
+            planner = self._planners[source]
+            assert planner is not None
+            unit = next(planner, None)
+            if unit is None:
+                self._planners[source] = None
+                if not self._sent[source]:
+                    self._merger.end(source)
+                    if source == waiting:
+                        return
+                continue
+            future = pool.submit(encode_unit, unit)
+            self._sent[source].append((replace(unit, payload=None), future))
+            self._sent_bytes[source] += max(unit.size, 1)
+
+    def _collect(self, waiting: int) -> None:
+        """Give the merger what is finished, each source's units in order; wait for the next."""
+        sent = self._sent[waiting]
+        if sent and not sent[0][1].done():
+            # For any, not for this one alone: no worker may run dry meanwhile.
+            pending = [future for units in self._sent for _, future in units if not future.done()]
+            wait(pending, return_when=FIRST_COMPLETED)
+        for source, units in enumerate(self._sent):
+            while units and units[0][1].done():
+                unit, future = units.pop(0)
+                self._merger.add(unit, future.result())
+            if not units and self._planners[source] is None:
+                self._merger.end(source)
+
+    def _note(self) -> None:
+        """Make durable what is merged, and how to go on from there."""
+        note = {
+            "settings": self._asked,
+            "writers": {part: writer.state() for part, writer in self._writers.items()},
+            "sources": self._merger.state(),
+        }
+        write_durably(self._work / "note.json", json.dumps(note).encode())
+        self._noted = time.monotonic()
+
+    def _tokens(self) -> int:
+        return sum(progress.taken for progress in self._merger.progress)
+
+    def _manifest(self) -> Manifest:
+        shards = {part: writer.finish() for part, writer in self._writers.items()}
+        if not shards["train"]:
+            raise UserError(
+                f"data.dir={self._recipe.folder}: no training document in the input; lower "
+                f"data.val_fraction={self._recipe.val_fraction} or give more"
+            )
+        return Manifest(
+            tokenizer_hash=manifests.sha256(self._job.tokenizer),
+            vocab_size=self._tokenizer.vocab_size,
+            eot_id=self._tokenizer.eot_id,
+            dtype=str(self._tokenizer.dtype),
+            shards=shards,
+            sources=[
+                SourceEntry(source.name, weight, p.documents, p.taken, p.bytes, p.skipped)
+                for source, weight, p in zip(
+                    self._sources, self._weights, self._merger.progress, strict=True
+                )
+            ],
+            settings=self._asked,
+        )
+
+
+def _asked(recipe: Recipe, sources: Sequence[Source], weights: list[float]) -> dict[str, Any]:
+    """Return what the shards' bytes depend on, for JSON."""
+    return {
+        "version": _VERSION,
+        "tokenizer": recipe.tokenizer,
+        "eot": recipe.eot,
+        "vocab_size": recipe.vocab_size,
+        "sample_mb": recipe.sample_mb,
+        "shard_tokens": recipe.shard_tokens,
+        "val_fraction": recipe.val_fraction,
+        "seed": recipe.seed,
+        "on_exhausted": recipe.on_exhausted,
+        "sources": [
+            {
+                "name": source.name,
+                "weight": weight,
+                "input": hashlib.sha256(json.dumps(source.fingerprint()).encode()).hexdigest(),
+            }
+            for source, weight in zip(sources, weights, strict=True)
+        ],
+    }
+
+
+def _require_same(folder: Path, made: dict[str, Any], asked: dict[str, Any]) -> None:
+    if made == asked:
+        return
+    rows = [
+        f"data.{key}: {made.get(key)} → {asked.get(key)}"
+        for key in sorted(made.keys() | asked.keys())
+        if made.get(key) != asked.get(key) and key != "sources"
+    ]
+    if made.get("sources") != asked["sources"]:
+        rows.append("the input: other files, or files that changed, or other weights")
+    raise UserError(
+        f"data.dir={folder}: holds shards of another preparation; choose another folder or "
+        "remove it. Differing:\n  " + "\n  ".join(rows)
+    )
+
+
+def _read_note(folder: Path, work: Path, asked: dict[str, Any]) -> dict[str, Any]:
+    """Return the last note of an unfinished preparation, or {} at its beginning."""
+    path = work / "note.json"
+    if path.is_file():
+        note: dict[str, Any] = json.loads(path.read_bytes())
+        _require_same(folder, note["settings"], asked)
+        return note
+    foreign = [] if work.is_dir() else [p for p in folder.iterdir() if p.name != ".lock"]
+    if foreign:
+        raise UserError(
+            f"data.dir={folder}: holds {foreign[0].name} and no manifest.json; "
+            "give an empty folder or a new one"
+        )
+    work.mkdir(exist_ok=True)
+    sync_folder(folder)
+    write_durably(path, json.dumps({"settings": asked}).encode())
+    return {}
+
+
+def _tokenizer(recipe: Recipe, sources: Sequence[Source], weights: list[float]) -> TextTokenizer:
+    """Return the folder's tokenizer; load or train it first where there is none."""
+    path = recipe.folder / manifests.TOKENIZER
+    if not path.is_file():
+        beside = recipe.folder / manifests.UNFINISHED / manifests.TOKENIZER
+        if recipe.tokenizer is not None:
+            load_tokenizer(recipe.tokenizer, beside)
+        else:
+            texts = sample_texts(sources, weights, recipe.sample_mb * 2**20)
+            train_bpe(texts, recipe.vocab_size, beside)
+        TextTokenizer(beside, recipe.eot)  # refused before anything is written
+        write_durably(path, beside.read_bytes())
+    return TextTokenizer(path, recipe.eot)
+
+
+def _bar(sources: Sequence[Source]) -> Any:
+    from tqdm import tqdm
+
+    total = sum(source.size for source in sources) or None
+    return tqdm(total=total, desc="prepare", unit="B", unit_scale=True, smoothing=0.05)
+
+
+def default_processes() -> int:
+    """Return how many processors this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,0 +1,141 @@
+"""Text files of any number and size: plain, JSON lines or Parquet, compressed or not."""
+
+from __future__ import annotations
+
+import glob
+from pathlib import Path
+from typing import Any
+
+from lunaris.data import manifest as manifests
+from lunaris.data.manifest import Manifest
+from lunaris.data.prepare import Recipe, default_processes, prepare
+from lunaris.data.prepared import PreparedFolder
+from lunaris.data.units import FileSource, Source
+from lunaris.errors import UserError, did_you_mean
+
+
+class Preparable(PreparedFolder):
+    """Shards that `lunaris prepare` makes of sources; training takes them as they are."""
+
+    option = ""
+
+    def __init__(
+        self,
+        *,
+        dir: str,
+        tokenizer: str | None = None,
+        eot: str | None = None,
+        vocab_size: int = 32768,
+        sample_mb: int = 64,
+        shard_tokens: int = 100_000_000,
+        val_fraction: float = 0.001,
+        weights: dict[str, float] | None = None,
+        on_exhausted: str = "continue",
+        seed: int = 0,
+        processes: int | None = None,
+        on_error: str = "fail",
+        verify: bool = False,
+        document_masking: bool = False,
+    ) -> None:
+        """Keys of the `data` group; nothing is read before `make` or `prepare`."""
+        super().__init__(Path(dir), verify=verify, document_masking=document_masking)
+        self._weights = weights
+        self._recipe = Recipe(
+            folder=self.folder,
+            tokenizer=tokenizer,
+            eot=eot,
+            vocab_size=vocab_size,
+            sample_mb=sample_mb,
+            shard_tokens=shard_tokens,
+            val_fraction=val_fraction,
+            seed=seed,
+            on_exhausted=on_exhausted,
+            processes=processes or default_processes(),
+            on_error=on_error,
+        )
+
+    def prepare(self) -> None:
+        if manifests.read(self.folder) is None:
+            raise UserError(
+                f"data.dir={self.folder}: not prepared yet; run `lunaris prepare "
+                f"data={self.option} …` with the same keys first"
+            )
+        super().prepare()
+
+    def make(self) -> Manifest:
+        """Make the shards, or go on making them. Raises UserError for what cannot be read."""
+        sources = self.sources()
+        return prepare(self._recipe, sources, source_weights(self._weights, sources))
+
+    def sources(self) -> list[Source]:
+        """Return the named sources of documents."""
+        raise NotImplementedError
+
+
+class TextData(Preparable):
+    """Documents from files: one list of globs, or a list a named source."""
+
+    option = "text"
+
+    def __init__(
+        self,
+        *,
+        files: Any,
+        format: str = "auto",
+        text_key: str = "text",
+        **keys: Any,
+    ) -> None:
+        """files: globs, or source name -> globs; text_key: of JSON objects, or Parquet's column."""
+        super().__init__(**keys)
+        self._files, self._format, self._text_key = files, format, text_key
+
+    def sources(self) -> list[Source]:
+        named = self._files if isinstance(self._files, dict) else {"text": self._files}
+        if not named:
+            raise UserError("data.files={}: at least one source is needed")
+        return [
+            FileSource(str(name), expand(globs), self._format, self._text_key)
+            for name, globs in named.items()
+        ]
+
+
+def expand(globs: Any) -> list[Path]:
+    """Return the files that globs name, sorted, each once; a folder stands for all in it.
+
+    Raises UserError for a glob that names no file.
+    """
+    found: set[str] = set()
+    for pattern in [globs] if isinstance(globs, str) else list(globs or []):
+        pattern = str(Path(pattern).expanduser())
+        if Path(pattern).is_dir():
+            pattern = f"{glob.escape(pattern)}/**"
+        matched = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
+        if not matched:
+            raise UserError(f"data.files: no file matches {pattern} (from {Path.cwd()})")
+        found.update(matched)
+    if not found:
+        raise UserError("data.files=[]: at least one file is needed")
+    return [Path(path) for path in sorted(found)]
+
+
+def source_weights(weights: Any, sources: list[Source]) -> list[float]:
+    """Return a weight a source: as given by name; else by size, or alike where that is unknown.
+
+    Raises UserError for an unknown name, a source without a weight, a weight not above 0.
+    """
+    names = [source.name for source in sources]
+    if weights is None:
+        sizes = [float(source.size) for source in sources]
+        return sizes if all(sizes) else [1.0] * len(sources)
+    if not isinstance(weights, dict):
+        raise UserError(f"data.weights={weights}: must map names of sources ({names}) to numbers")
+    for name in weights:
+        if name not in names:
+            raise UserError(f"data.weights.{name}: no such source{did_you_mean(str(name), names)}")
+    for name in names:
+        if name not in weights:
+            raise UserError(f"data.weights: source {name} has no weight")
+        weight = weights[name]
+        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
+            raise UserError(f"data.weights.{name}={weight}: must be a number above 0")
+    return [float(weights[name]) for name in names]
