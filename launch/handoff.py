@@ -7,7 +7,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module, util
+from importlib import import_module
 from types import ModuleType
 from typing import Any
 
@@ -27,10 +27,13 @@ _PLUGINS = {
 }
 
 
-def hand_to_hydra(flags: Flags, extra: list[str], task: Callable[[Any], Any]) -> None:
+def hand_to_hydra(
+    flags: Flags, extra: list[str], task: Callable[[Any], Any], plugins: list[str] | None = None
+) -> None:
     """Let `hydra.main` do what the flags ask, and tell its faults as ours.
 
-    Raises UserError. Hydra's sweepers, launchers, completion and `--info` work by this way.
+    Hydra's sweepers, launchers, completion and `--info` work by this way. plugins: the
+    `_target_`s that the config will ask for; ours among them are registered. Raises UserError.
     """
     import hydra
     from hydra.errors import HydraException
@@ -38,7 +41,7 @@ def hand_to_hydra(flags: Flags, extra: list[str], task: Callable[[Any], Any]) ->
     from yaml import YAMLError
 
     register_schemas()
-    _register_plugins()
+    _register(plugins or [])
     try:
         with warnings.catch_warnings(), _as_hydra_program(_argv(flags, extra)):
             warnings.simplefilter("ignore")
@@ -52,14 +55,14 @@ def hand_to_hydra(flags: Flags, extra: list[str], task: Callable[[Any], Any]) ->
         raise UserError(explain(error)) from error
 
 
-def _register_plugins() -> None:
+def _register(targets: list[str]) -> None:
     from hydra.core.plugins import Plugins
 
-    package = ModuleType(_PACKAGE)
-    sys.modules[_PACKAGE] = package
-    for name, module in _PLUGINS.items():
-        if util.find_spec(module) is not None:
-            plugin = getattr(import_module(module), name)
+    package = sys.modules.setdefault(_PACKAGE, ModuleType(_PACKAGE))
+    for target in targets:
+        name = target.removeprefix(f"{_PACKAGE}.")
+        if name in _PLUGINS:
+            plugin = getattr(import_module(_PLUGINS[name]), name)
             plugin.__module__ = _PACKAGE
             setattr(package, name, plugin)
             Plugins.instance().register(plugin)

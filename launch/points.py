@@ -51,8 +51,8 @@ class Sweep:
 
     dir: Path
     command: str
-    # The overrides as given, the swept ones with all their values.
-    overrides: list[str]
+    # The overrides that all points share; what else a point has names it.
+    shared: set[str]
     source: Source = field(default_factory=Source)
     outcomes: list[Outcome] = field(default_factory=list)
 
@@ -87,7 +87,7 @@ class Sweep:
 
     def name_of(self, overrides: list[str]) -> str:
         """Return the name of the point with these overrides."""
-        return point_name([text for text in overrides if text not in self.overrides])
+        return point_name([text for text in overrides if text not in self.shared])
 
     def _compose(self, overrides: list[str]) -> Point:
         name = self.name_of(overrides)

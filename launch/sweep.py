@@ -21,7 +21,7 @@ from hydra.types import HydraContext, TaskFunction
 from lunaris.launch.handoff import hand_to_hydra
 from lunaris.launch.points import Outcome, Point, Sweep, outcome_of
 
-from lunaris.config.compose import config_dirs
+from lunaris.config.compose import compose_unchecked, config_dirs
 from lunaris.config.flags import Flags
 from lunaris.config.names import sweep_name
 from lunaris.config.overrides import check, parse
@@ -42,7 +42,10 @@ def sweep(flags: Flags, command: str) -> int:
     parsed = parse(flags.overrides)
     check(parsed, config_dirs(flags.source), sweep=True)
     task = _SweepTask(_sweep_of(flags, parsed, command))
-    hand_to_hydra(flags, [f"hydra.sweep.dir='{task.sweep.dir}'"], task)
+    fixed = [o.input_line or "" for o in parsed if not o.is_sweep_override()]
+    hydra = compose_unchecked(fixed, flags.source, with_hydra=True).hydra
+    plugins = [hydra.sweeper._target_, hydra.launcher._target_]
+    hand_to_hydra(flags, [f"hydra.sweep.dir='{task.sweep.dir}'"], task, plugins)
     outcomes = {outcome.point.name: outcome for outcome in task.sweep.outcomes}
     print(summary(task.sweep, list(outcomes.values())))
     return int(any(outcome.state == "failed" for outcome in outcomes.values()))
@@ -221,7 +224,14 @@ def _sweep_of(flags: Flags, parsed: list[Override], command: str) -> Sweep:
     given = {o.key_or_group: o.value() for o in parsed if not o.is_sweep_override()}
     name = str(given.get("name") or sweep_name(task, swept))
     folder = given.get("hydra.sweep.dir") or given.get("out_dir") or f"sweeps/{name}"
-    return Sweep(Path(str(folder).replace("${name}", name)), command, task, flags.source)
+    # Hydra's sweepers write values anew: 1e-3 becomes 0.001.
+    anew = [
+        f"{o.get_key_element()}={o.get_value_element_as_str()}"
+        for o in parsed
+        if not (o.is_sweep_override() or o.is_hydra_override())
+    ]
+    folder = Path(str(folder).replace("${name}", name))
+    return Sweep(folder, command, {*task, *anew}, flags.source)
 
 
 def _values(override: Override) -> Iterator[str]:

@@ -1,0 +1,137 @@
+"""Imports point down only, and what has to answer at once imports no torch."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import lunaris
+
+PACKAGE = Path(lunaris.__file__).parent
+ROOT = PACKAGE.parent
+# From the top down; a module imports its own layer's only within its own folder.
+LAYERS: list[tuple[str, ...]] = [
+    ("__main__",),
+    ("commands",),
+    ("launch",),
+    ("trained",),
+    ("run",),
+    ("train",),
+    ("evaluate",),
+    ("model", "moe", "data", "optim", "parallelism", "metrics", "checkpoint"),
+    ("distributed", "layers", "precision", "signals", "jobs"),
+    ("heartbeat",),
+    ("rundir",),
+    ("config",),
+    ("errors", "conf"),
+]
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+# Shards are looked at when a config is checked, without torch.
+ALLOWED = {("config/validate.py", f"lunaris.data.{name}") for name in ("shards", "manifest")}
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for folder, prefix in ((PACKAGE, ""), (ROOT / "launch", "launch/")):
+        for path in sorted(folder.rglob("*.py")):
+            yield prefix + path.relative_to(folder).as_posix(), path
+
+
+def imported(path: Path, *, deep: bool) -> set[str]:
+    """Return the modules that a file imports; deep: within functions too, but not for types."""
+    tree = ast.parse(path.read_text())
+    skipped = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and getattr(node.test, "id", "") == "TYPE_CHECKING"
+        for inner in ast.walk(node)
+    }
+    if not deep:
+        functions = [n for n in ast.walk(tree) if isinstance(n, ast.FunctionDef)]
+        skipped |= {id(inner) for function in functions for inner in ast.walk(function)}
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in skipped:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+            if node.module == "lunaris":
+                found |= {f"lunaris.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize(("name", "path"), list(modules()), ids=[name for name, _ in modules()])
+def test_imports_point_down(name: str, path: Path) -> None:
+    own = name.split("/")[0].removesuffix(".py")
+    if own == "__init__":
+        return
+    assert own in RANK, f"{own} stands in no layer: add it to LAYERS"
+    for module in imported(path, deep=True):
+        if not module.startswith("lunaris."):
+            continue
+        other = module.split(".")[1]
+        if other.startswith("__") or other == own or (name, module) in ALLOWED:
+            continue
+        assert RANK[own] < RANK[other], f"{name} imports {module}, which is not below it"
+
+
+def test_no_module_but_one_instantiates() -> None:
+    callers = [name for name, path in modules() if "hydra.utils" in imported(path, deep=True)]
+    assert callers == ["run.py"]
+
+
+TORCH_FREE = ("config/", "commands/", "rundir.py", "errors.py", "__main__.py", "launch/sweep.py")
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [(name, path) for name, path in modules() if name.startswith(TORCH_FREE)],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_light_modules_import_no_torch(name: str, path: Path) -> None:
+    assert not [m for m in imported(path, deep=False) if m.split(".")[0] == "torch"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["--help"], 0),
+        (["--version"], 0),
+        (["train", "--help"], 0),
+        (["train", "--cfg", "job"], 0),
+        (["train", "moe.n_expert=16"], 2),
+        (["train", "moe=swich"], 2),
+        (["train", "moe.n_experts_per_token=9"], 2),
+        (["train", "data=shards", "data.dir=nowhere"], 2),
+        (["train", "-m", "moe.n_experts=4,x"], 2),
+        (["nothing"], 2),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_answers_at_once_imports_no_torch(argv: list[str], code: int) -> None:
+    script = (
+        "import sys\n"
+        "from lunaris.__main__ import main\n"
+        f"code = main({argv!r})\n"
+        "heavy = {'torch', 'tokenizers', 'matplotlib', 'wandb', 'submitit', 'datasets'}\n"
+        "print(code, sorted(heavy & sys.modules.keys()))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == f"{code} []", done.stderr
+    assert "Traceback" not in done.stderr and "Warning" not in done.stderr
+    assert (code == 2) == done.stderr.startswith("error: ")
+
+
+def test_help_of_the_program_needs_no_hydra() -> None:
+    script = (
+        "import sys\nfrom lunaris.__main__ import main\nmain(['--help'])\n"
+        "print([m for m in ('hydra', 'omegaconf', 'numpy') if m in sys.modules])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
