@@ -87,15 +87,7 @@ class Reader:
             return Problem(self.lines, f"not JSON: {error}")
         if not isinstance(record, dict):
             return Problem(self.lines, f"a JSON {type(record).__name__}, not an object")
-        return self._of_record(record)
-
-    def _of_record(self, record: dict[str, Any]) -> Document | Problem:
-        if self.text_key not in record:
-            hint = did_you_mean(self.text_key, record)
-            return Problem(
-                self.lines, f"no key {self.text_key} (data.text_key) in {list(record)[:8]}{hint}"
-            )
-        return whole_or_problem(record[self.text_key], self.text_key, self.lines)
+        return to_document(record, self.text_key, self.lines)
 
     def _rows(self) -> Iterator[Document | Problem]:
         pyarrow = need("pyarrow", "Parquet")
@@ -116,6 +108,14 @@ class Reader:
 
 def whole(text: bytes) -> Document:
     return Document(text, text[:HEAD_BYTES])
+
+
+def to_document(record: dict[str, Any], key: str, line: int) -> Document | Problem:
+    """Return the document that a record has under `key`, or why it has none."""
+    if key not in record:
+        hint = did_you_mean(key, record)
+        return Problem(line, f"no key {key} (data.text_key) in {list(record)[:8]}{hint}")
+    return whole_or_problem(record[key], key, line)
 
 
 def whole_or_problem(value: object, key: str, line: int) -> Document | Problem:

@@ -70,12 +70,11 @@ def prepare(recipe: Recipe, sources: Sequence[Source], weights: list[float]) -> 
             _require_same(folder, made.settings, asked)
             shutil.rmtree(folder / manifests.UNFINISHED, ignore_errors=True)
             return made
-        work = folder / manifests.UNFINISHED
-        note = _read_note(folder, work, asked)
+        note = _read_note(folder, asked)
         tokenizer = _tokenizer(recipe, sources, weights)
         made = _Preparation(recipe, sources, weights, asked, tokenizer, note).run()
         made.write(folder)
-        shutil.rmtree(work)
+        shutil.rmtree(folder / manifests.UNFINISHED)
         return made
 
 
@@ -250,7 +249,14 @@ class _Preparation:
             dtype=str(self._tokenizer.dtype),
             shards=shards,
             sources=[
-                SourceEntry(source.name, weight, p.documents, p.taken, p.bytes, p.skipped)
+                SourceEntry(
+                    source.name,
+                    weight / sum(self._weights),
+                    p.documents,
+                    p.taken,
+                    p.bytes,
+                    p.skipped,
+                )
                 for source, weight, p in zip(
                     self._sources, self._weights, self._merger.progress, strict=True
                 )
@@ -298,21 +304,26 @@ def _require_same(folder: Path, made: dict[str, Any], asked: dict[str, Any]) -> 
     )
 
 
-def _read_note(folder: Path, work: Path, asked: dict[str, Any]) -> dict[str, Any]:
+def _read_note(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
     """Return the last note of an unfinished preparation, or {} at its beginning."""
+    work = folder / manifests.UNFINISHED
     path = work / "note.json"
     if path.is_file():
         note: dict[str, Any] = json.loads(path.read_bytes())
-        _require_same(folder, note["settings"], asked)
-        return note
-    foreign = [] if work.is_dir() else [p for p in folder.iterdir() if p.name != ".lock"]
-    if foreign:
-        raise UserError(
-            f"data.dir={folder}: holds {foreign[0].name} and no manifest.json; "
-            "give an empty folder or a new one"
-        )
-    work.mkdir(exist_ok=True)
-    sync_folder(folder)
+        if "writers" in note or note["settings"] == asked:
+            _require_same(folder, note["settings"], asked)
+            return note
+        # Nothing is written yet that a change of mind would spoil.
+        (folder / manifests.TOKENIZER).unlink(missing_ok=True)
+    elif not work.is_dir():
+        foreign = [path for path in folder.iterdir() if path.name != ".lock"]
+        if foreign:
+            raise UserError(
+                f"data.dir={folder}: holds {foreign[0].name} and no manifest.json; "
+                "give an empty folder or a new one"
+            )
+        work.mkdir()
+        sync_folder(folder)
     write_durably(path, json.dumps({"settings": asked}).encode())
     return {}
 

@@ -1,0 +1,125 @@
+"""Datasets of the Hugging Face Hub, streamed; needs the extra `hf`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from lunaris.data.documents import Problem, to_document
+from lunaris.data.text import Preparable
+from lunaris.data import units
+from lunaris.data.units import Cursor, Source, Unit, need
+from lunaris.errors import UserError, did_you_mean
+
+_KEYS = ("path", "name", "split", "text_key", "data_files", "revision")
+
+
+class HFData(Preparable):
+    """Documents of datasets that `datasets.load_dataset` streams, from the Hub or a folder."""
+
+    option = "hf"
+
+    def __init__(
+        self, *, datasets: Any, split: str = "train", text_key: str = "text", **keys: Any
+    ) -> None:
+        """datasets: a dataset's path, a list of them, or source name -> path or map of `_KEYS`."""
+        super().__init__(**keys)
+        self._datasets, self._split, self._text_key = datasets, split, text_key
+
+    def sources(self) -> list[Source]:
+        need("datasets", "data=hf")
+        return [self._source(name, what) for name, what in named(self._datasets).items()]
+
+    def _source(self, name: str, what: Any) -> Source:
+        keys = {"path": what} if isinstance(what, str) else dict(what or {})
+        for key in keys:
+            if key not in _KEYS:
+                raise UserError(
+                    f"data.datasets.{name}.{key}: no such key; allowed are {', '.join(_KEYS)}"
+                    f"{did_you_mean(str(key), _KEYS)}"
+                )
+        if not isinstance(keys.get("path"), str):
+            raise UserError(f"data.datasets.{name}: needs a path, like owner/name")
+        text_key = keys.pop("text_key", self._text_key)
+        return HFSource(name, {"split": self._split} | keys, text_key)
+
+
+def named(datasets: Any) -> dict[str, Any]:
+    """Return source name -> what it is. Raises UserError when there is none."""
+    if isinstance(datasets, str):
+        datasets = [datasets]
+    if isinstance(datasets, dict):
+        # One dataset may be given by its keys alone.
+        found = {"hf": datasets} if "path" in datasets else datasets
+    else:
+        found = {str(path): path for path in datasets or []}
+    if not found:
+        raise UserError("data.datasets: at least one dataset is needed")
+    return {str(name): what for name, what in found.items()}
+
+
+@dataclass
+class HFSource:
+    """One streamed dataset. keys: of `datasets.load_dataset`."""
+
+    name: str
+    keys: dict[str, Any]
+    text_key: str
+    size: int = 0  # not known before it is read
+    _dataset: Any = field(default=None, repr=False)
+
+    def units(self, index: int, cursor: Cursor) -> Iterator[Unit]:
+        payload: list[bytes | str] = []
+        at, held = cursor.start, 0
+        for row in self._rows(cursor.start):
+            document = to_document(row, self.text_key, 1)
+            if isinstance(document, Problem):
+                payload.append(document.message)
+            else:
+                payload.append(document.text)
+                held += len(document.text)
+            if held >= units.UNIT_BYTES:
+                yield self._unit(index, at, payload, held)
+                at, payload, held = at + len(payload), [], 0
+        if payload:
+            yield self._unit(index, at, payload, held)
+
+    def sample(self, budget: int) -> Iterator[Unit]:
+        for unit in self.units(0, Cursor()):
+            yield unit
+            budget -= unit.size
+            if budget <= 0:
+                return
+
+    def fingerprint(self) -> list[Any]:
+        return [self.keys, self.text_key]
+
+    def _unit(self, index: int, at: int, payload: list[bytes | str], held: int) -> Unit:
+        path, stop = f"{self.keys['path']}[{self.keys['split']}]", at + len(payload)
+        return Unit(index, Cursor(0, at), path, "documents", stop, held, payload, last=False)
+
+    def _rows(self, start: int) -> Any:
+        if self._dataset is None:
+            self._dataset = self._load()
+        return self._dataset.skip(start) if start else self._dataset
+
+    def _load(self) -> Any:
+        datasets = need("datasets", "data=hf")
+        keys = {key: value for key, value in self.keys.items() if value is not None}
+        try:
+            dataset = datasets.load_dataset(**keys, streaming=True)
+        except Exception as error:  # the library raises many kinds
+            raise UserError(
+                f"data.datasets.{self.name}: {self.keys['path']} cannot be loaded: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        columns = dataset.column_names
+        if columns is not None and self.text_key not in columns:
+            raise UserError(
+                f"data.text_key={self.text_key}: {self.keys['path']} has no such column; it has "
+                f"{', '.join(columns)}{did_you_mean(self.text_key, columns)}"
+            )
+        if columns is not None:
+            dataset = dataset.select_columns([self.text_key])
+        return dataset
