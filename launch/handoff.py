@@ -46,6 +46,10 @@ def hand_to_hydra(
         with warnings.catch_warnings(), _as_hydra_program(_argv(flags, extra)):
             warnings.simplefilter("ignore")
             hydra.main(f"pkg://{CONFIG_MODULE}", "train", version_base="1.3")(task)()
+    except SystemExit as ended:
+        # `--hydra-help` ends so.
+        if ended.code:
+            raise
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         if isinstance(error, UserError):
             raise

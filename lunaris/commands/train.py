@@ -86,21 +86,27 @@ def _help(flags: Flags) -> int:
 
 
 def _show(flags: Flags) -> int:
-    from omegaconf import OmegaConf
+    from omegaconf import MISSING, OmegaConf
 
     from lunaris.config.compose import compose_unchecked, finish
+    from lunaris.config.faults import shown
     from lunaris.config.structure import check_keys
 
     cfg: Any = compose_unchecked(flags.overrides, flags.source)
     finish(cfg, flags.overrides)
     check_keys(cfg)
     if flags.package not in (None, "_global_"):
-        cfg = OmegaConf.select(cfg, flags.package)
-        if cfg is None:
-            raise UserError(f"--package {flags.package}: no such part of the config")
+        absent = object()
+        part = OmegaConf.select(cfg, flags.package, default=absent)
+        if part is absent:
+            # A value that has to be given still is there, but cannot be selected.
+            if flags.package not in OmegaConf.missing_keys(cfg):
+                raise UserError(f"--package {flags.package}: no such part of the config")
+            part = MISSING
+        cfg = part
         print(f"# @package {flags.package}")
     if not OmegaConf.is_config(cfg):
-        print(cfg)
+        print(shown(cfg))
         return 0
     print(OmegaConf.to_yaml(cfg, resolve=flags.resolve), end="")
     return 0
