@@ -208,7 +208,7 @@ def load_weights(path: Path, model: nn.Module) -> None:
 
 def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
-    tree = {"model": model_state, "optimizer": optimizer_state}
+    tree: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
     dcp.load(tree, checkpoint_id=path, **_processes())
     set_state_dict(
         model,

@@ -70,7 +70,9 @@ def sample_text(
     with distributed.session(cfg.trainer.device, cfg.launch.collective_timeout_s):
         model, _ = load_trained(cfg, run_dir, step)
         eot_id = tokenizer.token_to_id("<|endoftext|>")
-        ids = tokenizer.encode(prompt).ids or [eot_id]
+        ids = tokenizer.encode(prompt).ids
+        if not ids:
+            raise UserError("--prompt: must hold at least one character")
         new: list[int] = []
         shown = ""
         for token in stream(

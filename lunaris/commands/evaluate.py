@@ -66,10 +66,10 @@ def _apply(cfg: Any, override: str) -> None:
         }
         return
     name = key.removeprefix("trainer.")
-    try:
-        checked = TrainerConfig(**{name: int(value) if name == "batch_size" else value})
-    except ValueError as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{key}={value}: must be an integer") from error
-    cfg.trainer[name] = getattr(checked, name)
+    typed: Any = value
+    if name == "batch_size":
+        if not value.removeprefix("-").isdecimal():
+            raise UserError(f"{key}={value}: must be an integer")
+        typed = int(value)
+    TrainerConfig(**{name: typed})  # Checks it.
+    cfg.trainer[name] = typed

@@ -35,10 +35,10 @@ class WandbLogger(LocalLogger):
     def start(self, run_dir: RunDir, cfg: Any, step: int) -> None:
         """Start or resume the W&B run; fall back to offline, then to local logging alone."""
         super().start(run_dir, cfg, step)
-        config = OmegaConf.to_container(cfg, resolve=True)
-        assert isinstance(config, dict)
+        config: Any = OmegaConf.to_container(cfg, resolve=True)
         config["provenance"] = read_json(run_dir.path / "provenance.json")
-        for mode in dict.fromkeys((self._mode, "offline")):
+        modes: list[Any] = list(dict.fromkeys((self._mode, "offline")))
+        for mode in modes:
             try:
                 self._run = wandb.init(
                     id=_run_id(run_dir.path / "wandb_id"),
@@ -93,7 +93,7 @@ def _run_id(path: Path) -> str:
 
 
 def _expert_chart(key: str, load: list[float]) -> Any:
-    columns = ["expert", "share of tokens"]
+    columns: list[str | int] = ["expert", "share of tokens"]
     table = wandb.Table(data=[[f"{i:03d}", share] for i, share in enumerate(load)], columns=columns)
     layer = key.split("/")[1].replace("_", " ")
     return wandb.plot.bar(table, columns[0], columns[1], title=f"Expert use, {layer}")

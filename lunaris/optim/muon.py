@@ -66,6 +66,7 @@ class Muon(torch.optim.Optimizer):
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
         grad, momentum = parameter.grad, state["momentum"]
+        assert grad is not None
         momentum.lerp_(grad, 1 - group["momentum"])
         nesterov = grad.lerp(momentum, group["momentum"])
         full = nesterov.full_tensor() if isinstance(nesterov, DTensor) else nesterov
