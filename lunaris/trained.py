@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Iterator
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer
 
 from lunaris import distributed
 from lunaris.checkpoint import load_weights, newest, saved_vocab_size
+from lunaris.data.tokenizer import TextTokenizer
 from lunaris.errors import UserError
 from lunaris.model.generate import stream
 from lunaris.model.transformer import Transformer
@@ -66,15 +67,16 @@ def sample_text(
     path = run_dir.path / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path}: missing; a run on data without a tokenizer cannot generate text")
-    tokenizer = Tokenizer.from_file(str(path))
+    tokenizer = TextTokenizer(path)
     with distributed.session(cfg.trainer.device, cfg.launch.collective_timeout_s):
         model, _ = load_trained(cfg, run_dir, step)
-        eot_id = tokenizer.token_to_id("<|endoftext|>")
-        ids = tokenizer.encode(prompt).ids
+        ids = tokenizer.encode([prompt.encode()])[0].tolist()
         if not ids:
             raise UserError("--prompt: must hold at least one character")
         new: list[int] = []
-        shown = ""
+        shown = 0
+        # Holds back a character until all of its bytes are there.
+        text = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in stream(
             model,
             torch.tensor([ids], device=next(model.parameters()).device),
@@ -83,14 +85,12 @@ def sample_text(
             top_k=top_k,
             top_p=top_p,
             seed=seed,
-            eot_id=eot_id,
+            eot_id=tokenizer.eot_id,
         ):
             new.append(int(token))
-            text = tokenizer.decode(new)
-            # A character may still lack bytes: show it once it is whole.
-            if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                yield text[len(shown) :]
-                shown = text
+            data = tokenizer.decode_bytes(new)
+            yield text.decode(data[shown:])
+            shown = len(data)
 
 
 def load_trained(cfg: Any, run_dir: RunDir, step: int | None) -> tuple[Transformer, int]:

@@ -96,4 +96,4 @@ def _expert_chart(key: str, load: list[float]) -> Any:
     columns: list[str | int] = ["expert", "share of tokens"]
     table = wandb.Table(data=[[f"{i:03d}", share] for i, share in enumerate(load)], columns=columns)
     layer = key.split("/")[1].replace("_", " ")
-    return wandb.plot.bar(table, columns[0], columns[1], title=f"Expert use, {layer}")
+    return wandb.plot.bar(table, "expert", "share of tokens", title=f"Expert use, {layer}")
