@@ -53,6 +53,8 @@ def hand_to_hydra(
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
         if isinstance(error, UserError):
             raise
+        if flags.shell_completion:
+            raise UserError(explain(error)) from error
         # Ours is the better message, where the fault is one that our own composition finds.
         swept = {o.input_line for o in parse(flags.overrides) if o.is_sweep_override()}
         compose_unchecked([o for o in flags.overrides if o not in swept], flags.source)

@@ -18,17 +18,19 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
-from lunaris.launch.handoff import hand_to_hydra
-from lunaris.launch.points import Outcome, Point, Sweep, outcome_of
 
 from lunaris.config.compose import compose_unchecked, config_dirs
 from lunaris.config.flags import Flags
 from lunaris.config.names import sweep_name
 from lunaris.config.overrides import check, parse
 from lunaris.errors import Stopped, UserError
+from lunaris.launch.handoff import hand_to_hydra
+from lunaris.launch.points import Outcome, Point, Sweep, outcome_of
 from lunaris.rundir import RunDir
 
 _POLL_S = 0.2
+# Points whose checking takes so long that a person wonders: about a tenth of a second each.
+_MANY = 20
 
 
 class PointFailed(RuntimeError):
@@ -105,6 +107,8 @@ class PointLauncher(Launcher):
         self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
     ) -> Sequence[JobReturn]:
         """Check all points, write their folders, run or send them, return how each ended."""
+        if len(job_overrides) > _MANY:
+            print(f"checking {len(job_overrides)} points", flush=True)
         points = self._sweep.plan(job_overrides)
         self._sweep.freeze(points)
         outcomes = {outcome.point.name: outcome for outcome in self.run(self._sweep, points)}

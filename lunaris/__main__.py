@@ -59,6 +59,8 @@ def _run(args: list[str]) -> int:
     if args[0] == "--version":
         print(f"lunaris {__version__}")
         return 0
+    if args[0] in ("-sc", "--shell-completion"):
+        return _complete(args)
     names = commands()
     if args[0] not in names:
         raise UserError(
@@ -66,6 +68,23 @@ def _run(args: list[str]) -> int:
             f"{did_you_mean(args[0], names)}"
         )
     return int(importlib.import_module(f"lunaris.commands.{args[0]}").main(args[1:]) or 0)
+
+
+def _complete(args: list[str]) -> int:
+    """Complete a line for a shell: commands here, options and keys by `train`.
+
+    The shell asks `lunaris -sc query=bash` with the line in COMP_LINE. Hydra, which knows the
+    options and keys, knows no commands: the line is passed on without.
+    """
+    line = os.environ.get("COMP_LINE", "lunaris train ")
+    words = line.split()[1:]
+    if not words or (len(words) == 1 and not line.endswith(" ")):
+        print(" ".join(name for name in commands() if name.startswith("".join(words))))
+        return 0
+    if words[0] != "train":
+        return 0
+    os.environ["COMP_LINE"] = " ".join(["lunaris", *words[1:]]) + " " * line.endswith(" ")
+    return int(importlib.import_module("lunaris.commands.train").main(args))
 
 
 def _overview() -> str:

@@ -106,6 +106,8 @@ def register_schemas() -> None:
     from hydra.core.config_store import ConfigStore
 
     store = ConfigStore.instance()
+    if "schema" in store.repo:
+        return
     store.store(group="schema", name="train", node=Config, package="_global_")
     for group, options in SCHEMAS.items():
         for option, schema in options.items():

@@ -108,6 +108,29 @@ def test_hydras_own_flags_work(capsys: pytest.CaptureFixture[str]) -> None:
     assert os.listdir() == []
 
 
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("lunaris tr", ["train"]),
+        ("lunaris train mo", ["moe", "model"]),
+        ("lunaris train moe=", ["moe=switch", "moe=none"]),
+        ("lunaris train moe=top2 moe.n_sh", ["moe.n_shared_experts="]),
+        ("lunaris evaluate mo", []),
+    ],
+)
+def test_a_shell_completes_commands_groups_options_and_keys(
+    line: str,
+    shown: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("COMP_LINE", line)
+    assert main(["-sc", "query=bash"]) == 0
+    printed = capsys.readouterr().out.split()
+    assert all(any(word.startswith(text) for word in printed) for text in shown)
+    assert bool(printed) == bool(shown)
+
+
 def test_help_names_every_group_and_option(capsys: pytest.CaptureFixture[str]) -> None:
     from lunaris.config.options import GROUPS, options
 
