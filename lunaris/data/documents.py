@@ -42,10 +42,18 @@ class Reader:
 
     def __iter__(self) -> Iterator[Document | Problem]:
         unit = self.unit
-        if unit.kind == "problem":
-            assert isinstance(unit.payload, str)
-            yield Problem(1, unit.payload)
-        elif unit.kind == "documents":
+        try:
+            yield from self._documents()
+        except (OSError, ValueError) as error:  # pyarrow's are ValueErrors
+            yield Problem(self.lines + 1, f"cannot be read on: {error}")
+            if unit.kind == "text" and unit.start and unit.last:
+                yield Document(b"", unit.head)
+        if unit.problem:
+            yield Problem(self.lines + 1, unit.problem)
+
+    def _documents(self) -> Iterator[Document | Problem]:
+        unit = self.unit
+        if unit.kind == "documents":
             assert isinstance(unit.payload, list)
             for text in unit.payload:
                 self.lines += 1

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import connection, parent_process
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -19,6 +21,7 @@ from lunaris.data.documents import Document, Problem, Reader
 from lunaris.data.tokenizer import TextTokenizer
 from lunaris.data.units import Unit
 
+_PARALLELISM = "TOKENIZERS_PARALLELISM"
 PARTS = ("train", "val")
 # Bytes of text encoded at once: enough to be fast, little enough to take little memory.
 _BATCH_BYTES = 16 * PIECE_BYTES
@@ -129,22 +132,34 @@ def _batches(
         yield batch
 
 
-_encoder: Encoder | None = None
-
-
-def start_process(job: Job) -> None:
-    """Set up a worker process: one thread of its own, no interrupts, an end with its parent."""
-    global _encoder
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    _encoder = Encoder(job)
+def executor(processes: int, job: Job) -> Executor:
+    """Return what runs `encode_unit` in so many processes; for one, in this one."""
+    if processes == 1:
+        return _Inline(job)
+    return ProcessPoolExecutor(
+        processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_process,
+        initargs=(job,),
+    )
 
 
 def encode_unit(unit: Unit) -> Encoded:
-    """Encode a unit in a worker process that `start_process` has set up."""
+    """Encode a unit where an `executor` runs it."""
     assert _encoder is not None
     return _encoder(unit)
+
+
+_encoder: Encoder | None = None
+
+
+def _start_process(job: Job) -> None:
+    """Set up a worker process: one thread of its own, no interrupts, an end with its parent."""
+    global _encoder
+    os.environ[_PARALLELISM] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encoder = Encoder(job)
 
 
 def _end_with_parent() -> None:
@@ -153,3 +168,24 @@ def _end_with_parent() -> None:
     if parent is not None:
         connection.wait([parent.sentinel])
         os._exit(1)
+
+
+class _Inline(Executor):
+    """Runs what is submitted at once, in this process, on one thread of the tokenizer's."""
+
+    def __init__(self, job: Job) -> None:
+        global _encoder
+        self._parallelism = os.environ.get(_PARALLELISM)
+        os.environ[_PARALLELISM] = "false"
+        _encoder = Encoder(job)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        if self._parallelism is None:
+            os.environ.pop(_PARALLELISM, None)
+        else:
+            os.environ[_PARALLELISM] = self._parallelism

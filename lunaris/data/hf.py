@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from lunaris.data import units
 from lunaris.data.documents import Problem, to_document
 from lunaris.data.text import Preparable
-from lunaris.data import units
 from lunaris.data.units import Cursor, Source, Unit, need
 from lunaris.errors import UserError, did_you_mean
 

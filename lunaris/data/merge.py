@@ -15,8 +15,8 @@ from lunaris.data.units import Unit
 from lunaris.data.writer import ShardWriter
 from lunaris.errors import UserError
 
-# Sources begin up to so many tokens apart, by the seed, so that they do not all change at once.
-_PHASE_TOKENS = 2**16
+# Sources begin up to so many tokens apart in the rotation, by the seed.
+_PHASE_TOKENS = 1024
 
 
 @dataclass

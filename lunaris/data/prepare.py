@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
+import sys
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lunaris.data import manifest as manifests
-from lunaris.data.encode import PARTS, Encoded, Job, encode_unit, start_process
+from lunaris.data.encode import PARTS, Encoded, Job, encode_unit, executor
 from lunaris.data.manifest import Manifest, SourceEntry, sync_folder, write_durably
 from lunaris.data.merge import Merger
 from lunaris.data.prepared import folder_lock
@@ -112,7 +112,7 @@ class _Preparation:
             seed=recipe.seed,
             skip_problems=recipe.on_error == "skip",
             stop_at_first=recipe.on_exhausted == "stop",
-            report=self._bar.write,
+            report=lambda text: self._bar.write(text, file=sys.stderr),
             state=note.get("sources"),
         )
         self._planners: list[Iterator[Unit] | None] = [
@@ -137,12 +137,7 @@ class _Preparation:
 
     def run(self) -> Manifest:
         """Encode and merge all that is left; return what the manifest will say."""
-        pool = ProcessPoolExecutor(
-            self._recipe.processes,
-            mp_context=multiprocessing.get_context("spawn"),
-            initializer=start_process,
-            initargs=(self._job,),
-        )
+        pool = executor(self._recipe.processes, self._job)
         try:
             with self._bar:
                 self._loop(pool)
@@ -157,7 +152,7 @@ class _Preparation:
             for writer in self._writers.values():
                 writer.close()
 
-    def _loop(self, pool: ProcessPoolExecutor) -> None:
+    def _loop(self, pool: Executor) -> None:
         began, before = time.monotonic(), self._tokens()
         waiting = self._merger.advance()
         while waiting is not None:
@@ -175,7 +170,7 @@ class _Preparation:
             if time.monotonic() - self._noted >= NOTE_S:
                 self._note()
 
-    def _send(self, pool: ProcessPoolExecutor, waiting: int) -> None:
+    def _send(self, pool: Executor, waiting: int) -> None:
         """Keep the workers busy with the units that the merger will ask for next."""
         processes = self._recipe.processes
         while True:

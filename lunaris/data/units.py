@@ -9,6 +9,7 @@ from __future__ import annotations
 import bz2
 import gzip
 import lzma
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,9 +40,9 @@ class Cursor:
 class Unit:
     """A part of one file of a source, made into tokens by one worker.
 
-    kind: text (a piece of one document), lines, jsonl, parquet, documents, or problem. start, stop:
-    bytes (decompressed), row groups or documents. size: bytes of the source's `size` it stands for.
-    payload: the bytes, documents (bytes, or a str that says why one cannot be had) or the problem.
+    kind: text (a piece of one document), lines, jsonl, parquet or documents. start, stop: bytes
+    (decompressed), row groups or documents. size: bytes of the source's `size` it stands for.
+    payload: the bytes, or the documents (bytes, or a str that says why one cannot be had).
     """
 
     source: int
@@ -50,11 +51,13 @@ class Unit:
     kind: str
     stop: int
     size: int
-    payload: bytes | list[bytes | str] | str | None = None
+    payload: bytes | list[bytes | str] | None = None
     # The first bytes of a text's one document, where the payload is given.
     head: bytes = b""
     # Whether the file ends here, and with it a text's one document.
     last: bool = True
+    # Why what comes after these documents cannot be read.
+    problem: str = ""
 
     @property
     def start(self) -> int:
@@ -136,28 +139,18 @@ class FileSource:
     def _file_units(self, index: int, i: int, start: int) -> Iterator[Unit]:
         path, size = self.files[i], self._sizes[i]
         kind = kind_of(path, self.format)
-        at = start
         try:
             if kind == "parquet":
                 yield from parquet_units(index, i, path, start, self.text_key, size)
             elif is_compressed(path):
-                for unit in stream_units(index, i, path, kind, start):
-                    at = unit.stop
-                    yield unit
+                yield from stream_units(index, i, path, kind, start)
             else:
                 yield from range_units(index, i, path, kind, start, size)
-        except (OSError, EOFError, lzma.LZMAError) as error:
-            yield _problem(index, i, path, at, error)
-        except ValueError as error:
-            # zstandard and pyarrow derive their errors from ValueError.
+        except (OSError, ValueError) as error:  # pyarrow's are ValueErrors
             if isinstance(error, UserError):
                 raise
-            yield _problem(index, i, path, at, error)
-
-
-def _problem(index: int, i: int, path: Path, at: int, error: Exception) -> Unit:
-    text = f"cannot be read on: {error}"
-    return Unit(index, Cursor(i, at), str(path), "problem", at, 0, text)
+            problem = f"cannot be read: {error}"
+            yield Unit(index, Cursor(i, start), str(path), "lines", start, 0, b"", problem=problem)
 
 
 def is_compressed(path: Path) -> bool:
@@ -203,101 +196,120 @@ def cut_before(path: Path, at: int, size: int, unit_bytes: int) -> int:
 
 
 def stream_units(index: int, i: int, path: Path, kind: str, start: int) -> Iterator[Unit]:
-    """Yield units that carry their bytes, from a compressed file read from its beginning."""
-    with open_compressed(path) as (file, raw):
-        head = _skip(file, start)
-        if len(head) < min(start, HEAD_BYTES):
-            return
-        at, told = start, raw.tell() if start else 0
-        pending = bytearray()
+    """Yield units that carry their bytes, from a compressed file read from its beginning.
+
+    Of a damaged file, what can be read of it, and in its last unit what the damage is.
+    """
+    with _Stream(path) as stream:
+        head = stream.skip(start)
+        at, told = start, stream.raw.tell() if start else 0
         last = False
         while not last:
-            ended = False
-            while len(pending) <= UNIT_BYTES and not ended:
-                ended = not _read_on(file, pending)
+            stream.fill(UNIT_BYTES)
+            pending = stream.pending
             head = head or bytes(pending[:HEAD_BYTES])
-            if ended:
+            if stream.ended and len(pending) <= UNIT_BYTES:
                 end = len(pending)
             elif kind == "text":
                 begin = UNIT_BYTES - min(HEAD_BYTES, UNIT_BYTES // 2)
                 end = begin + cut(bytes(pending[begin : UNIT_BYTES + 1]))
             else:
-                end, ended = _line_end(file, pending)
-            last = ended and end == len(pending)
+                end = stream.line_end(UNIT_BYTES)
+            last = stream.ended and end == len(pending)
             part = bytes(pending[:end])
             del pending[:end]
-            now = raw.tell()
+            now = stream.raw.tell()
+            # Of a file that gave nothing there is not even an empty document.
+            damaged = last and stream.problem
             yield Unit(
                 index,
                 Cursor(i, at),
                 str(path),
-                kind,
+                "lines" if damaged and not head else kind,
                 at + end,
                 now - told,
-                payload=part,
+                payload=_whole_lines(part) if damaged and kind != "text" else part,
                 head=head if kind == "text" else b"",
                 last=last,
+                problem=stream.problem if last else "",
             )
             at, told = at + end, now
 
 
-def _skip(file: IO[bytes], count: int) -> bytes:
-    """Read past `count` bytes and return the first `HEAD_BYTES` of them."""
-    head = b""
-    while count > 0:
-        block = file.read(min(count, _BLOCK))
-        if not block:
-            break
-        head = head if len(head) >= HEAD_BYTES else (head + block)[:HEAD_BYTES]
-        count -= len(block)
-    return head
+def _whole_lines(part: bytes) -> bytes:
+    return part[: part.rfind(b"\n") + 1]
 
 
-def _read_on(file: IO[bytes], pending: bytearray) -> bool:
-    """Append a block to `pending`; return whether there was one."""
-    block = file.read(_BLOCK)
-    pending += block
-    return bool(block)
-
-
-def _line_end(file: IO[bytes], pending: bytearray) -> tuple[int, bool]:
-    """Return where a unit of whole lines ends, and whether the file ended on the way.
-
-    A line longer than a unit is a unit of its own.
-    """
-    end = pending.rfind(b"\n", 0, UNIT_BYTES) + 1
-    searched = UNIT_BYTES
-    while not end:
-        end = pending.find(b"\n", searched) + 1
-        searched = len(pending)
-        if not end and not _read_on(file, pending):
-            return len(pending), True
-    return end, False
-
-
-class open_compressed:  # noqa: N801  used like open()
-    """Open a compressed file: gives the decompressed stream and the raw one below it."""
+class _Stream:
+    """A compressed file read on and on; damage ends it and is kept as `problem`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self.pending = bytearray()
+        self.ended = False
+        self.problem = ""
 
-    def __enter__(self) -> tuple[IO[bytes], IO[bytes]]:
-        raw = self._raw = self._path.open("rb")
-        suffix = self._path.suffix.lower()
-        stream: Any
-        if suffix == ".gz":
-            stream = gzip.GzipFile(fileobj=raw)
-        elif suffix == ".bz2":
-            stream = bz2.BZ2File(raw)
-        elif suffix == ".xz":
-            stream = lzma.LZMAFile(raw)
-        else:
-            zstandard = need("zstandard", f"{self._path}: .zst")
-            stream = zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-        return stream, raw
+    def __enter__(self) -> _Stream:
+        self.raw = self._path.open("rb")
+        self._file = decompressed(self._path, self.raw)
+        return self
 
     def __exit__(self, *_: object) -> None:
-        self._raw.close()
+        self.raw.close()
+
+    def _block(self, most: int = _BLOCK) -> bytes:
+        """Return the next bytes, as many as one read gives; b"" at the end."""
+        if self.ended:
+            return b""
+        try:
+            block = bytes(self._file.read1(most))
+        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+            self.problem, block = f"cannot be read on: {error}", b""
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] != "zstandard":
+                raise
+            self.problem, block = f"cannot be read on: {error}", b""
+        self.ended = not block
+        return block
+
+    def skip(self, count: int) -> bytes:
+        """Read past `count` bytes and return the first `HEAD_BYTES` of them."""
+        head = b""
+        while count > 0 and (block := self._block(min(count, _BLOCK))):
+            head = head if len(head) >= HEAD_BYTES else (head + block)[:HEAD_BYTES]
+            count -= len(block)
+        return head
+
+    def fill(self, count: int) -> None:
+        """Read until more than `count` bytes are pending, or the end."""
+        while len(self.pending) <= count and (block := self._block()):
+            self.pending += block
+
+    def line_end(self, count: int) -> int:
+        """Return the end of the last line within `count` pending bytes, else that of the first."""
+        end = self.pending.rfind(b"\n", 0, count) + 1
+        searched = count
+        while not end:
+            end = self.pending.find(b"\n", searched) + 1
+            searched = len(self.pending)
+            if not end:
+                block = self._block()
+                self.pending += block
+                end = 0 if block else len(self.pending)
+        return end
+
+
+def decompressed(path: Path, raw: IO[bytes]) -> Any:
+    """Return the stream of what a compressed file holds, by its name."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if suffix == ".bz2":
+        return bz2.BZ2File(raw)
+    if suffix == ".xz":
+        return lzma.LZMAFile(raw)
+    zstandard = need("zstandard", f"{path}: .zst")
+    return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
 
 
 def parquet_units(

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lunaris.data.tokenizer import TextTokenizer, byte_alphabet, split_bytes, train_bpe
+from lunaris.data.cuts import split_bytes
+from lunaris.data.tokenizer import TextTokenizer, byte_alphabet, train_bpe
 from lunaris.errors import UserError
 
 TEXT = "The cat sat on the mat. Der Fuß, naïve — 漢字とかな 😀 x = f(1, 2)\n" * 40
