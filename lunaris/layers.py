@@ -5,7 +5,6 @@ Shapes: B sequences, L positions, D model width, H hidden width.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from dataclasses import dataclass
 
@@ -65,20 +64,6 @@ def swiglu_hidden(d_model: int, multiplier: float, multiple_of: int) -> int:
     The 2/3 keeps the parameters of a two-matrix feed-forward of that multiplier (arXiv 2002.05202).
     """
     return multiple_of * math.ceil(2 * multiplier * d_model / 3 / multiple_of)
-
-
-def seeded_normal(shape: tuple[int, ...], std: float, seed: int, name: str) -> Tensor:
-    """Return float32 numbers on the CPU that depend on (seed, name) and the shape alone.
-
-    A three-dimensional parameter (stacked experts) is drawn expert by expert, so that one expert's
-    numbers do not depend on how many there are.
-    """
-    if len(shape) == 3:
-        parts = [seeded_normal(shape[1:], std, seed, f"{name}[{i}]") for i in range(shape[0])]
-        return torch.stack(parts)
-    digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
-    generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
-    return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lunaris.layers import RMSNorm
-from lunaris.model.cache import KVCache
+from lunaris.model.cache import LayerCache
 
 
 def rope_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -60,8 +60,7 @@ class Attention(nn.Module):
         cos: Tensor,
         sin: Tensor,
         mask: Tensor | None = None,
-        cache: KVCache | None = None,
-        layer: int = 0,
+        cache: LayerCache | None = None,
     ) -> Tensor:
         """Return [B, L, D] for [B, L, D].
 
@@ -73,10 +72,11 @@ class Attention(nn.Module):
         k = rotate(self._heads(k, self.k_norm), cos, sin).transpose(1, 2)
         v = v.unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         if cache is not None:
-            k, v = cache.extend(layer, k, v)
+            k, v = cache.extend(k, v)
         grouped = self.n_kv_heads < self.n_heads
-        if grouped and not q.is_cuda:
-            # The CPU kernel takes no groups; without this it falls back to the slow path.
+        # Of the fast kernels only flash attention takes groups: half precision without a mask.
+        in_kernel = q.is_cuda and mask is None and q.dtype in (torch.bfloat16, torch.float16)
+        if grouped and not in_kernel:
             repeats = self.n_heads // self.n_kv_heads
             k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
         y = F.scaled_dot_product_attention(
@@ -86,7 +86,7 @@ class Attention(nn.Module):
             attn_mask=mask,
             dropout_p=self.dropout if self.training else 0.0,
             is_causal=mask is None and q.size(2) > 1,
-            enable_gqa=grouped and q.is_cuda,
+            enable_gqa=grouped and in_kernel,
         )
         return self.out(y.transpose(1, 2).flatten(2))
 

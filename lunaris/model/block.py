@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from lunaris.layers import RMSNorm
 from lunaris.model.attention import Attention
-from lunaris.model.cache import KVCache
+from lunaris.model.cache import LayerCache
 
 
 class Block(nn.Module):
@@ -34,11 +34,10 @@ class Block(nn.Module):
         cos: Tensor,
         sin: Tensor,
         mask: Tensor | None = None,
-        cache: KVCache | None = None,
-        layer: int = 0,
+        cache: LayerCache | None = None,
     ) -> tuple[Tensor, Any]:
         """Return the residual stream and the feed-forward's routing statistics (None if dense)."""
-        attended = self.attention(self.attention_norm(x), cos, sin, mask, cache, layer)
+        attended = self.attention(self.attention_norm(x), cos, sin, mask, cache)
         h = x + self.dropout(attended)
         y, stats = self.feed_forward(self.feed_forward_norm(h))
         return h + y, stats

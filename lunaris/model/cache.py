@@ -1,9 +1,30 @@
-"""Keys and values of the positions seen so far."""
+"""Keys and values of the positions seen so far.
+
+Shapes: B sequences, G key-value heads, L new positions, S positions in all, K head width.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+
+class LayerCache:
+    """Keys and values of one layer."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        """keys, values: [B, G, max_len, K], of which the first `length` positions are filled."""
+        self.length = 0
+        self._keys = keys
+        self._values = values
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Store k and v ([B, G, L, K]); return those of all positions ([B, G, S, K])."""
+        end = self.length + k.size(2)
+        self._keys[:, :, self.length : end] = k
+        self._values[:, :, self.length : end] = v
+        self.length = end
+        return self._keys[:, :, :end].to(k.dtype), self._values[:, :, :end].to(v.dtype)
 
 
 class KVCache:
@@ -21,19 +42,12 @@ class KVCache:
         dtype: torch.dtype,
     ) -> None:
         """Allocate [n_layers, 2, B, G, max_len, K] in `dtype`."""
-        self.length = 0
-        self._data = torch.empty(
+        data = torch.empty(
             n_layers, 2, batch, n_kv_heads, max_len, head_dim, device=device, dtype=dtype
         )
+        self.layers = [LayerCache(keys, values) for keys, values in data]
 
-    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v ([B, G, L, K]) of a layer; return all positions' ([B, G, S, K])."""
-        end = self.length + k.size(2)
-        keys, values = self._data[layer]
-        keys[:, :, self.length : end] = k
-        values[:, :, self.length : end] = v
-        return keys[:, :, :end].to(k.dtype), values[:, :, :end].to(v.dtype)
-
-    def advance(self, new: int) -> None:
-        """Count `new` positions, once every layer has stored them."""
-        self.length += new
+    @property
+    def length(self) -> int:
+        """Positions that every layer has stored."""
+        return self.layers[-1].length

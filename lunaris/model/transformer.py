@@ -10,13 +10,14 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from lunaris.layers import ModelShape, RMSNorm, seeded_normal
+from lunaris.layers import ModelShape, RMSNorm, compute_dtype
 from lunaris.model.attention import Attention, rope_tables
 from lunaris.model.block import Block
 from lunaris.model.cache import KVCache
+from lunaris.model.init import fill_normal
 from lunaris.model.loss import linear_cross_entropy
 
 _INIT_STD = 0.02
@@ -77,7 +78,7 @@ class Transformer(nn.Module):
     ) -> None:
         """Keys as in the `model` group; feed_forward: builds each layer's feed-forward.
 
-        Made on the meta device, the model takes `to_empty` and `init_weights` before use.
+        It takes `init_weights` before use; made on the meta device, `to_empty` before that.
         """
         super().__init__()
         self.vocab_size = vocab_size
@@ -122,6 +123,7 @@ class Transformer(nn.Module):
         """
         start = 0 if cache is None else cache.length
         end = start + tokens.size(1)
+        assert end <= self.max_seq_len, f"{end} positions, made for {self.max_seq_len}"
         cos, sin = self.rope_cos[start:end], self.rope_sin[start:end]
         mask = attention_mask(start, end, documents, tokens.device)
         x = self.dropout(self.embedding(tokens))
@@ -129,13 +131,19 @@ class Transformer(nn.Module):
         recompute = self.activation_checkpointing and torch.is_grad_enabled() and cache is None
         for layer, block in enumerate(self.blocks):
             if recompute:
-                x, routing = checkpoint(block, x, cos, sin, mask, use_reentrant=False)
+                x, routing = checkpoint(
+                    block,
+                    x,
+                    cos,
+                    sin,
+                    mask,
+                    use_reentrant=False,
+                    preserve_rng_state=self.dropout.p > 0,
+                )
             else:
-                x, routing = block(x, cos, sin, mask, cache, layer)
+                x, routing = block(x, cos, sin, mask, cache.layers[layer] if cache else None)
             if routing is not None:
                 stats.append(routing)
-        if cache is not None:
-            cache.advance(tokens.size(1))
         x = self.norm(x)
         weight = self.embedding.weight if self.head is None else self.head.weight
         if targets is None:
@@ -143,7 +151,10 @@ class Transformer(nn.Module):
         return _output(linear_cross_entropy(x, weight, targets), stats)
 
     def new_cache(self, batch: int) -> KVCache:
-        """Return an empty cache for `batch` sequences of up to `max_seq_len` positions."""
+        """Return an empty cache for `batch` sequences of up to `max_seq_len` positions.
+
+        Its dtype is what the projections give: autocast's, made where autocast is on.
+        """
         return KVCache(
             self.n_layers,
             batch,
@@ -151,33 +162,27 @@ class Transformer(nn.Module):
             self.max_seq_len,
             self.head_dim,
             device=self.rope_cos.device,
-            dtype=self.embedding.weight.dtype,
+            dtype=compute_dtype(self.embedding.weight),
         )
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
         """Draw every parameter and fill every buffer; the same numbers wherever it runs.
 
-        A parameter's numbers depend on the seed and its name. One is drawn at a time, on the CPU,
-        and a sharded one (DTensor) keeps its own shard. Norms are 1; matrices normal with standard
-        deviation 0.02, or 0.02/√(2·layers) where they write to the residual stream.
+        A parameter's numbers depend on the seed and its name. One matrix is drawn at a time, on the
+        CPU; of stacked experts, those that this process holds a part of. Norms are 1; matrices
+        normal with standard deviation 0.02, or 0.02/√(2·layers) where they write to the residual
+        stream.
         """
         for name, parameter in self.named_parameters():
             if parameter.ndim == 1:
-                parameter.fill_(1.0)
+                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+                local.fill_(1.0)
                 continue
             leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]
             residual = leaf in ("out", "down")
             std = _INIT_STD / math.sqrt(2 * self.n_layers) if residual else _INIT_STD
-            full = seeded_normal(tuple(parameter.shape), std, seed, name)
-            if isinstance(parameter, DTensor):
-                full = distribute_tensor(
-                    full.to(parameter.device),
-                    parameter.device_mesh,
-                    parameter.placements,
-                    src_data_rank=None,
-                )
-            parameter.copy_(full)
+            fill_normal(parameter, std, seed, name)
         for name, buffer in self.named_buffers():
             if name.endswith("balance_bias"):
                 buffer.zero_()
@@ -189,18 +194,21 @@ class Transformer(nn.Module):
         """Return the indices of the layers that route, in the order of `ModelOutput.load`."""
         return [i for i, block in enumerate(self.blocks) if hasattr(block.feed_forward, "router")]
 
+    def _moe(self) -> list[Any]:
+        return [self.blocks[layer].feed_forward for layer in self.moe_layers()]
+
     def update_balance(self, load: Tensor) -> None:
         """Move the routers' balance biases, once an optimizer step.
 
         load: [n_moe_layers, E], tokens of the whole step over all processes.
         """
-        for layer, row in zip(self.moe_layers(), load, strict=True):
-            self.blocks[layer].feed_forward.router.update_balance(row)
+        for feed_forward, row in zip(self._moe(), load, strict=True):
+            feed_forward.router.update_balance(row)
 
     def count_parameters(self) -> ParameterCount:
         """Return how many parameters there are, and how many one token uses."""
         total = sum(p.numel() for p in self.parameters())
-        idle = sum(self.blocks[layer].feed_forward.idle_parameters() for layer in self.moe_layers())
+        idle = sum(feed_forward.idle_parameters() for feed_forward in self._moe())
         return ParameterCount(total, total - idle)
 
     def flops_per_token(self, seq_len: int) -> float:

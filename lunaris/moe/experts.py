@@ -5,9 +5,12 @@ Shapes: T assignments, D model width, H hidden width, E experts.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from lunaris.layers import compute_dtype, gated
@@ -45,7 +48,8 @@ def grouped_mm_fits(x: Tensor, dtype: torch.dtype, *weights: Tensor) -> bool:
 
     On a CPU it is slower than one product an expert (tests/benchmarks/LOG.md).
     """
-    return x.is_cuda and dtype == torch.bfloat16 and all(w.size(-1) % 8 == 0 for w in weights)
+    aligned = all(size % 8 == 0 for w in weights for size in w.shape[1:])
+    return x.is_cuda and dtype == torch.bfloat16 and aligned
 
 
 def _grouped(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
@@ -54,11 +58,31 @@ def _grouped(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor
     inside = (torch.arange(len(x), device=x.device) < ends[-1])[:, None]
     x = torch.where(inside, x, 0)
     offsets = ends.to(torch.int32)
-    hidden = gated(F.grouped_mm(x, gate_up, offs=offsets))
+    hidden = gated(F.grouped_mm(x, _ZeroWhereIdle.apply(gate_up, counts), offs=offsets))
     hidden = torch.where(inside, hidden, 0)
-    return torch.where(inside, F.grouped_mm(hidden, down, offs=offsets), 0)
+    out = F.grouped_mm(hidden, _ZeroWhereIdle.apply(down, counts), offs=offsets)
+    return torch.where(inside, out, 0)
 
 
+class _ZeroWhereIdle(torch.autograd.Function):
+    """Weights as they are; their gradient made zero where an expert had no row.
+
+    Some GPUs leave there what the memory held before (pytorch/pytorch issue 172439).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(counts)
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (counts,) = ctx.saved_tensors
+        return grad.masked_fill((counts == 0)[:, None, None], 0), None
+
+
+@torch.compiler.disable
 def _one_by_one(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """One product an expert. On a GPU the counts are waited for: the path for fp32 and fp16."""
     sizes = counts.tolist()

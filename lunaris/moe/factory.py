@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
 from lunaris.layers import ModelShape, SwiGLU, swiglu_hidden
@@ -55,7 +57,7 @@ class MoEFactory:
         self._k = n_experts_per_token
         self._n_shared = n_shared_experts
         self._capacity_factor = capacity_factor
-        self._routing = {
+        self._routing: dict[str, Any] = {
             "balancing": balancing,
             "aux_loss_weight": aux_loss_weight,
             "z_loss_weight": router_z_loss_weight,
