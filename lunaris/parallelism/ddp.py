@@ -43,7 +43,7 @@ class DDP(Parallelism):
                 mesh_dim_names=("replica", "expert"),
             )
             self._replicas = mesh.get_group("replica")
-            spread_experts(model, mesh["expert"])
+            spread_experts(model, mesh["expert"], compile)
             spread = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
         materialize(model, self.device, seed)
         if compile:

@@ -39,7 +39,7 @@ def check_degree(degree: int, processes: int, within: str) -> None:
         )
 
 
-def spread_experts(model: nn.Module, mesh: DeviceMesh) -> None:
+def spread_experts(model: nn.Module, mesh: DeviceMesh, compile: bool) -> None:
     """Spread every layer's experts over the one-dimensional `mesh`, the model still on meta.
 
     Stacked weights [E, …] become DTensors sharded on the experts, so that checkpoints know the
@@ -56,7 +56,9 @@ def spread_experts(model: nn.Module, mesh: DeviceMesh) -> None:
             local = parameter.detach().chunk(parts)[own]
             spread = DTensor.from_local(local.contiguous(), mesh, [Shard(0)], run_check=False)
             experts.register_parameter(name, nn.Parameter(spread))
-        experts.forward = _Exchange(experts.forward, mesh.get_group())
+        exchange = _Exchange(experts.forward, mesh.get_group())
+        # Sizes that change with every batch, and collectives: a compiled block stops here.
+        experts.forward = torch.compiler.disable(exchange) if compile else exchange
 
 
 @torch.no_grad()
@@ -86,7 +88,6 @@ class _Exchange:
         self._group = group
         self._parts = dist.get_world_size(group)
 
-    @torch.compiler.disable
     def __call__(self, x: Tensor, counts: Tensor) -> Tensor:
         """Return the experts' outputs [T, D] for tokens `x` [T, D] sorted by expert.
 

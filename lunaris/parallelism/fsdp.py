@@ -53,7 +53,7 @@ class FSDP(Parallelism):
         """Shard the model, allocate this process's shards and draw their weights."""
         meshes = self.meshes()
         if meshes.expert is not None:
-            spread_experts(model, meshes.expert)
+            spread_experts(model, meshes.expert, compile)
         if compile:
             compile_blocks(model)
         half = None if precision.dtype == torch.float32 else precision.dtype

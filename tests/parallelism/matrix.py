@@ -1,0 +1,83 @@
+"""One process of a group that trains several runs, one after the other: `matrix.py PLAN`.
+
+PLAN is a JSON list of folders, each with a run's config.yaml. Each run goes through the real
+build and loop. Rank 0 leaves `hashes.json` (one hash a global batch) and `weights.json` (one
+hash a rank, of its weights and optimizer state) beside the run's own files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from lunaris import distributed
+from lunaris.data.loader import Loader, StepBatch
+from lunaris.run import build
+from lunaris.rundir import RunDir
+from lunaris.signals import StopSignal
+from lunaris.train import Run, train
+
+
+class Recorded:
+    """A loader that keeps a hash of every global batch it gives, in the global order."""
+
+    def __init__(self, loader: Loader) -> None:
+        self._loader = loader
+        self.hashes: list[str] = []
+
+    @property
+    def wait_s(self) -> float:
+        return self._loader.wait_s
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        for batch in self._loader:
+            # [W][A, B, L] → [A, W, B, L]: micro-step m of rank r has sequences (m · W + r) · B on.
+            parts = distributed.gather_objects(torch.stack([batch.tokens, batch.targets]))
+            whole = torch.stack(parts, dim=2).contiguous()
+            self.hashes.append(hashlib.sha256(whole.numpy().tobytes()).hexdigest())
+            yield batch
+
+
+def weights_hash(run: Run) -> str:
+    """Return a hash of this process's weights and optimizer state, bit for bit."""
+    found = hashlib.sha256()
+    state = [value for s in run.optimizer.state.values() for value in s.values()]
+    for value in [*run.model.parameters(), *run.model.buffers(), *state]:
+        local: Any = value.to_local() if isinstance(value, DTensor) else value
+        found.update(local.detach().contiguous().numpy().tobytes())
+    return found.hexdigest()
+
+
+def train_one(folder: Path) -> None:
+    """Train the run in a folder and write down its hashes."""
+    run_dir = RunDir(folder)
+    with StopSignal() as stop:
+        run = build(run_dir.read_config(), run_dir, stop)
+        loader, run.loader = run.loader, Recorded(run.loader)  # type: ignore[assignment]
+        try:
+            train(run)
+        finally:
+            loader.close()
+            run.logger.finish()
+    weights = distributed.gather_objects(weights_hash(run))
+    if distributed.rank() == 0:
+        (folder / "hashes.json").write_text(json.dumps(run.loader.hashes))  # type: ignore[attr-defined]
+        (folder / "weights.json").write_text(json.dumps(weights))
+
+
+def main() -> None:
+    """Train every run of the plan in one process group."""
+    with distributed.session("cpu", 120.0):
+        for folder in json.loads(Path(sys.argv[1]).read_text()):
+            train_one(Path(folder))
+
+
+if __name__ == "__main__":
+    main()
