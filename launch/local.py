@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lunaris import rundir
+from lunaris.errors import Stopped, UserError
 
 
 class Local:
@@ -36,7 +37,12 @@ class Local:
         if self._processes == 1:
             from lunaris.launch.worker import work
 
-            work(rundir.RunDir(path).read_config(), path)
+            try:
+                work(rundir.RunDir(path).read_config(), path)
+            except (UserError, Stopped):
+                raise
+            except Exception:  # Printed by `work`, with its traceback.
+                return 1
             return 0
         from lunaris.launch.elastic import run_group
 

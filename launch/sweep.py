@@ -227,14 +227,14 @@ def _sweep_of(flags: Flags, parsed: list[Override], command: str) -> Sweep:
     task = [o.input_line or "" for o in parsed if not o.is_hydra_override()]
     given = {o.key_or_group: o.value() for o in parsed if not o.is_sweep_override()}
     name = str(given.get("name") or sweep_name(task, swept))
-    folder = given.get("hydra.sweep.dir") or given.get("out_dir") or f"sweeps/{name}"
+    asked = given.get("hydra.sweep.dir") or given.get("out_dir") or f"sweeps/{name}"
     # Hydra's sweepers write values anew: 1e-3 becomes 0.001.
     anew = [
         f"{o.get_key_element()}={o.get_value_element_as_str()}"
         for o in parsed
         if not (o.is_sweep_override() or o.is_hydra_override())
     ]
-    folder = Path(str(folder).replace("${name}", name))
+    folder = Path(str(asked).replace("${name}", name))
     return Sweep(folder, command, {*task, *anew}, flags.source)
 
 

@@ -8,7 +8,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lunaris.errors import UserError
+from lunaris.errors import Stopped, UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -73,7 +73,12 @@ def _run_as_rank(cfg: DictConfig, command: str, overrides: list[str]) -> int:
     if os.environ["RANK"] == "0":
         rundir.create(cfg, command, overrides)
     # The other ranks meet rank 0 when the process group is made.
-    work(cfg, Path(cfg.out_dir))
+    try:
+        work(cfg, Path(cfg.out_dir))
+    except (UserError, Stopped):
+        raise
+    except Exception:  # Printed by `work`, with its traceback.
+        return 1
     return 0
 
 

@@ -50,7 +50,7 @@ def is_ours(cfg: DictConfig, group: str) -> bool:
 
 def _give_schema(cfg: DictConfig, group: str) -> None:
     """Type a group that an option file without a schema filled, by its `_target_`."""
-    node = cfg._get_node(group)
+    node: Any = None if OmegaConf.is_missing(cfg, group) else cfg[group]
     if not OmegaConf.is_dict(node):
         raise UserError(f"{group}: no option is chosen; allowed are {', '.join(SCHEMAS[group])}")
     schemas = dict.fromkeys(SCHEMAS[group].values())
@@ -99,7 +99,7 @@ def _check_module(group: str, target: str) -> None:
 
 
 def _check_keys(cfg: DictConfig, group: str) -> None:
-    schema = OmegaConf.get_type(cfg[group])
+    schema = OmegaConf.get_type(cfg[group]) or dict
     if schema is dict or not is_ours(cfg, group):
         return
     known = schema_keys(schema)

@@ -109,6 +109,11 @@ def _check_parallelism(cfg: DictConfig) -> None:
         size = cfg.parallelism.shard_size
         if size is not None and world % size:
             raise UserError(f"parallelism.shard_size={size}: must divide the world: {said}")
+        size, degree = size or _processes_of_a_node(cfg), cfg.parallelism.expert_parallel
+        if size % degree:
+            raise UserError(
+                f"parallelism.expert_parallel={degree}: must divide parallelism.shard_size={size}"
+            )
 
 
 def _check_expert_parallel(cfg: DictConfig, world: int, said: str) -> None:
@@ -124,6 +129,12 @@ def _check_expert_parallel(cfg: DictConfig, world: int, said: str) -> None:
         return
     if cfg.moe.n_experts % degree:
         raise UserError(f"{key}: must divide moe.n_experts={cfg.moe.n_experts}")
+
+
+def _processes_of_a_node(cfg: DictConfig) -> int:
+    if "RANK" in os.environ:
+        return int(os.environ.get("LOCAL_WORLD_SIZE", world_size(cfg)))
+    return tasks_per_node(cfg.launch) if "nodes" in cfg.launch else world_size(cfg)
 
 
 def _world_in_words(cfg: DictConfig) -> str:

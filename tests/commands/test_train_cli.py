@@ -65,6 +65,16 @@ def test_a_run_leaves_its_folder_and_goes_on_from_it(capsys: pytest.CaptureFixtu
     assert "model.d_model: 32 → 64" in capsys.readouterr().err
 
 
+def test_what_nobody_foresaw_ends_with_1_and_one_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    # A class that is there, but takes none of these keys.
+    assert main(["train", *SMOKE[:1], "name=x", "moe._target_=json.JSONDecoder"]) == 1
+    assert capsys.readouterr().err.count("Traceback") == 1
+    assert "unexpected keyword" in RunDir("runs/x").read_status()["last_error"]
+    assert "Traceback" in (RunDir("runs/x").logs / "rank_0.log").read_text()
+
+
 @pytest.mark.slow
 def test_under_torchrun_every_rank_trains_in_its_own_process() -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

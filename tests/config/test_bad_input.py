@@ -97,6 +97,11 @@ TABLE: list[tuple[str, str]] = [
         "parallelism=hsdp launch.processes=4 parallelism.shard_size=3",
         "parallelism.shard_size=3: must divide the world: launch.processes=4",
     ),
+    (
+        "launch.processes=4 parallelism=hsdp parallelism.shard_size=2 "
+        "parallelism.expert_parallel=4",
+        "parallelism.expert_parallel=4: must divide parallelism.shard_size=2",
+    ),
     ("launch=slurm launch.timeout_min=1", "launch.signal_delay_s=120: must be below the 60 sec"),
     (
         "launch=slurm parallelism=ddp launch.gpus_per_node=2 launch.tasks_per_node=4",
