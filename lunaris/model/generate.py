@@ -24,8 +24,9 @@ def stream(
     """Yield the next token of each sequence ([B] int64), up to `max_new_tokens` times.
 
     model: a Transformer in eval mode. prompt: [B, P] int64, P ≥ 1. temperature: 0 takes the
-    likeliest token. Ends early once every sequence has given `eot_id`, which is not yielded for one
-    sequence. Past the model's length, the later half of the context is read anew.
+    likeliest token. A sequence that has given `eot_id` gives nothing else; it ends once all have,
+    before a row of `eot_id` alone. Past the model's length, the later half of the context is read
+    anew.
     """
     assert not model.training, "generation needs model.eval()"
     generator = torch.Generator(prompt.device).manual_seed(seed)
@@ -40,6 +41,7 @@ def stream(
         logits = model(new, cache=cache)[:, -1]
         token = sample(logits, temperature, top_k, top_p, generator)
         if eot_id is not None:
+            token = token.masked_fill(done, eot_id)
             done |= token == eot_id
             if done.all():
                 return

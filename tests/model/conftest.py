@@ -1,0 +1,47 @@
+"""Small transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from lunaris.model.transformer import Transformer
+from lunaris.moe.factory import DenseFactory, MoEFactory
+
+
+@pytest.fixture
+def make_model() -> Callable[..., Transformer]:
+    """Return a function from keys of `model`, and `moe` (None: dense), to a model with weights."""
+
+    def make(
+        moe: dict[str, Any] | None = None, *, seed: int | None = 0, **keys: Any
+    ) -> Transformer:
+        routed = {"n_experts": 4, "n_experts_per_token": 2} | (moe or {})
+        factory = MoEFactory(**routed) if moe is not None else DenseFactory()
+        model = Transformer(
+            **{
+                "vocab_size": 40,
+                "d_model": 16,
+                "n_layers": 2,
+                "n_heads": 4,
+                "n_kv_heads": 2,
+                "max_seq_len": 24,
+                "rope_theta": 10000.0,
+                "dropout": 0.0,
+                "ffn_hidden_multiplier": 2.0,
+                "multiple_of": 8,
+                "tie_embeddings": True,
+                "norm": "qk_reorder",
+                "feed_forward": factory,
+                **keys,
+            }
+        )
+        if seed is not None:
+            model.init_weights(seed)
+            for parameter in model.parameters():  # far from zero, so that differences show
+                parameter.data.mul_(10.0 if parameter.ndim > 1 else 1.0)
+        return model
+
+    return make

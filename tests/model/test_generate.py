@@ -1,0 +1,86 @@
+"""Sampling: greedy, filtered, seeded, ended, and beyond the model's length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from lunaris.model.generate import generate, sample, stream
+from lunaris.model.transformer import Transformer
+
+Make = Callable[..., Transformer]
+
+
+@pytest.fixture
+def model(make_model: Make) -> Transformer:
+    return make_model({"capacity_factor": 0.5}).eval()
+
+
+def test_greedy_takes_the_likeliest_token_of_the_full_forward(model: Transformer) -> None:
+    prompt = torch.tensor([[1, 2, 3], [7, 8, 9]])
+    out = generate(model, prompt, 10, temperature=0)
+    want = prompt
+    for _ in range(10):
+        want = torch.cat((want, model(want)[:, -1:].argmax(-1)), dim=1)
+    assert torch.equal(out, want)
+
+
+def test_a_seed_gives_the_same_text_and_another_seed_another(model: Transformer) -> None:
+    prompt = torch.tensor([[1, 2, 3]])
+    one, again = (generate(model, prompt, 15, seed=4) for _ in range(2))
+    assert torch.equal(one, again)
+    assert not torch.equal(one, generate(model, prompt, 15, seed=5))
+
+
+def test_generation_goes_on_beyond_the_models_length(model: Transformer) -> None:
+    prompt = torch.arange(30)[None]  # longer than the 24 positions
+    assert generate(model, prompt, 40, temperature=0).shape == (1, 70)
+
+
+def drawn(logits: list[float], **filters: float | None) -> set[int]:
+    keys = {"temperature": 1.0, "top_k": None, "top_p": None} | filters
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.tensor(logits).expand(400, -1)
+    return set(sample(rows, generator=generator, **keys).tolist())  # type: ignore[arg-type]
+
+
+def test_top_k_keeps_the_k_likeliest() -> None:
+    assert drawn([0.0, 1.0, 0.5, -1.0], top_k=2) == {1, 2}
+    assert drawn([0.0, 1.0, 0.5, -1.0], top_k=9) == {0, 1, 2, 3}
+
+
+def test_top_p_keeps_the_fewest_that_reach_the_mass() -> None:
+    logits = torch.tensor([0.1, 0.5, 0.3, 0.1]).log().tolist()
+    assert drawn(logits, top_p=0.49) == {1}
+    assert drawn(logits, top_p=0.6) == {1, 2}
+    assert drawn(logits, top_p=1.0) == {0, 1, 2, 3}
+
+
+def test_temperature_sharpens() -> None:
+    assert drawn([0.0, 1.0, 0.5], temperature=0.01) == {1}
+    assert drawn([0.0, 1.0, 0.5], temperature=5.0) == {0, 1, 2}
+
+
+def test_it_ends_at_end_of_text(model: Transformer) -> None:
+    prompt = torch.tensor([[1, 2, 3]])
+    free = generate(model, prompt, 12, seed=2)[0, 3:].tolist()
+    eot = free[5]
+    out = generate(model, prompt, 12, seed=2, eot_id=eot)[0, 3:].tolist()
+    assert out == free[: free.index(eot)]
+
+
+def test_an_ended_sequence_waits_for_the_others(model: Transformer) -> None:
+    prompt = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    free = generate(model, prompt, 12, seed=2)[:, 3:]
+    eot = int(free[0, 2])
+    rows = torch.stack(list(stream(model, prompt, 12, seed=2, eot_id=eot)), dim=1)
+    begin = free[0].tolist().index(eot)
+    assert (rows[0, begin:] == eot).all()
+    assert rows.size(1) > begin
+
+
+def test_a_model_in_training_is_refused(model: Transformer) -> None:
+    with pytest.raises(AssertionError, match="eval"):
+        next(stream(model.train(), torch.tensor([[1]]), 1))

@@ -1,0 +1,28 @@
+"""Small Mixture-of-Experts layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from lunaris.layers import ModelShape
+from lunaris.moe.factory import MoEFactory
+
+
+@pytest.fixture
+def make_layer() -> Callable[..., nn.Module]:
+    """Return a function from keys of the `moe` group to a layer (width 8) with random weights."""
+
+    def make(**keys: Any) -> nn.Module:
+        torch.manual_seed(0)
+        keys = {"n_experts": 4, "n_experts_per_token": 1} | keys
+        layer = MoEFactory(**keys)(0, ModelShape(8, 1, 2.0, 4, 0.0))
+        for parameter in layer.parameters():
+            nn.init.normal_(parameter, std=0.5)
+        return layer
+
+    return make

@@ -1,0 +1,31 @@
+"""What the `moe` group builds for each layer."""
+
+from __future__ import annotations
+
+import torch
+
+from lunaris.layers import ModelShape
+from lunaris.moe.factory import Dense, DenseFactory, MoEFactory
+from lunaris.moe.layer import MoE
+
+SHAPE = ModelShape(d_model=12, n_layers=3, ffn_hidden_multiplier=4.0, multiple_of=8, dropout=0.0)
+
+
+def test_the_first_layers_are_dense() -> None:
+    factory = MoEFactory(n_experts=4, n_experts_per_token=1, first_dense_layers=2)
+    assert [type(factory(layer, SHAPE)) for layer in range(3)] == [Dense, Dense, MoE]
+
+
+def test_widths_are_two_thirds_rounded_up() -> None:
+    dense = DenseFactory()(0, SHAPE)
+    assert dense.swiglu.down.in_features == 32  # 2/3 · 4 · 12
+    layer = MoEFactory(
+        n_experts=4, n_experts_per_token=2, n_shared_experts=2, expert_hidden_multiplier=1.5
+    )(0, SHAPE)
+    assert layer.experts.gate_up.shape == (4, 12, 2 * 16)  # 2/3 · 1.5 · 12 = 12, up to 16
+    assert layer.shared.down.in_features == 2 * 16
+
+
+def test_a_dense_layer_has_no_statistics() -> None:
+    y, stats = DenseFactory()(0, SHAPE)(torch.randn(2, 3, 12))
+    assert y.shape == (2, 3, 12) and stats is None
