@@ -1,0 +1,109 @@
+"""Hub datasets, streamed: here from folders, with no network."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lunaris.data import prepare as preparation
+from lunaris.data import units
+from lunaris.data.hf import HFData
+from lunaris.data.manifest import Manifest
+from lunaris.data.text import TextData
+from lunaris.data.tokenizer import train_bpe
+from lunaris.errors import UserError
+
+DOCUMENTS = {name: [f"{name} {i} " + "word " * (i % 40) for i in range(300)] for name in "ab"}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Datasets in folders a (Parquet) and b (JSON lines), a tokenizer, and no Hub."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
+    pytest.importorskip("datasets")
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    monkeypatch.setattr(units, "UNIT_BYTES", 2000)
+    table = pyarrow.table({"id": list(range(300)), "text": DOCUMENTS["a"]})
+    Path("a").mkdir()
+    parquet.write_table(table, "a/train.parquet", row_group_size=50)
+    Path("b").mkdir()
+    lines = [json.dumps({"body": text}) for text in DOCUMENTS["b"]]
+    Path("b/data.jsonl").write_text("\n".join(lines))
+    train_bpe(DOCUMENTS["a"], 280, Path("tokenizer.json"))
+
+
+def make(folder: str, datasets: Any, /, **keys: Any) -> Manifest:
+    defaults = {"tokenizer": "tokenizer.json", "processes": 1, "val_fraction": 0.1}
+    return HFData(**({"dir": folder, "datasets": datasets} | defaults | keys)).make()
+
+
+def shards(folder: str) -> dict[str, bytes]:
+    return {p.name: p.read_bytes() for p in Path(folder).glob("*.npy")}
+
+
+BOTH = {"a": "a", "b": {"path": "b", "text_key": "body"}}
+
+
+def test_a_dataset_as_the_same_files(tmp_path: Path) -> None:
+    make("out", "a")
+    keys: dict[str, Any] = {"tokenizer": "tokenizer.json", "processes": 1, "val_fraction": 0.1}
+    TextData(dir="files", files="a/*.parquet", **keys).make()
+    assert shards("out") == shards("files") != {}
+
+
+def test_several_are_interleaved_and_processes_change_nothing() -> None:
+    manifest = make("one", BOTH, weights={"a": 1, "b": 2})
+    assert [(s.name, s.documents) for s in manifest.sources] == [("a", 300), ("b", 300)]
+    make("two", BOTH, weights={"a": 1, "b": 2}, processes=2)
+    assert shards("one") == shards("two")
+
+
+def test_interrupted_goes_on_to_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    make("whole", BOTH, shard_tokens=700)
+    append = preparation.ShardWriter.append
+    left = [0]
+
+    def failing(self: Any, tokens: Any) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        append(self, tokens)
+
+    monkeypatch.setattr(preparation.ShardWriter, "append", failing)
+    monkeypatch.setattr(preparation, "NOTE_S", 0.0)
+    for allowed in (3, 20, 40):
+        left[0] = allowed
+        with pytest.raises(KeyboardInterrupt):
+            make("killed", BOTH, shard_tokens=700)
+    left[0] = 10**9
+    make("killed", BOTH, shard_tokens=700)
+    assert shards("killed") == shards("whole")
+
+
+BAD: list[tuple[Any, str]] = [
+    ([], "at least one dataset"),
+    ({"a": {"name": "x"}}, r"data\.datasets\.a: needs a path"),
+    ({"a": {"path": "a", "splitt": "x"}}, r"data\.datasets\.a\.splitt: .*did you mean split\?"),
+    ({"a": {"path": "a", "text_key": "txt"}}, r"data\.text_key=txt: .*did you mean text\?"),
+    ("nowhere", "nowhere cannot be loaded"),
+    ({"a": {"path": "a", "split": "test"}}, "a cannot be loaded"),
+]
+
+
+@pytest.mark.parametrize(("datasets", "message"), BAD)
+def test_what_cannot_be_loaded(datasets: Any, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        make("out", datasets)
+    make("out", "a")
+
+
+def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'lunaris\[hf\]'"):
+        make("out", "a")
