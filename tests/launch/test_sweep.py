@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from lunaris.launch import sweep as sweeps
-from lunaris.launch.points import read_manifest
 
 from lunaris.__main__ import main
 from lunaris.config.world import identity
+from lunaris.launch import sweep as sweeps
+from lunaris.launch.points import read_manifest
 from lunaris.rundir import RunDir
 
 TINY = [
