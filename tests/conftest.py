@@ -75,7 +75,7 @@ def tiny(tmp_path: Path) -> Callable[..., Any]:
 
 @pytest.fixture
 def run_here() -> Callable[[Any], Any]:
-    """Return a function that makes the folder of a composed config and trains it in this process."""
+    """Return a function that makes a composed config's folder and trains it in this process."""
 
     def run(cfg: Any) -> Any:
         from lunaris.run import execute
