@@ -6,6 +6,7 @@ assignments.
 
 from __future__ import annotations
 
+from functools import reduce
 from typing import Any, NamedTuple
 
 import torch
@@ -78,12 +79,11 @@ class MoE(nn.Module):
         )
         counts = torch.zeros(self.n_experts + 1, dtype=torch.int64, device=x.device)
         counts = counts.scatter_add_(0, flat, torch.ones_like(flat))[: self.n_experts]
-        rows = x.flatten(0, 1)
-        if k > 1:
-            rows = rows[:, None].expand(-1, k, -1).flatten(0, 1)
-        out = self.experts(_Permute.apply(rows, order, inverse), counts)
-        out = _Permute.apply(out, inverse, order).unflatten(0, gates.shape)
-        return (out * gates[..., None]).sum(dim=2) if k > 1 else out[:, :, 0] * gates
+        out = self.experts(_Dispatch.apply(x.flatten(0, 1), order, inverse, k), counts)
+        out = _Dispatch.apply(out, inverse, order, 1).unflatten(0, gates.shape)
+        # One choice after the other: a float32 product of all at once would be k times as large.
+        choices = zip(out.unbind(2), gates.split(1, dim=2), strict=True)
+        return reduce(torch.add, [choice * gate for choice, gate in choices])
 
     def idle_parameters(self) -> int:
         """Return how many parameters of the experts a token does not pass through."""
@@ -91,15 +91,23 @@ class MoE(nn.Module):
         return total - total // self.n_experts * self.router.k
 
 
-class _Permute(torch.autograd.Function):
-    """Rows in another order. Its backward is the inverse gather: no atomic adds, deterministic."""
+class _Dispatch(torch.autograd.Function):
+    """Rows, k of each, in another order.
+
+    order: [T] which of the T = k · rows (the k of a row one after the other) comes where; inverse:
+    its inverse. The backward gathers and sums k neighbours: no atomic adds, so deterministic.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor, k: int) -> Tensor:
         ctx.save_for_backward(inverse)
-        return x.index_select(0, order)
+        ctx.k = k
+        return x.index_select(0, order if k == 1 else order // k)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         (inverse,) = ctx.saved_tensors
-        return grad.index_select(0, inverse), None, None
+        grad = grad.index_select(0, inverse)
+        if ctx.k > 1:
+            grad = grad.unflatten(0, (-1, ctx.k)).sum(dim=1)
+        return grad, None, None, None

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import nn
 
+from lunaris.moe import experts
 from lunaris.moe.experts import Experts, grouped_mm_fits
 
 
 def test_rows_past_the_last_expert_are_zeros_in_both_directions() -> None:
-    experts = Experts(3, 4, 8)
-    for parameter in experts.parameters():
+    module = Experts(3, 4, 8)
+    for parameter in module.parameters():
         nn.init.normal_(parameter)
     x = torch.randn(6, 4, requires_grad=True)
-    y = experts(x, torch.tensor([2, 0, 1]))
+    y = module(x, torch.tensor([2, 0, 1]))
     y.sum().backward()
     assert y[:3].any(dim=1).all() and not y[3:].any()
     assert x.grad is not None
@@ -21,13 +23,43 @@ def test_rows_past_the_last_expert_are_zeros_in_both_directions() -> None:
 
 
 def test_no_row_at_all_still_gives_gradients() -> None:
-    experts = Experts(3, 4, 8)
-    for parameter in experts.parameters():
+    module = Experts(3, 4, 8)
+    for parameter in module.parameters():
         nn.init.normal_(parameter)
-    y = experts(torch.zeros(0, 4), torch.zeros(3, dtype=torch.int64))
+    y = module(torch.zeros(0, 4), torch.zeros(3, dtype=torch.int64))
     assert y.shape == (0, 4)
     y.sum().backward()
-    assert all(p.grad is not None and not p.grad.any() for p in experts.parameters())
+    assert all(p.grad is not None and not p.grad.any() for p in module.parameters())
+
+
+def test_the_grouped_product_gives_the_same_in_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    module = Experts(4, 16, 8)
+    for parameter in module.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    data, counts = torch.randn(12, 16), torch.tensor([3, 0, 6, 1])  # one idle, two rows too many
+    results = []
+    for grouped in (False, True):
+        monkeypatch.setattr(experts, "grouped_mm_fits", lambda *_, g=grouped: g)
+        x = data.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16):
+            y = module(x, counts)
+        y.float().square().sum().backward()
+        results.append((y, x.grad, module.gate_up.grad, module.down.grad))
+        module.zero_grad()
+    for mine, other in zip(*results, strict=True):
+        torch.testing.assert_close(mine, other, rtol=0.05, atol=0.05)
+    y, grad_x, *grads = results[1]
+    assert not y[10:].any() and not grad_x[10:].any()
+    assert all(not grad[1].any() and grad[2].any() for grad in grads)
+
+
+def test_an_idle_experts_gradient_is_zero_whatever_the_kernel_left() -> None:
+    weight = torch.randn(3, 2, 2, requires_grad=True)
+    same = experts._ZeroWhereIdle.apply(weight, torch.tensor([2, 0, 1]))
+    same.backward(torch.full((3, 2, 2), torch.nan))
+    assert torch.equal(same, weight)
+    assert not weight.grad[1].any() and weight.grad[0].isnan().all()
 
 
 def test_the_grouped_product_is_left_to_a_gpu_in_bf16() -> None:

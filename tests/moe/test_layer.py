@@ -10,6 +10,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+
+from lunaris.moe import experts
 
 MakeLayer = Callable[..., nn.Module]
 AUX, Z = 0.3, 0.2
@@ -189,3 +192,19 @@ def test_idle_parameters_are_the_experts_not_chosen(make_layer: MakeLayer) -> No
     layer = make_layer(n_experts=4, n_experts_per_token=1, n_shared_experts=1)
     one = (layer.experts.gate_up[0].numel()) + layer.experts.down[0].numel()
     assert layer.idle_parameters() == 3 * one
+
+
+def test_the_gpu_path_never_waits_for_the_device(
+    make_layer: MakeLayer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A fake tensor has no values: what would fetch one to the host raises."""
+    monkeypatch.setattr(experts, "grouped_mm_fits", lambda *_: True)
+    with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
+        layer = make_layer(n_experts_per_token=2, capacity_factor=1.0, expert_hidden_multiplier=3.0)
+        x = torch.randn(2, 4, 8, requires_grad=True)
+        y, stats = layer(x)
+        (y.sum() + stats.loss).backward()
+        assert x.grad is not None and x.grad.shape == x.shape
+        monkeypatch.setattr(experts, "grouped_mm_fits", lambda *_: False)
+        with pytest.raises(DataDependentOutputException):
+            layer(x)
