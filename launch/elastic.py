@@ -22,23 +22,25 @@ from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 _WRONG_INPUT, _STOPPED = 2, 3
-# Workers that survive a failed one are told to end, and killed after this time; those that end
-# together, for wrong input or a signal, may still have a log to upload.
+# Workers that survive a failed one are told to end, and killed after this time (an eighth of the
+# collectives' timeout if that is less); those that end together, for wrong input or a signal, may
+# still have a log to upload.
 _GRACE_S, _FINISH_S = 5, 60
 
 
-def run_group(path: Path, processes: int, max_restarts: int) -> int:
+def run_group(path: Path, processes: int, max_restarts: int, timeout_s: float) -> int:
     """Train the run in folder `path` with several workers; return the exit code.
 
     The group of a worker that died starts again, from the newest checkpoint, up to `max_restarts`
     times; not after wrong input or a signal. SIGTERM and SIGINT are passed on to the workers,
-    which save and stop; a second SIGINT kills them.
+    which save and stop; a second SIGINT kills them. timeout_s: `launch.collective_timeout_s`,
+    within which a group with a hung worker has ended.
     """
     # The agent's own account of a failure is a page long and names none of our files.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     before = {number: signal.getsignal(number) for number in _Agent.PASSED_ON}
     with tempfile.TemporaryDirectory(prefix="lunaris-") as errors:
-        agent = _Agent(path, processes, max_restarts, errors)
+        agent = _Agent(path, processes, max_restarts, timeout_s, errors)
         try:
             result = agent.run()
         finally:
@@ -65,8 +67,9 @@ def describe(failures: list[ProcessFailure], path: Path) -> str:
     first = min(told or failures, key=_time)
     if first.exitcode in (_WRONG_INPUT, _STOPPED):
         return f"{'error' if first.exitcode == _WRONG_INPUT else 'stopped'}: {_reason(first)}"
-    log = rank_log(path, first.global_rank)
-    return f"rank {first.global_rank} failed: {_reason(first)}; see {log}"
+    # One machine: a worker's number on it is its rank.
+    log = rank_log(path, first.local_rank)
+    return f"rank {first.local_rank} failed: {_reason(first)}; see {log}"
 
 
 def rank_log(path: Path, rank: int) -> Path:
@@ -94,7 +97,9 @@ class _Agent(LocalElasticAgent):
 
     PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 
-    def __init__(self, path: Path, processes: int, max_restarts: int, errors: str) -> None:
+    def __init__(
+        self, path: Path, processes: int, max_restarts: int, timeout_s: float, errors: str
+    ) -> None:
         rendezvous = RendezvousParameters(
             backend="c10d",
             endpoint="localhost:0",
@@ -116,6 +121,7 @@ class _Agent(LocalElasticAgent):
         super().__init__(spec, DefaultLogsSpecs(log_dir=errors), exit_barrier_timeout=10)
         self._path = path
         self._signals = 0
+        self._grace_s = min(_GRACE_S, timeout_s / 8)
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
         # The agent sets handlers of its own here, which would kill the workers.
@@ -132,7 +138,7 @@ class _Agent(LocalElasticAgent):
         if {handler.proc.poll() for handler in handlers} & {_WRONG_INPUT, _STOPPED}:
             close(death_sig=signal.SIGCONT, timeout=_FINISH_S)
         else:
-            close(death_sig=signal.SIGTERM, timeout=_GRACE_S)
+            close(death_sig=signal.SIGTERM, timeout=self._grace_s)
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         result = super()._monitor_workers(worker_group)

@@ -49,4 +49,4 @@ class Local:
         # Processes that share cores are slowed by each other's threads.
         threads = max(1, (os.cpu_count() or 1) // self._processes)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        return run_group(path, self._processes, self._max_restarts)
+        return run_group(path, self._processes, self._max_restarts, self._timeout_s)

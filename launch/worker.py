@@ -30,14 +30,21 @@ def main(argv: list[str] | None = None) -> int:
             from lunaris.launch.local import Local
 
             return Local.of(cfg).start(Path(args[0]))
-        work(cfg, Path(args[0]))
+        return _work_to_code(cfg, Path(args[0]))
     except UserError as error:
         _say(f"error: {error}")
         return 2
     except Stopped as stopped:
         _say(f"stopped: {stopped}")
         return 3
-    except Exception:  # Already in the rank's log, with its traceback.
+
+
+def _work_to_code(cfg: Any, path: Path) -> int:
+    try:
+        work(cfg, path)
+    except (UserError, Stopped):
+        raise
+    except Exception:  # Printed, with its traceback, and in the rank's log.
         return 1
     return 0
 

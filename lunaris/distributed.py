@@ -125,9 +125,15 @@ def session(device: str | None, collective_timeout_s: float) -> Iterator[torch.d
 
 def _join(opened: _Session) -> None:
     cuda = opened.device.type == "cuda"
+    timeout = max(_FIRST_STEP, timedelta(seconds=opened.timeout_s))
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if cuda else "gloo",
-        timeout=max(_FIRST_STEP, timedelta(seconds=opened.timeout_s)),
+        # The elastic agent keeps its store over restarts, with the dead processes' addresses.
+        store=dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store),
+        rank=rank(),
+        world_size=world_size(),
+        timeout=timeout,
         device_id=opened.device if cuda else None,
     )
     opened.cpu_group = dist.new_group(backend="gloo", timeout=_BOOKKEEPING)
@@ -218,22 +224,21 @@ def on_rank_0(action: Callable[[], T]) -> T | None:
         return action()
     assert _session is not None
     _session.calls += 1
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    key = f"lunaris/on_rank_0/{attempt}/{_session.calls}"
+    key = f"lunaris/on_rank_0/{_session.calls}"
     store = dist.distributed_c10d._get_default_store()
     if rank() == 0:
         try:
             result = action()
         except Exception as error:
-            store.set(key, pickle.dumps(_picklable(error)))
+            store.set(key, pickle.dumps(_picklable(error)))  # type: ignore[arg-type]
             raise
-        store.set(key, pickle.dumps(None))
+        store.set(key, pickle.dumps(None))  # type: ignore[arg-type]
         return result
     while not store.check([key]):
         time.sleep(0.05)
-    error = pickle.loads(store.get(key))
-    if error is not None:
-        raise error
+    raised = pickle.loads(store.get(key))
+    if raised is not None:
+        raise raised
     return None
 
 

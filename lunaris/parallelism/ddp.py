@@ -13,7 +13,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lunaris import distributed
 from lunaris.parallelism.base import Parallelism, compile_blocks, materialize
-from lunaris.parallelism.expert import check_degree, scale_expert_grads, spread_experts
+from lunaris.parallelism.expert import (
+    check_degree,
+    expert_grads,
+    scale_expert_grads,
+    spread_experts,
+)
 from lunaris.precision import Precision
 
 
@@ -75,7 +80,9 @@ class DDP(Parallelism):
 
     def _sum_experts(self, model: nn.Module) -> None:
         """Sum the experts' gradients over the processes that hold the same experts."""
-        grads = [p.grad.to_local() for p in model.parameters() if isinstance(p, DTensor)]
-        pending = [dist.all_reduce(g, group=self._replicas, async_op=True) for g in grads]
+        pending = [
+            dist.all_reduce(grad, group=self._replicas, async_op=True)
+            for grad in expert_grads(model)
+        ]
         for work in pending:
             work.wait()

@@ -68,14 +68,15 @@ def scale_expert_grads(model: nn.Module, factor: float) -> None:
     They hold the tokens of every process of an expert group, where other gradients hold those of
     one: after the average over the processes beside it, they are too large by the group's size.
     """
-    grads = [
-        parameter.grad.to_local()
-        for experts in expert_modules(model)
-        for parameter in experts.parameters()
-        if parameter.grad is not None
-    ]
+    grads = expert_grads(model)
     if grads:
         torch._foreach_mul_(grads, factor)
+
+
+def expert_grads(model: nn.Module) -> list[Tensor]:
+    """Return this process's part of the gradients of spread experts."""
+    found = (p.grad for module in expert_modules(model) for p in module.parameters())
+    return [grad.to_local() for grad in found if isinstance(grad, DTensor)]
 
 
 class _Exchange:
