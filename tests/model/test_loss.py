@@ -72,3 +72,16 @@ def test_without_grad_mode_no_gradient_is_computed() -> None:
     assert not loss.requires_grad
     names = [event.key for event in profile.key_averages()]
     assert "aten::mm" in names and "aten::scatter_add_" not in names
+
+
+# The compiler's own use of a Function, not ours.
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+def test_it_runs_inside_a_compiled_function() -> None:
+    x, weight, targets = inputs()
+    compiled = torch.compile(linear_cross_entropy, backend="aot_eager")
+    got = compiled(x, weight, targets)
+    want = linear_cross_entropy(x, weight, targets)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(
+        torch.autograd.grad(got, (x, weight)), torch.autograd.grad(want, (x, weight))
+    )
