@@ -129,11 +129,15 @@ class Loader:
             # Kept for whoever asks again: the thread is gone.
             self._filled.put(filled)
             raise filled
-        rows = filled.rows.to(self._device, non_blocking=True)
-        split = split_documents(rows, self._eot_id)
-        n_targets = filled.n_targets
-        filled.sent()
+        batch = filled.batch
+        if batch is None:
+            batch = self._batch(filled.rows.to(self._device, non_blocking=True), filled.n_targets)
+            filled.sent()
         self._free.put(filled)
+        return batch
+
+    def _batch(self, rows: Tensor, n_targets: int) -> StepBatch:
+        split = split_documents(rows, self._eot_id)
         return StepBatch(split.tokens, split.targets, split.documents, n_targets)
 
     def _fill(self) -> None:
@@ -150,6 +154,9 @@ class Loader:
                 self._sequences.gather(n, rows)
                 self._check(rows, n)
                 buffer.n_targets = self._count_targets(rows)
+                if not self._pinned:
+                    # Nothing has to be sent; a GPU's rows are split there.
+                    buffer.batch = self._batch(buffer.rows, buffer.n_targets)
                 self._filled.put(buffer)
                 step += 1
         except BaseException as error:  # handed to the thread that trains
@@ -158,7 +165,8 @@ class Loader:
     def _check(self, rows: np.ndarray, n: np.ndarray) -> None:
         """Raise UserError for an id outside the vocabulary, before it is looked up on a device."""
         largest = self._vocab_size
-        if rows.min() >= 0 and (largest is None or rows.max() < largest):
+        # As an unsigned number, a negative id is larger than any vocabulary.
+        if rows.view(np.uint64).max() < (2**63 if largest is None else largest):
             return
         bad = rows < 0 if largest is None else (rows < 0) | (rows >= largest)
         row, column = np.argwhere(bad)[0]
@@ -180,6 +188,7 @@ class _Buffer:
     def __init__(self, shape: tuple[int, ...], pinned: bool) -> None:
         self.rows = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
         self.n_targets = 0
+        self.batch: StepBatch | None = None
         self._copied = torch.cuda.Event() if pinned else None
         self._used = False
 

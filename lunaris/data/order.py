@@ -5,10 +5,17 @@ Black and Rogaway, "Ciphers with arbitrary finite domains" (CT-RSA 2002).
 
 from __future__ import annotations
 
+import functools
+import math
+
 import numpy as np
 
 _ROUNDS = 6
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+_MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
+_MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
+_SHIFT = np.uint64(29)
+_HALF = np.uint64(32)
 
 
 def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.ndarray:
@@ -16,28 +23,63 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.nd
 
     index, epoch: [R] int64 with 0 <= index < size. Returns [R] int64. Time O(R), no tables.
     """
-    half = max(1, ((size - 1).bit_length() + 1) // 2)
+    rows = math.isqrt(size - 1) + 1
+    columns = -(-size // rows)
     keys = _round_keys(seed, epoch)
-    place = _feistel(index.astype(np.uint64), half, keys)
-    # The network permutes 4^half >= size numbers, less than 4 · size of them: walk on where it
-    # leaves the domain. The walk ends, for it follows a cycle that holds the start.
+    place = _feistel(index.astype(np.uint64), rows, columns, keys)
+    # The network permutes rows · columns >= size numbers, hardly more than `size`: walk on where
+    # it leaves the domain. The walk ends, for it follows a cycle that holds the start.
     while (outside := place >= size).any():
-        place[outside] = _feistel(place[outside], half, [key[outside] for key in keys])
+        some = keys if keys[0].size == 1 else [key[outside] for key in keys]
+        place[outside] = _feistel(place[outside], rows, columns, some)
     return place.astype(np.int64)
 
 
-def _feistel(value: np.ndarray, half: int, keys: list[np.ndarray]) -> np.ndarray:
-    shift, mask = np.uint64(half), np.uint64((1 << half) - 1)
-    left, right = value >> shift, value & mask
-    for key in keys:
-        left, right = right, left ^ (_mix(right ^ key) & mask)
-    return (left << shift) | right
+def _feistel(value: np.ndarray, rows: int, columns: int, keys: list[np.ndarray]) -> np.ndarray:
+    """Permute rows · columns numbers: each half in turn is shifted by a hash of the other."""
+    m, n = np.uint64(rows), np.uint64(columns)
+    row, column = np.divmod(value, n)
+    for i, key in enumerate(keys):
+        if i % 2:
+            shift = _hash(row, key, n)
+            column += shift
+            column %= n
+        else:
+            shift = _hash(column, key, m)
+            row += shift
+            row %= m
+    row *= n
+    row += column
+    return row
+
+
+def _hash(half: np.ndarray, key: np.ndarray, below: np.uint64) -> np.ndarray:
+    """Return a number below `below` (at most 2^32) that depends on a half and a round's key."""
+    x = half + key
+    x *= _MULTIPLIER_1
+    x ^= x >> _SHIFT
+    x *= _MULTIPLIER_2
+    x >>= _HALF
+    x *= below
+    x >>= _HALF
+    return x
 
 
 def _round_keys(seed: int, epoch: np.ndarray) -> list[np.ndarray]:
-    """Return one key for each round and row ([R] uint64)."""
-    state = _mix(np.full(len(epoch), seed % 2**64, dtype=np.uint64))
-    state = _mix(state ^ epoch.astype(np.uint64))
+    """Return one key for each round, for each row or, where all are of one epoch, for all."""
+    first = int(epoch[0]) if len(epoch) else 0
+    if (epoch == first).all():
+        return _epoch_keys(seed, first)
+    epochs, which = np.unique(epoch, return_inverse=True)
+    each = [_epoch_keys(seed, int(one)) for one in epochs]
+    return [np.concatenate(keys)[which] for keys in zip(*each, strict=True)]
+
+
+@functools.lru_cache(maxsize=1024)
+def _epoch_keys(seed: int, epoch: int) -> list[np.ndarray]:
+    """Return one key a round ([1] uint64 each)."""
+    state = _mix(np.array([seed % 2**64], dtype=np.uint64))
+    state = _mix(state ^ np.array([epoch], dtype=np.uint64))
     keys = []
     for _ in range(_ROUNDS):
         state = state + _GOLDEN
@@ -48,6 +90,6 @@ def _round_keys(seed: int, epoch: np.ndarray) -> list[np.ndarray]:
 def _mix(x: np.ndarray) -> np.ndarray:
     """Return splitmix64's output function of x (uint64, wrapping)."""
     x = x + _GOLDEN
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x = (x ^ (x >> np.uint64(30))) * _MULTIPLIER_1
+    x = (x ^ (x >> np.uint64(27))) * _MULTIPLIER_2
     return x ^ (x >> np.uint64(31))

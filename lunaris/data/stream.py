@@ -45,6 +45,12 @@ class TokenStream:
         """Write the tokens from `position` on to out ([n], any integer type)."""
         done, at = 0, position + self._start
         assert 0 <= position and at + len(out) <= self._stop
+        i = bisect.bisect_right(self._ends, at)
+        tokens = self._map(i)
+        begin = at - (self._ends[i] - len(tokens))
+        if begin + len(out) <= len(tokens):  # mostly it is all in one shard
+            out[:] = tokens[begin : begin + len(out)]
+            return
         while done < len(out):
             i = bisect.bisect_right(self._ends, at)
             tokens = self._map(i)
@@ -95,8 +101,9 @@ class StreamSequences:
         return index if self._seed is None else permute(index, len(self), self._seed, epoch)
 
     def gather(self, n: np.ndarray, out: np.ndarray) -> None:
-        for row, place in zip(out, self.place(n).tolist(), strict=True):
-            self._stream.read(place * self.seq_len, row)
+        read = self._stream.read
+        for row, start in zip(out, (self.place(n) * self.seq_len).tolist(), strict=True):
+            read(start, row)
 
     def source(self, n: np.ndarray) -> np.ndarray | None:
         return None

@@ -19,7 +19,7 @@ from lunaris.data.cuts import cut
 from lunaris.errors import UserError, did_you_mean
 
 # Bytes of input a unit aims at.
-UNIT_BYTES = 8 * 2**20
+UNIT_BYTES = 4 * 2**20
 # A document belongs to the validation part by a hash of so many of its first bytes.
 HEAD_BYTES = 2**16
 _BLOCK = 2**20
