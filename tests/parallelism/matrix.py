@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from lunaris import distributed
 from lunaris.data.loader import Loader, StepBatch
+from lunaris.precision import Precision
 from lunaris.run import build
 from lunaris.rundir import RunDir
 from lunaris.signals import StopSignal
@@ -72,9 +73,25 @@ def train_one(folder: Path) -> None:
         (folder / "weights.json").write_text(json.dumps(weights))
 
 
+def check_overflow_is_agreed() -> None:
+    """Assert that no process steps when another one's gradient overflowed."""
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], lr=1.0)
+    scaler = Precision("fp16", torch.device("cpu")).scaler
+    scaler.scale(parameter.sum()).backward()
+    if distributed.rank() == distributed.world_size() - 1:
+        parameter.grad[0] = float("inf")  # type: ignore[index]
+    scaler.unscale_(optimizer)
+    scaler.step(optimizer)
+    scaler.update()
+    assert parameter.tolist() == [1.0, 1.0, 1.0]
+    assert scaler.get_scale() == 2.0**14
+
+
 def main() -> None:
     """Train every run of the plan in one process group."""
     with distributed.session("cpu", 120.0):
+        check_overflow_is_agreed()
         for folder in json.loads(Path(sys.argv[1]).read_text()):
             train_one(Path(folder))
 
