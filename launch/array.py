@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hydra.core.utils import JobReturn
-from lunaris.launch.points import Outcome, Point, Sweep, outcome_of, write_manifest
-from lunaris.launch.slurm import Slurm, wait_for
-from lunaris.launch.sweep import PointLauncher, returned
 from omegaconf import OmegaConf
 
 from lunaris import jobs
+from lunaris.launch.points import Outcome, Point, Sweep, outcome_of, write_manifest
+from lunaris.launch.slurm import Slurm, export_ranks, wait_for
+from lunaris.launch.sweep import PointLauncher, returned
 
 
 class SlurmArray(PointLauncher):
@@ -68,6 +69,22 @@ def send_points(sweep: Sweep, points: list[Point]) -> None:
         one_job = len(ids) == 1 or launcher.keys.cluster == "local"
         print(f"sent    {'job' if one_job else 'job array'} {shown} ({len(ids)} points)")
     print(f"sweep   {sweep.dir}\nstate   lunaris runs {sweep.dir}", flush=True)
+
+
+def train_in_job(sweep: Sweep, overrides: list[str]) -> float | None:
+    """Train one point as a task of a job of hydra-submitit-launcher; return the objective.
+
+    That launcher starts this once for every task. All but one leave the folder alone.
+    """
+    export_ranks()
+    (point,) = sweep.plan([overrides])
+    if os.environ["RANK"] == "0":
+        sweep.freeze([point])
+    # The others meet rank 0 when the process group is made.
+    from lunaris.launch.worker import work
+
+    loss: float | None = work(point.cfg, point.dir).best_val_loss
+    return loss
 
 
 def by_launch(points: list[Point]) -> list[tuple[Slurm, list[Point]]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -96,6 +98,9 @@ class Sweep:
         except UserError as error:
             about = "" if str(error).startswith(name) else f"point {name}: "
             raise UserError(f"{about}{error}") from error
+        if "RANK" in os.environ and "processes" in cfg.launch:
+            # A task of a job of another launcher: what `rundir.create` will freeze.
+            cfg.launch.processes = int(os.environ["WORLD_SIZE"])
         cfg.name = name
         cfg.out_dir = str(self.dir / name)
         if cfg.logger.get("group", "") is None:
@@ -121,6 +126,14 @@ def write_manifest(
     numbers). job_ids: of the points that were sent, by name.
     """
     path = sweep.dir / MANIFEST
+    sweep.dir.mkdir(parents=True, exist_ok=True)
+    # The points of a sweep that another launcher started may come here at the same time.
+    with (sweep.dir / ".manifest.lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        _merge_manifest(path, sweep, points, job_ids or {})
+
+
+def _merge_manifest(path: Path, sweep: Sweep, points: list[Point], job_ids: dict[str, str]) -> None:
     old = rundir.read_json(path)
     rows = {row["name"]: row for row in old.get("points", [])}
     for point in points:
@@ -128,10 +141,9 @@ def write_manifest(
             "name": point.name,
             "overrides": point.overrides,
             "dir": point.name,
-            "job_id": (job_ids or {}).get(point.name, rows.get(point.name, {}).get("job_id")),
+            "job_id": job_ids.get(point.name, rows.get(point.name, {}).get("job_id")),
             "identity": identity(point.cfg),
         }
-    sweep.dir.mkdir(parents=True, exist_ok=True)
     rundir.write_json(
         path,
         {

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import submitit
-from lunaris.launch import snapshot
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 from submitit.slurm.slurm import _make_sbatch_string
@@ -24,6 +23,7 @@ from lunaris import jobs, rundir
 from lunaris.config.schema import SlurmLaunchConfig
 from lunaris.config.world import tasks_per_node
 from lunaris.errors import UserError
+from lunaris.launch import snapshot
 from lunaris.rundir import RunDir, read_json
 from lunaris.signals import StopSignal
 

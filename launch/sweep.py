@@ -62,6 +62,10 @@ class _SweepTask:
     def __call__(self, cfg: Any) -> float | None:
         from hydra.core.hydra_config import HydraConfig
 
+        if "SUBMITIT_EXECUTOR" in os.environ:
+            from lunaris.launch.array import train_in_job
+
+            return train_in_job(self.sweep, list(HydraConfig.get().overrides.task))
         points = self.sweep.plan([list(HydraConfig.get().overrides.task)])
         self.sweep.freeze(points)
         return returned(run_point(points[0], lambda line: None)).return_value
@@ -130,7 +134,7 @@ class LocalSweep(PointLauncher):
         outcomes = []
         for i, point in enumerate(points):
             label = f"[{first + i + 1}/{first + len(points)}] {point.name}"
-            outcomes.append(run_point(point, _console(label)))
+            outcomes.append(run_point(point, console(label)))
         return outcomes
 
 
@@ -279,7 +283,7 @@ class _PassedOn:
             self.child.send_signal(number)
 
 
-def _console(label: str) -> Callable[[str], None]:
+def console(label: str) -> Callable[[str], None]:
     """Return what shows a point's line: written over on a terminal, else once at its end."""
     live = sys.stdout.isatty()
 

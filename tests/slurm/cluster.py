@@ -62,7 +62,7 @@ ReturnToService=2
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 GresTypes=gpu
-KillWait=10
+KillWait=20
 SlurmdTimeout=10
 SlurmctldTimeout=10
 BatchStartTimeout=10
@@ -117,6 +117,7 @@ class Cluster:
         self.dir = Path(folder).absolute()
         self.n_nodes = nodes
         self.accounting = accounting
+        self._children: list[subprocess.Popen[bytes]] = []
 
     @property
     def conf(self) -> Path:
@@ -155,14 +156,13 @@ class Cluster:
 
     def stop(self) -> None:
         """End the daemons and whatever jobs still run, and take the names out of /etc/hosts."""
-        if (self.dir / "slurmctld.log").exists():
-            self.client("scancel", "--user", getpass.getuser(), check=False)
-            self.client("scancel", "--signal=KILL", "--user", getpass.getuser(), check=False)
         daemons = self._daemons()
         for group in range(len(_LAST) + 1):
             _end([daemons[name] for name in daemons if _order_of_stop(name) == group])
         for pid in self._processes():
             _signal(pid, signal.SIGKILL)
+        for child in self._children:
+            child.wait(timeout=10)
         (self.dir / "daemons.json").unlink(missing_ok=True)
         self._write_hosts([])
 
@@ -277,6 +277,7 @@ class Cluster:
                 start_new_session=True,
                 cwd=self.dir,
             )
+        self._children.append(process)
         self._write_daemons(self._daemons() | {name: [process.pid, _started(process.pid)]})
 
     def _daemons(self) -> dict[str, list[int]]:

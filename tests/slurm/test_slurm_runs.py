@@ -1,0 +1,222 @@
+"""Single runs on a real cluster: sent, interrupted in every way, and gone on with."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lunaris.launch import snapshot
+
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster"), pytest.mark.timeout(400)]
+
+DDP = "parallelism=ddp"
+STEPS = 30
+
+
+def on(site: Any, *numbers: int) -> str:
+    """Return the override that pins a job to nodes of the cluster."""
+    names = ",".join(site.cluster.nodes[i] for i in numbers)
+    return f'launch.additional_parameters.nodelist="{names}"'
+
+
+def losses(rows: list[dict[str, Any]]) -> list[float]:
+    return [row["train/loss"] for row in rows if "train/loss" in row]
+
+
+def stops_and_resumes(site: Any, run: str) -> list[tuple[int, int]]:
+    """Return, for each interruption, the step it came at and the step the run went on from."""
+    log = (site.dir / run / "logs" / "rank_0.log").read_text()
+    stops = [int(step) for step in re.findall(r"Stopped: stopped by .* at step (\d+)", log)]
+    resumes = [int(step) for step in re.findall(r"resumed +after step (\d+)", log)]
+    return list(zip(stops, resumes, strict=True))
+
+
+@pytest.fixture(scope="module")
+def timed(site: Any) -> Callable[[], None]:
+    """A run with a time limit of a minute, sent early; gives what checks it, late."""
+    pace = site.dir / "pace-timed"
+    pace.write_text("1.0")
+    site.train(
+        "timed", "launch.timeout_min=1", "launch.signal_delay_s=5",
+        f"trainer.max_steps={STEPS * 4}", on(site, 0), PACE=str(pace),
+    )  # fmt: skip
+
+    def check() -> None:
+        site.wait_for(lambda: site.status("runs/timed").get("timeouts") == 2, 150)
+        pace.write_text("0")
+        site.wait_for_state("runs/timed", "done")
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def lost_node(site: Any) -> Callable[[], None]:
+    """Two runs on two nodes, of which one dies early; gives what checks their states, late."""
+    pace = site.dir / "pace-node"
+    pace.write_text("0.5")
+    lost = site.cluster.nodes[5]
+    both = [DDP, "launch.nodes=2", "checkpoint.save_interval=2", f"trainer.max_steps={STEPS}"]
+    site.train("requeued", *both, on(site, 4, 5), PACE=str(pace))
+    once = "launch.additional_parameters.requeue=false"
+    site.train("resumed", *both, once, on(site, 4, 5), PACE=str(pace))
+    for run in ("runs/requeued", "runs/resumed"):
+        site.wait_for(lambda run=run: site.status(run).get("step", 0) >= 3)
+    site.cluster.kill_node(lost)
+    pace.write_text("0")
+
+    def check() -> None:
+        assert site.wait_for_state("runs/requeued", "queued")["step"] >= 3
+        site.wait_for_state("runs/resumed", "node_fail")
+        site.cluster.start_node(lost)
+        site.wait_for(lambda: "idle" in site.cluster.client("sinfo", "-h", "-n", lost, "-o", "%T"))
+        site.lunaris("resume", "runs/resumed", PACE=str(pace))
+
+    return check
+
+
+@pytest.fixture(scope="module")
+def undisturbed(site: Any) -> dict[str, str]:
+    """What the interrupted runs are compared with: the same without an interruption."""
+    site.train("calm", f"trainer.max_steps={STEPS * 4}", on(site, 1))
+    site.train("calm2", DDP, "launch.nodes=2", f"trainer.max_steps={STEPS}", on(site, 0, 1))
+    return {"timed": "runs/calm", "preempted": "runs/calm2"}
+
+
+@pytest.mark.usefixtures("timed", "undisturbed", "lost_node")
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+def test_two_nodes_by_two_tasks_train_as_one_process_here(site: Any, parallelism: str) -> None:
+    name = f"four-{parallelism}"
+    site.train(name, f"parallelism={parallelism}", "launch.nodes=2", "launch.tasks_per_node=2")
+    if not (site.dir / "runs/one").exists():
+        site.train("one", "trainer.batch_size=16", "launch=local")
+    site.wait_for_state(f"runs/{name}", "done", "failed")
+    assert losses(site.metrics(f"runs/{name}")) == pytest.approx(
+        losses(site.metrics("runs/one")), rel=1e-5
+    )
+    logs = sorted(path.name for path in (site.dir / f"runs/{name}/logs").glob("rank_*.log"))
+    assert logs == [f"rank_{rank}.log" for rank in range(4)]
+
+
+def test_preempted_twice_a_run_repeats_and_loses_nothing(site: Any, undisturbed: Any) -> None:
+    pace = site.dir / "pace-preempted"
+    pace.write_text("0.5")
+    site.train(
+        "preempted", DDP, "launch.nodes=2", f"trainer.max_steps={STEPS}", on(site, 2, 3),
+        PACE=str(pace),
+    )  # fmt: skip
+    for attempt in (1, 2):
+
+        def under_way(attempt: int = attempt) -> bool:
+            status = site.status("runs/preempted")
+            return status.get("attempts") == attempt and status["step"] > 5 * attempt
+
+        site.wait_for(under_way)
+        site.cluster.client(
+            "sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null",
+            "-w", ",".join(site.cluster.nodes[2:4]), "--wrap", "sleep 1",
+        )  # fmt: skip
+        row = site.wait_for_state("runs/preempted", "queued")
+        assert row["attempts"] == attempt
+    pace.write_text("0")
+    site.wait_for_state("runs/preempted", "done", "failed")
+    site.wait_for_state(undisturbed["preempted"], "done", "failed")
+
+    assert site.status("runs/preempted")["attempts"] == 3
+    assert site.metrics("runs/preempted") == site.metrics(undisturbed["preempted"])
+    pairs = stops_and_resumes(site, "runs/preempted")
+    assert len(pairs) == 2 and all(stop == resume for stop, resume in pairs)
+
+
+def test_signalled_by_hand_a_run_is_requeued_once(site: Any) -> None:
+    pace = site.dir / "pace-signalled"
+    pace.write_text("0.5")
+    site.train("signalled", on(site, 2), PACE=str(pace))
+    job_id = site.status("runs/signalled")["job_id"]
+    site.wait_for(lambda: site.status("runs/signalled").get("step", 0) >= 2)
+    site.cluster.client("scancel", "--signal=USR2", job_id)
+    site.wait_for(lambda: site.status("runs/signalled").get("attempts") == 2)
+    pace.write_text("0")
+    site.wait_for_state("runs/signalled", "done", "failed")
+    shown = site.cluster.client("scontrol", "show", "job", job_id)
+    assert "Restarts=1 " in shown
+    assert site.status("runs/signalled").get("timeouts", 0) == 0
+    assert [row["step"] for row in site.metrics("runs/signalled")] == list(range(7))
+
+
+def test_a_lost_node_is_told_and_the_requeue_or_resume_goes_on(
+    site: Any, lost_node: Callable[[], None]
+) -> None:
+    lost_node()
+    for run in ("runs/requeued", "runs/resumed"):
+        site.wait_for_state(run, "done")
+        assert site.status(run)["attempts"] == 2
+        assert [row["step"] for row in site.metrics(run)] == list(range(STEPS + 1))
+
+
+def test_code_edited_after_sending_does_not_change_the_job(site: Any, tmp_path: Path) -> None:
+    checkout = snapshot.take(tmp_path / "code").path
+    env = {"PYTHONPATH": f"{checkout}:{Path(__file__).parent}", "PYTHONSAFEPATH": "1"}
+    site.train("frozen", "launch.additional_parameters.hold=true", **env)
+    job_id = site.status("runs/frozen")["job_id"]
+    (checkout / "lunaris" / "train.py").write_text("raise SystemExit('the edited code ran')\n")
+    shutil.rmtree(checkout / "lunaris" / "conf")
+    site.cluster.client("scontrol", "release", job_id)
+    assert site.wait_for_state("runs/frozen", "done", "failed")["state"] == "done"
+
+
+def test_a_python_error_of_any_rank_is_shown_with_its_log(site: Any) -> None:
+    site.train("broken", DDP, "launch.tasks_per_node=2", "data.seed=13")
+    row = site.wait_for_state("runs/broken", "failed", "done")
+    assert row["state"] == "failed"
+    assert "failed by design" in row["remark"]
+    table = site.lunaris("runs", "runs/broken")
+    assert "failed by design" in table and "runs/broken/logs/rank_0.log" in table
+
+
+def test_cancel_ends_a_waiting_and_a_running_job(site: Any) -> None:
+    pace = site.dir / "pace-cancelled"
+    pace.write_text("0.5")
+    site.train("waiting", "launch.additional_parameters.hold=true")
+    site.train("running", on(site, 3), PACE=str(pace))
+    assert site.rows("runs/waiting")[0]["state"] == "queued"
+    refused = site.lunaris("resume", "runs/waiting", code=2)
+    assert "is queued already" in refused
+    site.wait_for(lambda: site.status("runs/running").get("step", 0) >= 1)
+    for run in ("runs/waiting", "runs/running"):
+        assert "cancelled job" in site.lunaris("cancel", run)
+        site.wait_for_state(run, "cancelled")
+    site.wait_for(lambda: site.status("runs/running")["state"] == "stopped")
+    assert list((site.dir / "runs/running/checkpoints").glob("step_*"))
+
+
+def test_what_slurm_refuses_is_said_and_nothing_is_queued(site: Any) -> None:
+    before = site.cluster.client("squeue", "-h", "-t", "PD,R")
+    text = site.train("refused", "launch.partition=nosuch", code=2)
+    assert "nosuch" not in before and "invalid partition" in text
+    assert site.rows("runs/refused")[0]["state"] == "missing"
+    site.lunaris("resume", "runs/refused", code=2)
+
+
+def test_waiting_for_the_end_returns_the_run_s_exit_code(site: Any) -> None:
+    started = time.monotonic()
+    text = site.train("awaited", "launch.wait=true")
+    assert "done: runs/awaited" in text and time.monotonic() - started > 1
+    assert site.status("runs/awaited")["state"] == "done"
+    assert "nothing was sent" in site.train("awaited")
+
+
+def test_run_into_its_time_limit_twice_a_run_repeats_and_loses_nothing(
+    site: Any, timed: Callable[[], None], undisturbed: dict[str, str]
+) -> None:
+    timed()
+    site.wait_for_state(undisturbed["timed"], "done", "failed")
+    assert site.status("runs/timed")["attempts"] == 3
+    assert site.metrics("runs/timed") == site.metrics(undisturbed["timed"])
+    pairs = stops_and_resumes(site, "runs/timed")
+    assert len(pairs) == 2 and all(stop == resume for stop, resume in pairs)

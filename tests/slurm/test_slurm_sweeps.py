@@ -1,0 +1,131 @@
+"""Sweeps on a real cluster: one array, watched, mended and gone on with; with accounting, too."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster"), pytest.mark.timeout(400)]
+
+SIX = "data.seed=1,2,3,4,5,13"
+
+
+def sweep(site: Any, name: str, *overrides: str, code: int = 0) -> str:
+    return site.train(name, "-m", *overrides, code=code)
+
+
+def states(site: Any, folder: str) -> dict[str, str]:
+    return {row["name"]: row["state"] for row in site.rows(folder)}
+
+
+def hide(site: Any, folder: Path, *clients: str) -> str:
+    """Return a PATH on which `clients` of SLURM know no job any more."""
+    folder.mkdir()
+    for client in clients:
+        (folder / client).write_text("#!/bin/sh\necho Invalid job id specified >&2\nexit 1\n")
+        (folder / client).chmod(0o755)
+    return f"{folder}:{site.env['PATH']}"
+
+
+def test_six_points_are_one_array_watched_to_its_end_and_mended(site: Any) -> None:
+    started = time.monotonic()
+    text = sweep(site, "six", SIX, "launch.array_parallelism=2")
+    seconds = time.monotonic() - started
+    first = states(site, "sweeps/six")
+    assert set(first.values()) <= {"queued", "running"} and "queued" in first.values(), text
+    queue = site.cluster.client("squeue", "-h", "-r", "-n", "six", "-o", "%F %T").splitlines()
+    assert len({line.split()[0] for line in queue}) == 1 and len(queue) == 6
+    assert sum(line.endswith("RUNNING") for line in queue) <= 2
+    assert seconds < 60  # It ends long after.
+    manifest = json.loads((site.dir / "sweeps/six/manifest.json").read_text())
+    assert [p["job_id"].partition("_")[2] for p in manifest["points"]] == list("012345")
+
+    seen = set(first.values())
+
+    def over() -> bool:
+        now = states(site, "sweeps/six")
+        seen.update(now.values())
+        return not {"queued", "running"} & set(now.values())
+
+    site.wait_for(over, 200)
+    assert {"queued", "running", "done", "failed"} <= seen
+    assert Counter(states(site, "sweeps/six").values()) == {"done": 5, "failed": 1}
+    table = site.lunaris("runs", "sweeps/six")
+    assert "data.seed=13: failed: ValueError: failed by design" in table
+    assert "log: sweeps/six/data.seed=13/logs/rank_0.log" in table
+
+    (site.dir / "mended").touch()
+    before = {row["name"]: row["attempts"] for row in site.rows("sweeps/six")}
+    assert "(1 points)" in site.lunaris("resume", "sweeps/six", "--only", "failed")
+    site.wait_for_state("sweeps/six/data.seed=13", "done")
+    after = {row["name"]: row["attempts"] for row in site.rows("sweeps/six")}
+    (site.dir / "mended").unlink()
+    assert {name for name in after if after[name] != before[name]} == {"data.seed=13"}
+    assert "nothing to do" in site.lunaris("resume", "sweeps/six")
+
+
+def test_an_invalid_point_sends_nothing_and_is_named(site: Any) -> None:
+    text = sweep(site, "invalid", "moe.n_experts_per_token=1,2,9", code=2)
+    assert "moe.n_experts_per_token=9" in text and "Traceback" not in text
+    assert not (site.dir / "sweeps/invalid").exists()
+    assert site.cluster.client("squeue", "-h", "-t", "all", "-n", "invalid") == ""
+
+
+def test_waiting_for_a_sweep_returns_each_point_s_loss(site: Any) -> None:
+    text = sweep(site, "awaited", "seed=1,2", "launch.wait=true")
+    assert "2 done" in text and "best: seed=" in text
+
+
+def test_the_stock_launcher_runs_every_task_as_a_rank(site: Any) -> None:
+    text = site.train(
+        "stock", "-m", "launch=local", "hydra/launcher=submitit_slurm", "parallelism=ddp",
+        "hydra.launcher.tasks_per_node=2", "hydra.launcher.timeout_min=5", "seed=1,2",
+    )  # fmt: skip
+    assert "Traceback" not in text
+    rows = site.rows("sweeps/stock")
+    assert [row["state"] for row in rows] == ["done", "done"]
+    for row in rows:
+        logs = [Path(log).name for log in row["logs"]]
+        assert logs == ["rank_0.log", "rank_1.log"] and row["attempts"] == 1
+        steps = [r["step"] for r in site.metrics(row["dir"])]
+        assert steps == sorted(set(steps))
+
+
+@pytest.mark.parametrize("accounting", [False, True], ids=["no-accounting", "accounting"])
+def test_states_are_right_once_the_queue_has_forgotten_the_jobs(
+    request: pytest.FixtureRequest, tmp_path: Path, accounting: bool
+) -> None:
+    site = request.getfixturevalue("site_with_accounting" if accounting else "site")
+    slow = tmp_path / "pace"
+    slow.write_text("0.5")
+    env = {"PACE": str(slow)}
+    site.train("ok")
+    site.train("error", "data.seed=13")
+    site.train("held", "launch.additional_parameters.hold=true")
+    site.train("killed", **env)
+    site.train("limited", "launch.additional_parameters.signal=USR1@1", **env)
+    site.wait_for(lambda: site.status("runs/killed").get("step", 0) >= 1)
+    site.wait_for(lambda: site.status("runs/limited").get("step", 0) >= 1)
+    site.cluster.client("scancel", site.status("runs/held")["job_id"])
+    # As the kernel's out-of-memory killer ends a process: at once, without a word.
+    pid = (site.dir / "runs/killed/.lock").read_text().split()[1]
+    os.kill(int(pid), 9)
+    site.cluster.client("scancel", site.status("runs/limited")["job_id"])
+    for run in ("ok", "error", "held", "killed", "limited"):
+        site.wait_for_state(f"runs/{run}", "done", "failed", "cancelled")
+    expected = {"ok": "done", "error": "failed", "killed": "failed", "limited": "cancelled"}
+
+    with_squeue = {run: site.rows(f"runs/{run}")[0]["state"] for run in (*expected, "held")}
+    assert with_squeue == expected | {"held": "cancelled"}
+    # SLURM's own clients, and the files alone.
+    path = hide(site, tmp_path / "bin", "squeue")
+    found = {run: site.rows(f"runs/{run}", PATH=path)[0]["state"] for run in (*expected, "held")}
+    assert found == expected | {"held": "cancelled" if accounting else "missing"}
+    error = site.rows("runs/error", PATH=path)[0]
+    assert "failed by design" in error["remark"] and error["logs"]
