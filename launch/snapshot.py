@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lunaris
 import lunaris.conf
 import lunaris.launch
-
-import lunaris
 
 # Where a folder of the repository is found once installed.
 _INSTALLED = {"lunaris": "lunaris", "conf": "lunaris/conf", "launch": "lunaris/launch"}

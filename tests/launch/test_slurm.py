@@ -1,0 +1,197 @@
+"""What is sent to SLURM, without a SLURM: the script, the environment, the way back."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lunaris.__main__ import main
+from lunaris.errors import UserError
+from lunaris.launch import slurm
+from lunaris.launch.slurm import Slurm, Task
+from lunaris.rundir import RunDir, create, read_json
+from lunaris.signals import StopSignal
+
+GOLDEN = Path(__file__).parent / "fsdp_4x8.sbatch"
+FAKE_CLIENT = """\
+#!/bin/sh
+echo "$0 $@" >> {calls}
+case "$2" in
+    job) echo "JobId=7 JobState={state} Restarts={restarts} RunTime={run} TimeLimit=01:00:00" ;;
+esac
+exit {code}
+"""
+
+
+@pytest.fixture
+def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """Return a function that puts a `scontrol` in place and returns the calls made to it."""
+    calls = tmp_path / "calls"
+    calls.touch()
+
+    def put(state: str = "RUNNING", restarts: int = 0, run: str = "00:30:00", code: int = 0) -> Any:
+        client = tmp_path / "bin" / "scontrol"
+        client.parent.mkdir(exist_ok=True)
+        client.write_text(
+            FAKE_CLIENT.format(calls=calls, state=state, restarts=restarts, run=run, code=code)
+        )
+        client.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{client.parent}:{os.environ['PATH']}")
+        monkeypatch.setenv("SLURM_JOB_ID", "7")
+        return lambda: [line.partition("scontrol ")[2] for line in calls.read_text().splitlines()]
+
+    return put
+
+
+def after_stop(tiny: Callable[..., Any], *overrides: str) -> tuple[int, dict[str, Any]]:
+    run_dir = create(tiny("launch=slurm", *overrides), "test", [])
+    run_dir.write_status(state="stopped", step=5)
+    code = Task(run_dir.path)._after_stop(run_dir, seconds=1.0)
+    return code, run_dir.read_status()
+
+
+def test_the_script_of_a_large_job_is_the_recorded_one(capsys: pytest.CaptureFixture[str]) -> None:
+    overrides = [
+        "model=large", "data=synthetic", "parallelism=fsdp", "launch=slurm",
+        "launch.nodes=4", "launch.gpus_per_node=8", "launch.cpus_per_task=12",
+        "launch.mem_gb=900", "launch.timeout_min=1440", "launch.partition=gpu",
+        "launch.account=lab", "launch.qos=high", "launch.constraint=h100",
+        "launch.setup=[module load cuda]", "launch.additional_parameters.exclude=node13",
+        "launch.dry_run=true", "name=moe-1b",
+    ]  # fmt: skip
+    assert main(["train", *overrides]) == 0
+    script = capsys.readouterr().out
+    for text, name in ((sys.executable, "PYTHON"), (os.getcwd(), "HERE")):
+        script = script.replace(text, name)
+    assert script == GOLDEN.read_text()
+    assert not os.listdir()
+
+
+def test_an_array_s_script_names_its_points_and_limit(tiny: Callable[..., Any]) -> None:
+    launcher = Slurm.of(tiny("launch=slurm", "launch.array_parallelism=4"))
+    script = launcher.script("sweep", Path("/logs"), Path("/code"), points=100)
+    assert "#SBATCH --array=0-99%4\n" in script
+    assert "#SBATCH --output=/logs/%A_%a_0_log.out\n" in script
+
+
+def test_requeueing_can_be_turned_off(tiny: Callable[..., Any]) -> None:
+    cfg = tiny("launch=slurm", "launch.additional_parameters.requeue=false")
+    script = Slurm.of(cfg).script("run", Path("/logs"), Path("/code"))
+    assert "#SBATCH --no-requeue\n" in script and "--requeue" not in script
+
+
+def test_without_slurm_the_message_says_what_else_there_is(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    cfg = tiny("launch=slurm")
+    with pytest.raises(UserError, match="launch.cluster=local to rehearse"):
+        Slurm.of(cfg).submit(cfg, "test", [])
+    assert not Path(cfg.out_dir).joinpath("code").exists()
+
+
+def test_the_local_cluster_has_one_node(tiny: Callable[..., Any]) -> None:
+    with pytest.raises(UserError, match="launch.nodes=2: must be 1"):
+        Slurm.of(tiny("launch=slurm", "launch.cluster=local", "launch.nodes=2", "parallelism=ddp"))
+
+
+def test_a_stopped_run_is_requeued_once(tiny: Any, scontrol: Any) -> None:
+    calls = scontrol()
+    code, status = after_stop(tiny)
+    assert (code, status["state"], status["timeouts"]) == (0, "queued", 0)
+    assert calls() == ["show job -o 7", "requeue 7"]
+
+
+def test_near_its_limit_a_stop_counts_as_a_timeout_up_to_the_limit_of_those(
+    tiny: Any, scontrol: Any
+) -> None:
+    calls = scontrol(run="00:58:30")
+    code, status = after_stop(tiny, "launch.max_num_timeout=1")
+    assert (code, status["state"], status["timeouts"]) == (0, "queued", 1)
+    run_dir = RunDir(tiny("launch=slurm").out_dir)
+    run_dir.write_status(state="stopped")
+    assert Task(run_dir.path)._after_stop(run_dir, seconds=1.0) == 3
+    status = run_dir.read_status()
+    assert (status["state"], status["stop_cause"], status["timeouts"]) == ("stopped", "timeout", 2)
+    assert "launch.max_num_timeout" in status["last_error"]
+    assert calls().count("requeue 7") == 1
+
+
+@pytest.mark.parametrize(("restarts", "cause"), [(1, "preempted"), (0, None)])
+def test_what_slurm_requeued_or_someone_cancelled_is_left_alone(
+    tiny: Any, scontrol: Any, restarts: int, cause: str | None
+) -> None:
+    calls = scontrol(state="COMPLETING", restarts=restarts)
+    code, status = after_stop(tiny)
+    assert (code, status["state"]) == (3, "stopped")
+    assert (status["stop_cause"] or None) == cause
+    assert "requeue 7" not in calls()
+
+
+def test_a_refused_requeue_is_told(tiny: Any, scontrol: Any) -> None:
+    scontrol(code=1)
+    code, status = after_stop(tiny)
+    assert (code, status["state"]) == (3, "stopped")
+    assert status["last_error"] == "scontrol requeue failed"
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("00:01:05", 65), ("1-02:00:00", 93600), ("05:00", 300), ("UNLIMITED", None), (None, None)],
+)
+def test_slurm_s_times_are_read(text: str | None, seconds: int | None) -> None:
+    assert slurm._seconds(text) == seconds
+
+
+def test_the_error_of_the_rank_that_failed_first_is_kept(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = create(tiny("launch=slurm"), "test", [])
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    for rank, at in ((0, 20.0), (2, 10.0)):
+        text = f'{{"message": {{"message": "fault {rank}", "extraInfo": {{"time": {at}}}}}}}'
+        (run_dir.logs / f".error_{rank}.json").write_text(text)
+    slurm._record_failure(run_dir, 0)
+    assert run_dir.read_status()["last_error"] == "rank 2: fault 2"
+
+
+def test_a_signal_before_training_reaches_it() -> None:
+    with StopSignal():
+        os.kill(os.getpid(), signal.SIGTERM)
+        with StopSignal() as inner:
+            assert inner.received is signal.SIGTERM
+
+
+@pytest.mark.slow
+def test_a_submission_is_rehearsed_on_this_machine(tiny: Callable[..., Any]) -> None:
+    cfg = tiny(
+        "launch=slurm", "launch.cluster=local", "launch.tasks_per_node=2", "parallelism=ddp",
+        "launch.wait=true",
+    )  # fmt: skip
+    # A process of its own: its job is a child, of which Python would warn here.
+    code = f"import sys; from lunaris.launch.slurm import Slurm; from lunaris.config.compose \
+import compose; cfg = compose({_overrides(cfg)!r}); sys.exit(Slurm.of(cfg).submit(cfg, 'x', []))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout + done.stderr
+    run_dir = RunDir(cfg.out_dir)
+    assert run_dir.read_status()["state"] == "done"
+    assert run_dir.read_status()["job_id"].startswith("local-")
+    assert read_json(run_dir.path / "provenance.json")["attempts"][0]["world_size"] == 2
+    assert len(list(run_dir.logs.glob("rank_*.log"))) == 2
+
+
+def _overrides(cfg: Any) -> list[str]:
+    return [
+        "data=synthetic", "data.n_tokens=20000", "data.vocab_size=64", "model.d_model=16",
+        "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.max_seq_len=16",
+        "model.multiple_of=8", "moe.n_experts=4", "trainer.max_steps=4", "trainer.batch_size=4",
+        "trainer.device=cpu", "launch=slurm", "launch.cluster=local", "launch.tasks_per_node=2",
+        "launch.wait=true", "parallelism=ddp", f"out_dir={cfg.out_dir}", "name=run",
+    ]  # fmt: skip
