@@ -65,8 +65,8 @@ class Parallelism:
 
 
 def unwrap(model: nn.Module) -> Any:
-    """Return the Transformer inside what `wrap` returned."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    """Return the Transformer inside what `wrap` returned: itself, for every parallelism here."""
+    return model
 
 
 def materialize(model: nn.Module, device: torch.device, seed: int) -> None:

@@ -9,9 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
-from torch.nn.parallel import DistributedDataParallel
 
-from lunaris import distributed
 from lunaris.parallelism.base import Parallelism, compile_blocks, materialize
 from lunaris.parallelism.expert import (
     check_degree,
@@ -19,11 +17,12 @@ from lunaris.parallelism.expert import (
     scale_expert_grads,
     spread_experts,
 )
+from lunaris.parallelism.reducer import Reducer
 from lunaris.precision import Precision
 
 
 class DDP(Parallelism):
-    """Data parallelism by torch's DistributedDataParallel.
+    """Data parallelism: every process holds the model, gradients are averaged.
 
     With `expert_parallel` P above 1, each process holds 1/P of the experts, and everything else
     whole.
@@ -31,16 +30,15 @@ class DDP(Parallelism):
 
     def __init__(self, *, expert_parallel: int = 1) -> None:
         super().__init__()
-        distributed.ensure_group()
         check_degree(expert_parallel, self.world_size, "the number of processes")
         self._expert_parallel = expert_parallel
         self._replicas: dist.ProcessGroup | None = None
+        self._reducer: Reducer | None = None
 
     def wrap(
         self, model: nn.Module, *, precision: Precision, seed: int, compile: bool
     ) -> nn.Module:
-        """Allocate this process's part on the device, draw its weights, and wrap it."""
-        spread: list[str] = []
+        """Allocate this process's part on the device and draw its weights."""
         if self._expert_parallel > 1:
             mesh = init_device_mesh(
                 self.device.type,
@@ -49,34 +47,28 @@ class DDP(Parallelism):
             )
             self._replicas = mesh.get_group("replica")
             spread_experts(model, mesh["expert"], compile)
-            spread = [name for name, p in model.named_parameters() if isinstance(p, DTensor)]
+        # Every process draws the same weights, and updates buffers by sums over all: no broadcast.
         materialize(model, self.device, seed)
         if compile:
             compile_blocks(model)
-        # Buffers follow from sums over all processes, so they are the same in each.
-        ignored = spread + [name for name, _ in model.named_buffers()]
-        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, ignored)
-        return DistributedDataParallel(
-            model,
-            device_ids=[self.device] if self.device.type == "cuda" else None,
-            # Every process drew the same weights: nothing to send.
-            init_sync=False,
-            gradient_as_bucket_view=True,
-        )
+        if self.world_size > 1:
+            whole = [p for p in model.parameters() if not isinstance(p, DTensor)]
+            self._reducer = Reducer(whole)
+        return model
 
     @contextmanager
     def micro_step(self, model: nn.Module, last: bool) -> Iterator[None]:
         """Exchange gradients in the last micro-step's backward only."""
-        assert isinstance(model, DistributedDataParallel)
+        exchanged = self._reducer if last else None
+        if exchanged is not None:
+            exchanged.begin()
         with super().micro_step(model, last):
-            if not last:
-                with model.no_sync():
-                    yield
-                return
             yield
-            if self._replicas is not None:
-                self._sum_experts(model)
-                scale_expert_grads(model, 1 / self.world_size)
+        if exchanged is not None:
+            exchanged.finish()
+        if last and self._replicas is not None:
+            self._sum_experts(model)
+            scale_expert_grads(model, 1 / self.world_size)
 
     def _sum_experts(self, model: nn.Module) -> None:
         """Sum the experts' gradients over the processes that hold the same experts."""

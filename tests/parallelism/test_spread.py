@@ -95,12 +95,12 @@ SETUPS = [
 # What is saved and resumed under each other, with the model that has the most state.
 RESUMED = [
     SINGLE,
-    Setup(2, "ddp"),
     Setup(2, "fsdp"),
     Setup(2, "ddp", 2),
+    Setup(2, "fsdp", 2),
+    Setup(4, "ddp"),
     Setup(4, "hsdp"),
     Setup(4, "ddp", 4),
-    Setup(4, "fsdp", 2),
     Setup(4, "fsdp", 4),
 ]
 CASES = [
