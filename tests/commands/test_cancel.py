@@ -1,0 +1,72 @@
+"""`lunaris cancel`: the jobs of a run or a sweep, and nothing else."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lunaris.__main__ import main
+from lunaris.rundir import RunDir, write_json
+
+FAKE = "#!/bin/sh\n{said}\n"
+
+
+@pytest.fixture
+def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], Path]:
+    """Return a function that puts a queue and a `scancel` in place; it returns the calls' file."""
+
+    def put(queue: str, code: int = 0) -> Path:
+        folder, calls = tmp_path / "bin", tmp_path / "calls"
+        folder.mkdir()
+        said = {"squeue": f"echo '{queue}'", "scancel": f"echo $@ >> {calls}; exit {code}"}
+        for name, text in said.items():
+            (folder / name).write_text(FAKE.format(said=text))
+            (folder / name).chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+        return calls
+
+    return put
+
+
+def make_run(path: Path, **status: object) -> Path:
+    path.mkdir(parents=True)
+    (path / "config.yaml").write_text("name: x\n")
+    RunDir(path).write_status(**status)
+    return path
+
+
+def test_only_jobs_that_wait_or_run_are_cancelled(cluster: Callable[..., Path]) -> None:
+    calls = cluster("7_0|RUNNING|None\n7_1|PENDING|None")
+    rows = [{"name": str(i), "overrides": [], "dir": str(i)} for i in range(3)]
+    Path("sweep").mkdir()
+    write_json(Path("sweep/manifest.json"), {"points": rows})
+    for i, state in enumerate(("running", "queued", "done")):
+        make_run(Path("sweep") / str(i), state=state, job_id=f"7_{i}")
+    assert main(["cancel", "sweep"]) == 0
+    assert calls.read_text().split() == ["--quiet", "7_0", "7_1"]
+    marked = ["cancelled" in RunDir(Path("sweep") / str(i)).read_status() for i in range(3)]
+    assert marked == [True, True, False]
+
+
+def test_a_refusal_is_told_and_nothing_is_marked(
+    cluster: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster("3|RUNNING|None", 1)
+    path = make_run(Path("run"), state="running", job_id="3")
+    assert main(["cancel", "run"]) == 2
+    assert "refuses to cancel" in capsys.readouterr().err
+    assert RunDir(path).read_status()["cancelled"] is None
+
+
+def test_without_a_job_there_is_nothing_to_cancel(capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(Path("run"), state="done")
+    assert main(["cancel", "run"]) == 0
+    assert "no job to cancel" in capsys.readouterr().out
+
+
+def test_a_folder_of_something_else_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["cancel", "."]) == 2
+    assert "not a run's folder" in capsys.readouterr().err

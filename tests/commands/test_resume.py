@@ -1,0 +1,83 @@
+"""`lunaris resume`: what is not done goes on, as it was launched."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lunaris.__main__ import main
+from lunaris.rundir import RunDir, create
+
+SMALL = [
+    "data=synthetic", "data.n_tokens=20000", "data.vocab_size=64", "model.d_model=16",
+    "model.n_layers=1", "model.n_heads=2", "model.n_kv_heads=1", "model.max_seq_len=16",
+    "model.multiple_of=8", "moe.n_experts=4", "trainer.max_steps=2", "trainer.batch_size=2",
+    "trainer.log_interval=1", "trainer.eval_steps=1", "trainer.device=cpu",
+]  # fmt: skip
+
+
+def steps(path: Path) -> list[int]:
+    lines = RunDir(path).metrics_path.read_text().splitlines()
+    return [json.loads(line)["step"] for line in lines]
+
+
+def test_a_run_goes_on_from_its_checkpoint(tiny: Callable[..., Any]) -> None:
+    cfg = tiny("trainer.max_steps=4", "checkpoint.save_interval=1")
+    run_dir = create(cfg, "lunaris train", ["seed=1"])
+    assert main(["resume", str(run_dir.path)]) == 0
+    shutil.rmtree(run_dir.checkpoints / "step_00000004")
+    run_dir.write_status(state="failed", last_error="power cut")
+    assert main(["resume", str(run_dir.path)]) == 0
+    assert run_dir.read_status()["state"] == "done"
+    assert steps(run_dir.path) == list(range(5))
+    provenance = json.loads((run_dir.path / "provenance.json").read_text())
+    assert provenance["overrides"] == ["seed=1"] and len(provenance["attempts"]) == 2
+
+
+def test_of_a_moved_sweep_only_what_is_asked_for_runs_again(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "-m", *SMALL, "seed=1,2,3", "name=s"]) == 0
+    Path("sweeps/s").rename("moved")
+    shutil.rmtree("moved/seed=2")
+    RunDir(Path("moved/seed=3")).write_status(state="failed", last_error="x")
+    capsys.readouterr()
+    assert main(["resume", "moved", "--only", "missing"]) == 0
+    assert "[1/1] seed=2: done" in capsys.readouterr().out
+    assert RunDir(Path("moved/seed=3")).read_status()["state"] == "failed"
+    assert main(["resume", "moved"]) == 0
+    attempts = {s: RunDir(Path(f"moved/seed={s}")).read_status()["attempts"] for s in (1, 2, 3)}
+    assert attempts == {1: 1, 2: 1, 3: 2}
+    assert main(["resume", "moved"]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_a_point_with_another_config_than_the_manifest_s_is_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "-m", *SMALL, "seed=1,2", "name=s"]) == 0
+    point = RunDir(Path("sweeps/s/seed=2"))
+    text = point.config_path.read_text()
+    point.config_path.write_text(text.replace("seed: 2", "seed: 5"))
+    point.write_status(state="failed")
+    assert main(["resume", "sweeps/s"]) == 2
+    assert "seed: 2 → 5" in capsys.readouterr().err
+
+
+def test_a_done_run_has_nothing_to_do(
+    tiny: Callable[..., Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = create(tiny(), "lunaris train", [])
+    run_dir.write_status(state="done")
+    assert main(["resume", str(run_dir.path)]) == 0
+    assert "nothing to do" in capsys.readouterr().out
+
+
+def test_an_unknown_state_is_named_with_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["resume", ".", "--only", "fail"]) == 2
+    assert "did you mean failed" in capsys.readouterr().err
