@@ -27,6 +27,7 @@ T = TypeVar("T")
 _FIRST_STEP = timedelta(minutes=30)
 # Checkpoint files differ in size; a rank that is gone is found by its missing heartbeat instead.
 _BOOKKEEPING = timedelta(hours=1)
+_READERS_S = 10.0
 
 
 class _Session:
@@ -231,15 +232,24 @@ def on_rank_0(action: Callable[[], T]) -> T | None:
             result = action()
         except Exception as error:
             store.set(key, pickle.dumps(_picklable(error)))  # type: ignore[arg-type]
+            _wait_for_readers(store, key)
             raise
         store.set(key, pickle.dumps(None))  # type: ignore[arg-type]
         return result
     while not store.check([key]):
         time.sleep(0.05)
     raised = pickle.loads(store.get(key))
+    store.add(f"{key}/read", 1)
     if raised is not None:
         raise raised
     return None
+
+
+def _wait_for_readers(store: dist.Store, key: str) -> None:
+    """Wait a while until all others have read `key`: the store may end with this process."""
+    until = time.monotonic() + _READERS_S
+    while store.add(f"{key}/read", 0) < world_size() - 1 and time.monotonic() < until:
+        time.sleep(0.05)
 
 
 def _picklable(error: Exception) -> Exception:
