@@ -17,6 +17,7 @@ import pytest
 from lunaris import jobs
 
 _HERE = Path(__file__).parent
+_REST_S = 3
 
 TINY = [
     "data=synthetic", "data._target_=paced.PacedData", "data.n_tokens=20000", "data.vocab_size=64",
@@ -42,6 +43,7 @@ class Site:
         self.cluster = cluster
         self.dir = folder
         self.pace = folder / "pace"
+        self._waiting: dict[str, float] = {}
         self.env = cluster.env | {
             "PACE": str(self.pace),
             "PYTHONPATH": str(_HERE),
@@ -101,14 +103,15 @@ class Site:
         return self.rows(run)[0]
 
     def hasten(self) -> None:
-        """Start requeued jobs now: SLURM lets them wait two minutes."""
-        waiting = self.cluster.client("squeue", "-h", "-t", "PD", "-o", "%A %r", check=False)
-        for line in waiting.splitlines():
-            job_id, _, reason = line.partition(" ")
-            if reason == "BeginTime":
-                self.cluster.client(
-                    "scontrol", "update", f"jobid={job_id}", "StartTime=now", check=False
-                )
+        """Start requeued jobs soon: SLURM lets them wait two minutes."""
+        shown = self.cluster.client("squeue", "-h", "-t", "PD", "-o", "%A %r", check=False)
+        waiting = {line.split()[0] for line in shown.splitlines() if line.endswith("BeginTime")}
+        now = time.monotonic()
+        self._waiting = {job: self._waiting.get(job, now) for job in waiting}
+        for job, since in self._waiting.items():
+            # Not at once: a node refuses a job that it ended in the same second.
+            if now - since > _REST_S:
+                self.cluster.client("scontrol", "update", f"jobid={job}", "StartTime=now")
 
 
 def _site(tmp_path_factory: pytest.TempPathFactory, accounting: bool) -> Iterator[Site]:
