@@ -48,7 +48,7 @@ def timed(site: Any) -> Callable[[], None]:
     )  # fmt: skip
 
     def check() -> None:
-        site.wait_for(lambda: site.status("runs/timed").get("timeouts") == 2, 150)
+        site.wait_for(lambda: site.status("runs/timed").get("timeouts", 0) >= 2, 150)
         pace.write_text("0")
         site.wait_for_state("runs/timed", "done")
 
@@ -216,7 +216,8 @@ def test_run_into_its_time_limit_twice_a_run_repeats_and_loses_nothing(
 ) -> None:
     timed()
     site.wait_for_state(undisturbed["timed"], "done", "failed")
-    assert site.status("runs/timed")["attempts"] == 3
     assert site.metrics("runs/timed") == site.metrics(undisturbed["timed"])
     pairs = stops_and_resumes(site, "runs/timed")
-    assert len(pairs) == 2 and all(stop == resume for stop, resume in pairs)
+    assert len(pairs) >= 2 and all(stop == resume for stop, resume in pairs)
+    status = site.status("runs/timed")
+    assert status["attempts"] == len(pairs) + 1 == status["timeouts"] + 1
