@@ -51,9 +51,6 @@ class Reducer:
             assert bucket.work is not None and bucket.flat is not None
             bucket.work.wait()
             bucket.flat /= dist.get_world_size()
-            parts = bucket.flat.split([p.numel() for p in bucket.parameters])
-            for parameter, part in zip(bucket.parameters, parts, strict=True):
-                parameter.grad = part.view_as(parameter)
             bucket.work = bucket.flat = None
 
     def _arrived(self, parameter: nn.Parameter) -> None:
@@ -67,6 +64,10 @@ class Reducer:
         self._next += 1
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket.parameters]
         bucket.flat = torch.cat([grad.detach().reshape(-1) for grad in grads])
+        # Views from here on, which frees the gradients while others are still computed.
+        parts = bucket.flat.split([grad.numel() for grad in grads])
+        for parameter, part in zip(bucket.parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
         bucket.work = dist.all_reduce(bucket.flat, async_op=True)
 
 
