@@ -258,7 +258,7 @@ def _squeue(wanted: set[str]) -> dict[str, JobState]:
 
 def _sacct(wanted: set[str]) -> dict[str, JobState]:
     base = ",".join(sorted({i.partition("_")[0] for i in wanted}))
-    done = _client("sacct", "-n", "-P", "-X", "--array", "-o", "JobID,State,ExitCode", "-j", base)
+    done = _client("sacct", "-n", "-P", "-X", "-o", "JobID,State,ExitCode", "-j", base)
     if done is None or done.returncode:
         return {}  # A cluster without accounting.
     return _parse(done.stdout)
