@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import warnings
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -29,6 +30,7 @@ from lunaris.signals import StopSignal
 
 _WRONG_INPUT, _STOPPED = 2, 3
 _POLL_S = 2.0
+_FIRST_PORT, _PORTS = 24_500, 8_000
 # SLURM looks at time limits twice a minute, and may send the signal a minute before its time.
 _SIGNAL_EARLY_S = 60
 
@@ -273,6 +275,10 @@ def export_ranks() -> None:
     submitit.helpers.TorchDistributedEnvironment().export(
         overwrite=True, set_cuda_visible_devices=False
     )
+    # Below the ports that the kernel gives to clients, among which submitit's choice may fall, and
+    # another after a requeue.
+    attempt = f"{jobs.current_job_id()}:{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    os.environ["MASTER_PORT"] = str(_FIRST_PORT + zlib.crc32(attempt.encode()) % _PORTS)
     if os.environ.get("SUBMITIT_EXECUTOR") == "local":
         os.environ["MASTER_ADDR"] = "127.0.0.1"
 
