@@ -15,7 +15,7 @@ from lunaris.config.compose import compose_unchecked, register_schemas
 from lunaris.config.faults import explain
 from lunaris.config.flags import Flags
 from lunaris.config.options import CONFIG_MODULE
-from lunaris.config.overrides import parse
+from lunaris.config.overrides import open_maps, parse
 from lunaris.errors import UserError
 
 # Hydra takes plugins from this package only; ours are registered under its name.
@@ -94,7 +94,7 @@ def _argv(flags: Flags, extra: list[str]) -> list[str]:
         argv += [flag] if given else []
     if flags.config_path is not None:
         extra = [*extra, f"hydra.searchpath=[pkg://{CONFIG_MODULE}]"]
-    return [*argv, *extra, *flags.overrides]
+    return [*argv, *extra, *open_maps(parse(flags.overrides))]
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from hydra.types import HydraContext, TaskFunction
 from lunaris.config.compose import compose_unchecked, config_dirs
 from lunaris.config.flags import Flags
 from lunaris.config.names import sweep_name
-from lunaris.config.overrides import check, parse
+from lunaris.config.overrides import check, open_maps, parse
 from lunaris.errors import Stopped, UserError
 from lunaris.launch.handoff import hand_to_hydra
 from lunaris.launch.points import Outcome, Point, Sweep, outcome_of
@@ -235,7 +235,7 @@ def _sweep_of(flags: Flags, parsed: list[Override], command: str) -> Sweep:
     # Hydra's sweepers write values anew: 1e-3 becomes 0.001.
     anew = [
         f"{o.get_key_element()}={o.get_value_element_as_str()}"
-        for o in parsed
+        for o in [*parsed, *parse(open_maps(parsed))]
         if not (o.is_sweep_override() or o.is_hydra_override())
     ]
     folder = Path(str(asked).replace("${name}", name))

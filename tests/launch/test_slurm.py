@@ -195,3 +195,12 @@ def _overrides(cfg: Any) -> list[str]:
         "trainer.device=cpu", "launch=slurm", "launch.cluster=local", "launch.tasks_per_node=2",
         "launch.wait=true", "parallelism=ddp", f"out_dir={cfg.out_dir}", "name=run",
     ]  # fmt: skip
+
+
+def test_a_sweep_takes_further_sbatch_options(capsys: pytest.CaptureFixture[str]) -> None:
+    further = "launch.additional_parameters.exclude=node13"
+    overrides = ["data=synthetic", "launch=slurm", "launch.dry_run=true", further, "seed=1,2"]
+    assert main(["train", "-m", *overrides]) == 0
+    script = capsys.readouterr().out
+    assert "#SBATCH --exclude=node13\n" in script and "#SBATCH --array=0-1%2\n" in script
+    assert not os.listdir()
