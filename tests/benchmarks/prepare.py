@@ -87,7 +87,7 @@ def write_corpus(kind: str, texts: list[bytes], path: str = "corpus") -> str:
     return name
 
 
-def bare(texts: list[bytes], tokens: object = None) -> float:
+def bare(texts: list[bytes]) -> float:
     """Return the seconds that `encode_batch` takes on one thread, batches of 1,000 documents."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     from tokenizers import Tokenizer
@@ -117,9 +117,9 @@ class Prepared:
             *(f"data.files=[{name}]", "data.tokenizer=tokenizer.json"),
             f"data.processes={processes}",
         ]
-        began = time.perf_counter()
+        before = children_cpu_s()
         done = subprocess.run(command, capture_output=True, text=True)
-        self.wall_s = time.perf_counter() - began
+        self.cpu_s = children_cpu_s() - before
         if done.returncode:
             raise SystemExit(done.stderr)
         found = re.search(r"([\d,]+) tokens of ([\d,]+) bytes", done.stdout)
@@ -131,16 +131,24 @@ class Prepared:
         self.peak_mb = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
 
 
+def children_cpu_s() -> float:
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def pace(args: argparse.Namespace) -> None:
     texts = documents(int(args.mb * 1e6))
     size = sum(map(len, texts))
     name = write_corpus(args.kind, texts)
     counts = [int(n) for n in args.processes.split(",")]
     bare_s: list[float] = []
+    bare_cpu_s: list[float] = []
     pool_s: dict[int, list[float]] = {n: [] for n in counts}
     ours: dict[int, list[Prepared]] = {n: [] for n in counts}
     for _ in range(args.rounds):
+        began = time.process_time()
         bare_s.append(bare(texts))
+        bare_cpu_s.append(time.process_time() - began)
         for n in counts:
             ours[n].append(Prepared(name, n))
             if args.pool:
@@ -152,7 +160,9 @@ def pace(args: argparse.Namespace) -> None:
     for n in counts:
         seconds = statistics.median(run.seconds for run in ours[n])
         print(f"prepare, {n} process(es) {row(size, tokens, seconds)}", end="")
+        cpu = statistics.median(bare_cpu_s) / statistics.median(run.cpu_s for run in ours[n])
         print(f"   ratio {reference / seconds / n:.2f} of bare × {n}", end="")
+        print(f", {cpu:.2f} by CPU seconds", end="")
         if args.pool:
             together = statistics.median(pool_s[n])
             print(f", {together / seconds / n:.2f} of {n} bare at once", end="")

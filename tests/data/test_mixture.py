@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lunaris.data.loader import Loader
 from lunaris.data.mixture import MixedSequences, slots
 from lunaris.data.shards import ShardsData
 from lunaris.errors import UserError
@@ -84,6 +85,27 @@ def test_slots_are_true_to_half_a_slot(weights: list[float]) -> None:
     assert counts.sum() == 2**20
     assert (counts >= 1).all()
     assert (np.abs(counts - exact) <= 1).all()
+
+
+def test_same_order_after_resume_and_at_another_world_size(tmp_path: Path) -> None:
+    part = mixture(tmp_path, [5, 3, 2])
+
+    def steps(count: int, start: int, world_size: int) -> list[list[list[int]]]:
+        """Return the sorted rows of each step's global batch of 12."""
+        loaders = [
+            Loader(part, batch_size=12 // world_size, rank=r, world_size=world_size, start=start)
+            for r in range(world_size)
+        ]
+        try:
+            batches = [[next(iter(loader)).tokens for loader in loaders] for _ in range(count)]
+        finally:
+            for loader in loaders:
+                loader.close()
+        return [sorted(row for t in step for row in t.flatten(0, 1).tolist()) for step in batches]
+
+    whole = steps(30, start=0, world_size=1)
+    assert steps(18, start=12 * 12, world_size=1) == whole[12:]
+    assert steps(18, start=12 * 12, world_size=4) == whole[12:]
 
 
 def test_validation_of_every_source(tmp_path: Path) -> None:
