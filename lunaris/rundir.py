@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,7 @@ def _version(name: str) -> str | None:
         return None
 
 
+@cache  # The same for every point of a sweep.
 def _git(folder: Path) -> dict[str, Any]:
     def git(*args: str) -> str | None:
         try:
