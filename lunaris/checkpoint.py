@@ -76,11 +76,13 @@ class Checkpoints:
         model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
         tree = {"model": model_state, "optimizer": optimizer_state}
         if self._async:
-            future = dcp.async_save(tree, checkpoint_id=beside, **_processes())
+            # A thread's collectives, in a group that the main thread does not use meanwhile.
+            group = distributed.background_group()
+            future = dcp.async_save(tree, checkpoint_id=beside, **_processes(group))
             assert isinstance(future, Future)
             self._pending = (beside, future)
             return
-        dcp.save(tree, checkpoint_id=beside, **_processes())
+        dcp.save(tree, checkpoint_id=beside, **_processes(distributed.cpu_group()))
         self._commit(beside)
 
     def settle(self) -> None:
@@ -202,14 +204,14 @@ def saved_vocab_size(path: Path) -> int:
 def load_weights(path: Path, model: nn.Module) -> None:
     """Load the weights of one checkpoint into `model`, in any parallelism."""
     state = {"model": get_model_state_dict(model)}
-    dcp.load(state, checkpoint_id=path, **_processes())
+    dcp.load(state, checkpoint_id=path, **_processes(distributed.cpu_group()))
     set_model_state_dict(model, state["model"])
 
 
 def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
     tree: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(tree, checkpoint_id=path, **_processes())
+    dcp.load(tree, checkpoint_id=path, **_processes(distributed.cpu_group()))
     set_state_dict(
         model,
         optimizer,
@@ -219,10 +221,10 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Non
     )
 
 
-def _processes() -> dict[str, Any]:
+def _processes(group: dist.ProcessGroup | None) -> dict[str, Any]:
     """Return the arguments that tell DCP which processes take part."""
     if dist.is_initialized():
-        return {"process_group": distributed.cpu_group()}
+        return {"process_group": group}
     # Without a group DCP warns, from a thread of its own too, that it assumes a single process.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     return {"no_dist": True}

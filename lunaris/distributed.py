@@ -37,6 +37,7 @@ class _Session:
         self.device = device
         self.timeout_s = timeout_s
         self.cpu_group: dist.ProcessGroup | None = None
+        self.background_group: dist.ProcessGroup | None = None
         self.heartbeat: Heartbeat | None = None
         self.prompt = False
         self.calls = 0
@@ -138,6 +139,7 @@ def _join(opened: _Session) -> None:
         device_id=opened.device if cuda else None,
     )
     opened.cpu_group = dist.new_group(backend="gloo", timeout=_BOOKKEEPING)
+    opened.background_group = dist.new_group(backend="gloo", timeout=_BOOKKEEPING)
     opened.heartbeat = Heartbeat(rank(), world_size(), opened.timeout_s)
     opened.heartbeat.start()
 
@@ -166,6 +168,14 @@ def cpu_group() -> dist.ProcessGroup | None:
     return None if _session is None else _session.cpu_group
 
 
+def background_group() -> dist.ProcessGroup | None:
+    """Return the group for a thread that saves while the main thread trains; None when alone.
+
+    In a group of its own, its collectives cannot be taken for the main thread's.
+    """
+    return None if _session is None else _session.background_group
+
+
 def mark(doing: str) -> None:
     """Note what this process begins to do, for the others to tell who lags if it hangs."""
     if _session is not None and _session.heartbeat is not None:
@@ -178,7 +188,7 @@ def end_first_step() -> None:
         return
     _session.prompt = True
     for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not _session.cpu_group:
+        if group not in (_session.cpu_group, _session.background_group):
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=_session.timeout_s), group)
 
 

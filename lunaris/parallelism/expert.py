@@ -104,7 +104,7 @@ class _Exchange:
         rows = x[: sum(send)].to(compute_dtype(x))
         arrived = _AllToAll.apply(rows, receive, send, self._group)  # [R, D]
         order = _by_expert(received, len(arrived))
-        out = self._forward(arrived[order], received.sum(0))
+        out = self._forward(arrived.index_select(0, order), received.sum(0))
         back = torch.empty_like(out).index_copy(0, order, out)
         mine = _AllToAll.apply(back, send, receive, self._group)
         return torch.cat([mine, mine.new_zeros(len(x) - len(mine), mine.size(1))])
