@@ -16,7 +16,8 @@ train: $(VENV)/run.stamp ## Train the default model on the text of the standard 
 test: $(VENV)/dev.stamp ## Run all tests; those that need SLURM skip where `make cluster` was not run.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $(TEST_WORKERS) --dist loadgroup
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m cluster
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not cluster" -n $(TEST_WORKERS) --dist loadfile
 
 cluster: ## Install SLURM from Debian's packages for the cluster tests (root).
 	bash tests/slurm/install.sh

@@ -110,7 +110,7 @@ CASES = [
     if setup.experts == 1 or model != "dense"
 ]
 # One process of pytest-xdist takes the whole file, so that each group is started once.
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800), pytest.mark.xdist_group("parallelism")]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 _SMALL = [
     "data=synthetic",

@@ -13,7 +13,7 @@ import pytest
 
 from lunaris.launch import snapshot
 
-pytestmark = [pytest.mark.cluster, pytest.mark.xdist_group("cluster"), pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.cluster, pytest.mark.timeout(400)]
 
 DDP = "parallelism=ddp"
 STEPS = 30
