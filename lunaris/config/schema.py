@@ -41,7 +41,7 @@ from lunaris.config.sources import (
 class TrainerConfig:
     """The loop. `batch_size` is sequences a process a micro-step."""
 
-    max_steps: int = 400
+    max_steps: int = 300
     batch_size: int = 16
     gradient_accumulation_steps: int = 1
     # Global gradient norm; null: no clipping.

@@ -76,7 +76,7 @@ TABLE: list[tuple[str, str]] = [
     # several keys together
     ("moe.first_dense_layers=4", "moe.first_dense_layers=4: must be below model.n_layers=4"),
     ("schedule.warmup_steps=401", "schedule.warmup_steps=401: must be at most trainer.max_steps"),
-    ("schedule=wsd schedule.warmup_steps=390", "must leave room for the 80 steps of decay"),
+    ("schedule=wsd schedule.warmup_steps=290", "must leave room for the 60 steps of decay"),
     ("model.vocab_size=100", "model.vocab_size=100: must be at least data.vocab_size=2048"),
     ("data=synthetic data.n_tokens=100", "model.max_seq_len=256: one sequence needs 257 tokens"),
     ("launch.processes=2", "parallelism=single: one process, but launch.processes=2"),
