@@ -34,26 +34,8 @@ class Logger(Protocol):
         """End; nothing is logged after."""
 
 
-class NullLogger:
-    """Drops everything: the logger of every rank but 0."""
-
-    def start(self, run_dir: RunDir, cfg: Any, step: int) -> None:
-        """Do nothing."""
-
-    def tick(self, step: int) -> None:
-        """Do nothing."""
-
-    def log(self, row: dict[str, Any]) -> None:
-        """Do nothing."""
-
-    def message(self, text: str) -> None:
-        """Do nothing."""
-
-    def flush(self) -> None:
-        """Do nothing."""
-
-    def finish(self) -> None:
-        """Do nothing."""
+class NullLogger(Logger):
+    """Drops everything, as the bodies it inherits do: the logger of every rank but 0."""
 
 
 class LocalLogger:
