@@ -19,7 +19,7 @@ from lunaris.data.loader import Loader
 from lunaris.errors import Stopped, UserError
 from lunaris.evaluate import Evaluator
 from lunaris.jobs import current_job_id
-from lunaris.metrics.loggers import Logger, NullLogger
+from lunaris.metrics.loggers import Logger
 from lunaris.metrics.plot import plot_loss
 from lunaris.metrics.records import read_rows
 from lunaris.metrics.throughput import Meter, peak_flops
@@ -115,7 +115,7 @@ def build(cfg: Any, run_dir: RunDir, stop: StopSignal) -> Run:
         parallelism,
         most=trainer.eval_steps and trainer.eval_steps * global_batch,
     )
-    logger: Logger = component(cfg.logger) if parallelism.rank == 0 else NullLogger()
+    logger: Logger = component(cfg.logger) if parallelism.rank == 0 else Logger()
     logger.start(run_dir, cfg, state.step)
     run = Run(
         cfg=cfg,

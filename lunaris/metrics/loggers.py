@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
@@ -12,8 +12,11 @@ from lunaris.metrics.records import MetricsFile
 from lunaris.rundir import RunDir
 
 
-class Logger(Protocol):
-    """Receives the rows of a run; one real logger a run, on the process of rank 0."""
+class Logger:
+    """Receives the rows of a run, on the process of rank 0.
+
+    This one drops them, which is what every other rank wants.
+    """
 
     def start(self, run_dir: RunDir, cfg: Any, step: int) -> None:
         """Begin, or go on after step `step`. cfg: the composed config."""
@@ -34,11 +37,7 @@ class Logger(Protocol):
         """End; nothing is logged after."""
 
 
-class NullLogger(Logger):
-    """Drops everything, as the bodies it inherits do: the logger of every rank but 0."""
-
-
-class LocalLogger:
+class LocalLogger(Logger):
     """A progress bar on a terminal, plain lines in a log file, and `metrics.jsonl`."""
 
     def start(self, run_dir: RunDir, cfg: Any, step: int) -> None:
