@@ -7,7 +7,6 @@ and CRC-32 of every other file, so that a damaged checkpoint is known and skippe
 
 from __future__ import annotations
 
-import os
 import shutil
 import warnings
 import zlib
@@ -32,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from lunaris import distributed
 from lunaris.errors import UserError
-from lunaris.rundir import read_json, write_json
+from lunaris.files import read_json, sync_folder, write_json
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 _CHUNK = 1 << 22
@@ -141,12 +140,12 @@ class Checkpoints:
             sums |= part
         if rank == 0:
             write_json(beside / "files.json", sums)
-            _sync_folder(beside)
+            sync_folder(beside)
             target = self._folder / beside.name.removeprefix(".tmp-")
             # A step that is saved again was damaged, or the run would have gone on from it.
             shutil.rmtree(target, ignore_errors=True)
             beside.rename(target)
-            _sync_folder(self._folder)
+            sync_folder(self._folder)
             self._prune()
         distributed.barrier()
 
@@ -242,11 +241,3 @@ def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
             yield chunk
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lunaris.rundir import RunDir, read_json
+from lunaris.files import read_json
+from lunaris.rundir import RunDir
 
 STATES = (
     "queued",

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lunaris.errors import UserError
-from lunaris.rundir import read_json
+from lunaris.files import read_json
 
 _MANIFEST = "manifest.json"
 _CONFIG = "config.yaml"

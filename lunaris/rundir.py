@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import json
 import os
 import platform
 import socket
@@ -19,28 +18,9 @@ from typing import Any
 
 from lunaris.config.world import differing, identity
 from lunaris.errors import UserError
+from lunaris.files import read_json, replace_file, write_json
 
 _PACKAGES = ("lunaris", "torch", "numpy", "hydra-core", "omegaconf", "submitit", "tokenizers")
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace `path` by `value` as JSON, so that a reader sees the old or the new, never half."""
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with beside.open("w") as file:
-        json.dump(value, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return the JSON object in `path`, or {} where there is none or it cannot be read."""
-    try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 class RunDir:
@@ -77,9 +57,7 @@ class RunDir:
         """Write the composed config, resolved."""
         from omegaconf import OmegaConf
 
-        beside = self.path / ".config.yaml.tmp"
-        beside.write_text(OmegaConf.to_yaml(cfg, resolve=True))
-        beside.replace(self.config_path)
+        replace_file(self.config_path, OmegaConf.to_yaml(cfg, resolve=True).encode())
 
     def read_status(self) -> dict[str, Any]:
         """Return status.json, or {} before the first write."""

@@ -28,7 +28,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("heartbeat",),
     ("rundir",),
     ("config",),
-    ("errors", "conf"),
+    ("errors", "files", "conf"),
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # Shards are looked at when a config is checked, without torch.

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from lunaris import jobs
+from lunaris.files import write_json
 from lunaris.jobs import JobState, judge
-from lunaris.rundir import RunDir, write_json
+from lunaris.rundir import RunDir
 
 Clients = Callable[..., None]
 

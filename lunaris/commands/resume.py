@@ -12,8 +12,9 @@ from lunaris.config.compose import compose
 from lunaris.config.flags import Flags, parse_flags
 from lunaris.config.world import differing, identity
 from lunaris.errors import UserError, did_you_mean
+from lunaris.files import read_json
 from lunaris.listing import find, is_run, is_sweep
-from lunaris.rundir import RunDir, create, read_json
+from lunaris.rundir import RunDir, create
 
 HELP = "go on with a run, or with what a sweep has not done, as it was launched"
 

@@ -22,7 +22,7 @@ from typing import Any
 
 from lunaris.data import manifest as manifests
 from lunaris.data.encode import PARTS, Encoded, Job, encode_unit, executor
-from lunaris.data.manifest import Manifest, SourceEntry, sync_folder, write_durably
+from lunaris.data.manifest import Manifest, SourceEntry
 from lunaris.data.merge import Merger
 from lunaris.data.prepared import folder_lock
 from lunaris.data.sample import sample_texts
@@ -30,6 +30,7 @@ from lunaris.data.tokenizer import TextTokenizer, load_tokenizer, train_bpe
 from lunaris.data.units import Cursor, Source, Unit
 from lunaris.data.writer import ShardWriter
 from lunaris.errors import UserError
+from lunaris.files import sync_folder, write_durably
 
 # Seconds between notes of how far the merging came: what a kill costs at most.
 NOTE_S = 2.0

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lunaris.data.manifest import ShardEntry, sha256, sync_folder
+from lunaris.data.manifest import ShardEntry, sha256
+from lunaris.files import sync_folder
 
 _HEADER_BYTES = 128
 

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from lunaris.files import replace_file
+
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
     """Return the rows of a metrics file in order; a last line cut short by a crash is left out."""
@@ -31,12 +33,7 @@ class MetricsFile:
     def __init__(self, path: Path, resume_step: int) -> None:
         """Keep the rows up to `resume_step`, the checkpointed step that the run goes on from."""
         kept = [row for row in read_rows(path) if row["step"] <= resume_step]
-        beside = path.with_name(f".{path.name}.tmp")
-        with beside.open("w") as file:
-            file.writelines(_line(row) for row in kept)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
+        replace_file(path, "".join(_line(row) for row in kept).encode())
         self._file = path.open("a")
 
     def append(self, row: dict[str, Any]) -> None:

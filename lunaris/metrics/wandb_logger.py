@@ -9,8 +9,9 @@ from typing import Any
 import wandb
 from omegaconf import OmegaConf
 
+from lunaris.files import read_json
 from lunaris.metrics.loggers import LocalLogger
-from lunaris.rundir import RunDir, read_json
+from lunaris.rundir import RunDir
 
 
 class WandbLogger(LocalLogger):

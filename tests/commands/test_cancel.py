@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from lunaris.__main__ import main
-from lunaris.rundir import RunDir, write_json
+from lunaris.files import write_json
+from lunaris.rundir import RunDir
 
 FAKE = "#!/bin/sh\n{said}\n"
 
