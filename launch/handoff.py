@@ -11,7 +11,7 @@ from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from lunaris.config.compose import compose_unchecked, register_schemas
+from lunaris.config.compose import Composer, register_schemas
 from lunaris.config.faults import explain
 from lunaris.config.flags import Flags
 from lunaris.config.options import CONFIG_MODULE
@@ -57,7 +57,7 @@ def hand_to_hydra(
             raise UserError(explain(error)) from error
         # Ours is the better message, where the fault is one that our own composition finds.
         swept = {o.input_line for o in parse(flags.overrides) if o.is_sweep_override()}
-        compose_unchecked([o for o in flags.overrides if o not in swept], flags.source)
+        Composer(flags.source).unchecked([o for o in flags.overrides if o not in swept])
         raise UserError(explain(error)) from error
 
 

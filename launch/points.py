@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from lunaris import rundir
-from lunaris.config.compose import Source, compose
+from lunaris.config.compose import Composer, Source
 from lunaris.config.names import point_name
 from lunaris.config.world import differing, identity
 from lunaris.errors import UserError
+from lunaris.files import read_json, write_json
 from lunaris.rundir import RunDir
 
 MANIFEST = "manifest.json"
@@ -68,9 +69,10 @@ class Sweep:
         Raises UserError naming the point when one cannot work, or when its folder holds a run of
         another config.
         """
+        composer = Composer(self.source)
         points: dict[str, Point] = {}
         for overrides in job_overrides:
-            point = self._compose(list(overrides))
+            point = self._compose(composer, list(overrides))
             rows = _other_config(point)
             if rows:
                 raise UserError(
@@ -91,10 +93,10 @@ class Sweep:
         """Return the name of the point with these overrides."""
         return point_name([text for text in overrides if text not in self.shared])
 
-    def _compose(self, overrides: list[str]) -> Point:
+    def _compose(self, composer: Composer, overrides: list[str]) -> Point:
         name = self.name_of(overrides)
         try:
-            cfg = compose(overrides, source=self.source)
+            cfg = composer.compose(overrides)
         except UserError as error:
             about = "" if str(error).startswith(name) else f"point {name}: "
             raise UserError(f"{about}{error}") from error
@@ -110,7 +112,7 @@ class Sweep:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return a sweep's manifest. Raises UserError where there is none."""
-    manifest = rundir.read_json(folder / MANIFEST)
+    manifest = read_json(folder / MANIFEST)
     if "points" not in manifest:
         raise UserError(f"{folder}: not a sweep's folder (it holds no {MANIFEST})")
     return manifest
@@ -134,7 +136,7 @@ def write_manifest(
 
 
 def _merge_manifest(path: Path, sweep: Sweep, points: list[Point], job_ids: dict[str, str]) -> None:
-    old = rundir.read_json(path)
+    old = read_json(path)
     rows = {row["name"]: row for row in old.get("points", [])}
     for point in points:
         rows[point.name] = {
@@ -144,7 +146,7 @@ def _merge_manifest(path: Path, sweep: Sweep, points: list[Point], job_ids: dict
             "job_id": job_ids.get(point.name, rows.get(point.name, {}).get("job_id")),
             "identity": identity(point.cfg),
         }
-    rundir.write_json(
+    write_json(
         path,
         {
             "name": sweep.name,

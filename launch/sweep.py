@@ -19,7 +19,7 @@ from hydra.plugins.launcher import Launcher
 from hydra.plugins.sweeper import Sweeper
 from hydra.types import HydraContext, TaskFunction
 
-from lunaris.config.compose import compose_unchecked, config_dirs
+from lunaris.config.compose import Composer, config_dirs
 from lunaris.config.flags import Flags
 from lunaris.config.names import sweep_name
 from lunaris.config.overrides import check, open_maps, parse
@@ -45,7 +45,7 @@ def sweep(flags: Flags, command: str) -> int:
     check(parsed, config_dirs(flags.source), sweep=True)
     task = _SweepTask(_sweep_of(flags, parsed, command))
     fixed = [o.input_line or "" for o in parsed if not o.is_sweep_override()]
-    hydra = compose_unchecked(fixed, flags.source, with_hydra=True).hydra
+    hydra = Composer(flags.source).unchecked(fixed, with_hydra=True).hydra
     plugins = [hydra.sweeper._target_, hydra.launcher._target_]
     hand_to_hydra(flags, [f"hydra.sweep.dir='{task.sweep.dir}'"], task, plugins)
     outcomes = {outcome.point.name: outcome for outcome in task.sweep.outcomes}

@@ -93,11 +93,11 @@ def _help(flags: Flags) -> int:
 def _show(flags: Flags) -> int:
     from omegaconf import MISSING, OmegaConf
 
-    from lunaris.config.compose import compose_unchecked, finish
+    from lunaris.config.compose import Composer, finish
     from lunaris.config.faults import shown
     from lunaris.config.structure import check_keys
 
-    cfg: Any = compose_unchecked(flags.overrides, flags.source)
+    cfg: Any = Composer(flags.source).unchecked(flags.overrides)
     finish(cfg, flags.overrides)
     check_keys(cfg)
     if flags.package not in (None, "_global_"):

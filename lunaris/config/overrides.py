@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ def parse(overrides: list[str]) -> list[Override]:
 def check(parsed: list[Override], config_dirs: list[Path], *, sweep: bool = False) -> None:
     """Raise UserError for the first override that names no group, option or key of the tree.
 
-    A key below a group is checked once the group's option is known, by `diagnose` or `validate`.
+    A key below a group is checked once the group's option is known, by `apply` or `validate`.
     """
     further = any(o.key_or_group == "hydra.searchpath" for o in parsed)
     for override in parsed:
@@ -93,26 +94,37 @@ def is_group_choice(override: Override) -> bool:
     )
 
 
-def diagnose(base: DictConfig, parsed: list[Override]) -> None:
-    """Raise UserError for the first override that `base` cannot take.
+def apply(cfg: DictConfig, override: Override, choice: str | None = None) -> None:
+    """Set one key of `cfg` as Hydra would; `choice`: the option chosen for the key's group.
 
-    `base` is composed with Hydra's own part from the group choices alone, so that each key's
-    schema is known.
+    Raises UserError when the schema has no such key, or when the key cannot take the value.
     """
-    chosen: dict[str, str] = dict(base.hydra.runtime.choices)
-    for override in parsed:
-        if is_group_choice(override):
-            continue
-        key, value = override.key_or_group, override.value()
-        if override.is_add() and _exists(base, key):
-            raise UserError(f"+{key}: the key exists already; write {key}=… without the plus")
-        if not override.is_force_add() and not override.is_add():
-            _check_key(base, key, chosen.get(key.partition(".")[0]))
+    key, value = override.key_or_group, override.value()
+    added = override.is_add() or override.is_force_add()
+    if override.is_add() and _exists(cfg, key) and not isinstance(value, dict | list):
+        raise UserError(f"+{key}: the key exists already; write {key}=… without the plus")
+    if not added and key.count(".") <= 1:
+        _check_key(cfg, key, choice)
+    for name, part in _leaves(cfg, key, value):
+        if name != key and not added:
+            _check_key(cfg, name, choice)
         try:
-            with open_dict(base):
-                OmegaConf.update(base, key, value, merge=True, force_add=True)
+            with open_dict(cfg):
+                OmegaConf.update(cfg, name, part, merge=True, force_add=True)
         except OmegaConfBaseException as error:
-            raise UserError(wrong_value(_schema_of_parent(base, key), key, value)) from error
+            if not added:
+                _check_key(cfg, name, choice)
+            raise UserError(wrong_value(_schema_of_parent(cfg, name), name, part)) from error
+
+
+def _leaves(cfg: DictConfig, key: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield what a map of values sets, key by key, as far down as the schemas go."""
+    node = OmegaConf.select(cfg, key, throw_on_missing=False) if isinstance(value, dict) else None
+    if not OmegaConf.is_dict(node) or OmegaConf.get_type(node) is dict:
+        yield key, value
+        return
+    for name, part in value.items():
+        yield from _leaves(cfg, f"{key}.{name}", part)
 
 
 def _check_key(cfg: DictConfig, key: str, choice: str | None) -> None:

@@ -39,8 +39,7 @@ def timed(module, name, label):
             spent[label] = spent.get(label, 0) + time.perf_counter() - start
     setattr(owner, last, call)
 import lunaris.launch.array
-timed("lunaris.launch.points", "compose", "compose and check")
-timed("lunaris.config.compose", "compose", "compose and check")
+timed("lunaris.config.compose", "Composer.compose", "compose and check")
 timed("lunaris.rundir", "create", "freeze folders")
 timed("lunaris.launch.snapshot", "take", "copy the code")
 timed("submitit.core.utils", "CommandFunction.__call__", "sbatch")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lunaris.config.compose import Source, compose
+from lunaris.config.compose import Composer, Source, compose, register_schemas
 from lunaris.config.names import join_names, point_name, run_name, sweep_name
 from lunaris.errors import UserError
 
@@ -40,6 +40,50 @@ def test_precedence(tmp_path: Path) -> None:
     assert model.n_layers == 16  # option over train.yaml
     assert model.d_model == 32  # experiment over option
     assert model.n_heads == 2  # command line over all
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["moe=top2", "moe.n_experts=16", "moe.capacity_factor=null"],
+        ["experiment=smoke", "moe=none", "model={d_model: 64, n_heads: 2}", "seed=7"],
+        ["launch=slurm", "launch.additional_parameters.mail_type=END", "launch.setup=[a,b]"],
+        [
+            "data=text",
+            "data.files={a: [x.txt]}",
+            "data.weights={a: 2}",
+            "optimizer.betas=[0.8,0.9]",
+        ],
+        ["out_dir=runs/${seed}/x", "trainer.max_steps=${seed}"],
+    ],
+)
+def test_a_command_line_gives_what_hydra_itself_composes(overrides: list[str]) -> None:
+    from hydra import compose as hydra_compose
+    from hydra import initialize_config_module
+
+    register_schemas()
+    with initialize_config_module("lunaris.conf", version_base="1.3"):
+        # Hydra wants a plus before what no schema holds, an entry of a map.
+        plus = ["+" + text if text.count(".") > 1 else text for text in overrides]
+        expected = hydra_compose("train", plus)
+    assert Composer().unchecked(overrides) == expected
+
+
+def test_points_of_a_sweep_share_a_base_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    from lunaris.config import compose as module
+
+    calls: list[list[str]] = []
+    whole = module._hydra_compose
+    monkeypatch.setattr(module, "_hydra_compose", lambda *a: calls.append(a[1]) or whole(*a))
+    points = [
+        [f"moe={moe}", f"moe.n_experts={n}", f"data.n_tokens={4000 * n}", "data=synthetic"]
+        for moe in ("switch", "top2")
+        for n in (8, 4, 2)
+    ]
+    composer = Composer()
+    together = [composer.compose(point) for point in points]
+    assert calls == [["moe=switch", "data=synthetic"], ["moe=top2", "data=synthetic"]]
+    assert together == [compose(point) for point in points]
 
 
 def test_an_option_wins_over_the_schema_and_an_override_over_the_option() -> None:
