@@ -12,8 +12,9 @@ from omegaconf import OmegaConf
 
 from lunaris import jobs
 from lunaris.launch.points import Outcome, Point, Sweep, outcome_of, write_manifest
-from lunaris.launch.slurm import Slurm, export_ranks, wait_for
+from lunaris.launch.slurm import Slurm, wait_for
 from lunaris.launch.sweep import PointLauncher, returned
+from lunaris.launch.task import export_ranks
 
 
 class SlurmArray(PointLauncher):

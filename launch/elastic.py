@@ -21,7 +21,9 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-_WRONG_INPUT, _STOPPED = 2, 3
+from lunaris.errors import Stopped, UserError
+
+_WRONG_INPUT, _STOPPED = UserError.exit_code, Stopped.exit_code
 # Workers that survive a failed one are told to end, and killed after this time (an eighth of the
 # collectives' timeout if that is less); those that end together, for wrong input or a signal, may
 # still have a log to upload.

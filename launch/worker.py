@@ -23,7 +23,7 @@ def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
     if len(args) != 1:
         print("usage: python -m lunaris.launch.worker RUN_DIR", file=sys.stderr)
-        return 2
+        return UserError.exit_code
     try:
         cfg = RunDir(args[0]).read_config()
         if "RANK" not in os.environ and cfg.launch.get("processes", 1) > 1:
@@ -33,10 +33,10 @@ def main(argv: list[str] | None = None) -> int:
         return _work_to_code(cfg, Path(args[0]))
     except UserError as error:
         _say(f"error: {error}")
-        return 2
+        return UserError.exit_code
     except Stopped as stopped:
         _say(f"stopped: {stopped}")
-        return 3
+        return Stopped.exit_code
 
 
 def _work_to_code(cfg: Any, path: Path) -> int:

@@ -31,10 +31,10 @@ def main(argv: list[str] | None = None) -> int:
         return _run(args)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
+        return UserError.exit_code
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
-        return 3
+        return Stopped.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 1

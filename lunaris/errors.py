@@ -7,11 +7,15 @@ from collections.abc import Iterable
 
 
 class UserError(ValueError):
-    """Says that what the person gave cannot work: a key, a value, a file. Exit code 2."""
+    """Says that what the person gave cannot work: a key, a value, a file."""
+
+    exit_code = 2
 
 
 class Stopped(Exception):
-    """Says that a signal stopped the run after a checkpoint was saved. Exit code 3."""
+    """Says that a signal stopped the run after a checkpoint was saved."""
+
+    exit_code = 3
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
