@@ -15,7 +15,9 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
+from lunaris.checkpoint import damage
 from lunaris.launch.elastic import exit_code
 from lunaris.launch.local import Local
 
@@ -124,6 +126,30 @@ def test_torchrun_is_the_same(tiny: Callable[..., Any], run_here: Any, tmp_path:
     assert done.returncode == 0, done.stderr
     expected = undisturbed(tiny, run_here, "trainer.max_steps=4")
     assert losses(tmp_path / "torchrun") == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("parallelism", ["ddp", "fsdp"])
+def test_saving_in_the_background_disturbs_nothing(
+    tiny: Callable[..., Any], parallelism: str
+) -> None:
+    # A save under way at every step, whose collectives must not meet those of training.
+    keys = [*_TWO, f"parallelism={parallelism}", "checkpoint.save_interval=1"]
+    keys += ["checkpoint.consolidated=true", "checkpoint.keep_last=null", "trainer.eval_interval=2"]
+    weights = {}
+    for background in ("false", "true"):
+        cfg = tiny(*keys, f"checkpoint.async_save={background}", name=f"async_{background}")
+        with started(cfg) as launcher:
+            _, err = launcher.communicate(timeout=200)
+        assert launcher.returncode == 0, err
+        folder = Path(cfg.out_dir)
+        steps = sorted(path.name for path in (folder / "checkpoints").iterdir())
+        assert steps == [f"step_{step:08d}" for step in range(1, 9)]
+        assert all(damage(folder / "checkpoints" / step) is None for step in steps)
+        weights[background] = torch.load(folder / "model.pt", weights_only=True)
+    assert weights["true"].keys() == weights["false"].keys()
+    assert all(
+        torch.equal(weights["true"][name], weights["false"][name]) for name in weights["true"]
+    )
 
 
 def test_killed_worker_restarts_the_group(tiny: Callable[..., Any], run_here: Any) -> None:
