@@ -11,10 +11,12 @@ from hydra.core.utils import JobReturn
 from omegaconf import OmegaConf
 
 from lunaris import jobs
+from lunaris.errors import UserError
 from lunaris.launch.points import Outcome, Point, Sweep, outcome_of, write_manifest
 from lunaris.launch.slurm import Slurm, wait_for
 from lunaris.launch.sweep import PointLauncher, returned
 from lunaris.launch.task import export_ranks
+from lunaris.rundir import RunDir
 
 
 class SlurmArray(PointLauncher):
@@ -84,7 +86,12 @@ def train_in_job(sweep: Sweep, overrides: list[str]) -> float | None:
     # The others meet rank 0 when the process group is made.
     from lunaris.launch.worker import work
 
-    loss: float | None = work(point.cfg, point.dir).best_val_loss
+    try:
+        loss: float | None = work(point.cfg, point.dir).best_val_loss
+    except UserError as error:
+        # Nobody waits for this process who could write it down.
+        RunDir(point.dir).write_status(state="failed", last_error=str(error))
+        raise
     return loss
 
 
@@ -98,7 +105,7 @@ def by_launch(points: list[Point]) -> list[tuple[Slurm, list[Point]]]:
 
 def _after_sending(points: list[Point]) -> list[jobs.RunState]:
     # From files: SLURM has just been asked, and says nothing new of a job that it just took.
-    statuses: list[dict[str, Any]] = [jobs.RunDir(p.dir).read_status() for p in points]
+    statuses: list[dict[str, Any]] = [RunDir(p.dir).read_status() for p in points]
     return [jobs.RunState(str(s.get("state", "missing")), s) for s in statuses]
 
 

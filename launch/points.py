@@ -82,6 +82,16 @@ class Sweep:
             points[point.name] = point
         return list(points.values())
 
+    def points(self) -> list[Point]:
+        """Return the points that the sweep's manifest holds, read from their folders."""
+        rows = read_json(self.dir / MANIFEST).get("points", [])
+        dirs = [(row, self.dir / row["dir"]) for row in rows]
+        return [
+            Point(row["name"], row["overrides"], RunDir(path).read_config(), path)
+            for row, path in dirs
+            if RunDir(path).config_path.is_file()
+        ]
+
     def freeze(self, points: list[Point]) -> None:
         """Write the sweep's manifest and the folder of every point that is not done."""
         for point in points:

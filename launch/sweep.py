@@ -48,7 +48,9 @@ def sweep(flags: Flags, command: str) -> int:
     hydra = Composer(flags.source).unchecked(fixed, with_hydra=True).hydra
     plugins = [hydra.sweeper._target_, hydra.launcher._target_]
     hand_to_hydra(flags, [f"hydra.sweep.dir='{task.sweep.dir}'"], task, plugins)
-    outcomes = {outcome.point.name: outcome for outcome in task.sweep.outcomes}
+    # Another launcher's points are run by other processes, which leave their folders.
+    ended = task.sweep.outcomes or [outcome_of(point) for point in task.sweep.points()]
+    outcomes = {outcome.point.name: outcome for outcome in ended}
     print(summary(task.sweep, list(outcomes.values())))
     return int(any(outcome.state == "failed" for outcome in outcomes.values()))
 
@@ -87,6 +89,8 @@ class Product(Sweeper):
     ) -> None:
         from hydra.core.plugins import Plugins
 
+        assert isinstance(task_function, _SweepTask)
+        self._sweep = task_function.sweep
         self._launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -95,7 +99,11 @@ class Product(Sweeper):
         """Launch the points and return how each ended."""
         assert self._launcher is not None
         given = [f"{key}={value}" for key, value in self._params.items()]
-        return self._launcher.launch(expand([*given, *arguments]), initial_job_idx=0)
+        points = expand([*given, *arguments])
+        if not isinstance(self._launcher, PointLauncher):
+            # Hydra's own launchers would find a wrong point only when its turn comes.
+            self._sweep.plan(points)
+        return self._launcher.launch(points, initial_job_idx=0)
 
 
 class PointLauncher(Launcher):

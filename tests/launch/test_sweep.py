@@ -226,6 +226,16 @@ def test_hydras_own_launcher_can_run_the_points() -> None:
     assert RunDir("sweeps/s/seed=2").read_status()["state"] == "done"
 
 
+@pytest.mark.usefixtures("quick")
+def test_hydras_own_launcher_starts_nothing_when_a_point_is_wrong(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    argv = ["train", "-m", *TINY, "name=s", "model.n_heads=2,3", "hydra/launcher=basic"]
+    assert main(argv) == 2
+    assert "point model.n_heads=3: " in capsys.readouterr().err
+    assert not Path("sweeps").exists()
+
+
 def test_expand_takes_ranges_and_choices_and_the_last_of_two() -> None:
     points = sweeps.expand(["seed=1", "moe=none,top2", "model.n_layers=range(1,3)", "seed=5"])
     assert points == [
@@ -254,6 +264,16 @@ def test_a_real_sweep_in_which_one_point_fails() -> None:
     assert RunDir("sweeps/s/trainer.device=cpu").read_status()["best_val_loss"] > 0
     # Nothing that Hydra or torch warns of reaches the person.
     assert done.stderr == ""
+
+
+@pytest.mark.slow
+def test_points_that_another_launchers_processes_ran_are_summed_up() -> None:
+    argv = [*TINY, "name=s", "moe=none", "trainer.device=cpu,cuda", "optimizer.learning_rate=1e-3"]
+    done = lunaris(["train", "-m", *argv, "hydra/launcher=submitit_local"])
+    assert done.returncode == 1, done.stderr
+    assert "sweep sweeps/s: 1 done, 1 failed" in done.stdout
+    assert "best: trainer.device=cpu, val loss " in done.stdout
+    assert "log: sweeps/s/trainer.device=cuda/logs/rank_0.log" in done.stdout
 
 
 @pytest.mark.slow
