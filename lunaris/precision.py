@@ -34,6 +34,17 @@ class Precision:
             return nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
 
+    @property
+    def emulated(self) -> bool:
+        """Whether this is a processor without fast products in the dtype: fp32 is faster by far."""
+        if self.device.type != "cpu" or self.dtype == torch.float32:
+            return False
+        if not torch.backends.mkldnn.is_available():
+            return True
+        if self.dtype == torch.bfloat16:
+            return not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        return not torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
 
 class _Scaler(torch.amp.GradScaler):
     """torch's gradient scaler for gradients of any layout, with one verdict for all processes.

@@ -95,20 +95,8 @@ def build(cfg: Any, run_dir: RunDir, stop: StopSignal) -> Run:
         precision.scaler.load_state_dict(state.scaler)
 
     seq_len, trainer = cfg.model.max_seq_len, cfg.trainer
-    world = parallelism.world_size
-    global_batch = trainer.batch_size * trainer.gradient_accumulation_steps * world
-    eot_id = data.eot_id if cfg.data.document_masking else None
-    loader = Loader(
-        data.train(seq_len, cfg.seed),
-        batch_size=trainer.batch_size,
-        accumulation=trainer.gradient_accumulation_steps,
-        rank=parallelism.rank,
-        world_size=world,
-        start=state.sequences,
-        device=parallelism.device,
-        vocab_size=cfg.model.vocab_size or data.vocab_size,
-        eot_id=eot_id,
-    )
+    global_batch = trainer.batch_size * trainer.gradient_accumulation_steps * parallelism.world_size
+    loader = loader_of(cfg, data, parallelism, start=state.sequences)
     evaluator = evaluator_of(
         cfg,
         data,
@@ -166,6 +154,21 @@ def bare_model(cfg: Any, data_vocab_size: int) -> Transformer:
         )
 
 
+def loader_of(cfg: Any, data: Any, parallelism: Parallelism, start: int) -> Loader:
+    """Return the loader of this process's part of every batch from sequence `start` on."""
+    return Loader(
+        data.train(cfg.model.max_seq_len, cfg.seed),
+        batch_size=cfg.trainer.batch_size,
+        accumulation=cfg.trainer.gradient_accumulation_steps,
+        rank=parallelism.rank,
+        world_size=parallelism.world_size,
+        start=start,
+        device=parallelism.device,
+        vocab_size=cfg.model.vocab_size or data.vocab_size,
+        eot_id=_masked_id(cfg, data),
+    )
+
+
 def evaluator_of(cfg: Any, data: Any, parallelism: Parallelism, most: int | None) -> Evaluator:
     """Return the evaluator over the validation part; most: sequences of each source, or None."""
     return Evaluator(
@@ -174,8 +177,14 @@ def evaluator_of(cfg: Any, data: Any, parallelism: Parallelism, most: int | None
         seq_len=cfg.model.max_seq_len,
         batch_size=cfg.trainer.batch_size,
         max_sequences=most,
-        eot_id=data.eot_id if cfg.data.document_masking else None,
+        eot_id=_masked_id(cfg, data),
     )
+
+
+def _masked_id(cfg: Any, data: Any) -> int | None:
+    """Return the id at which attention and targets stop, if they are to."""
+    eot_id: int | None = data.eot_id
+    return eot_id if cfg.data.document_masking else None
 
 
 def describe(run: Run) -> str:
@@ -193,6 +202,11 @@ def describe(run: Run) -> str:
         f"{trainer.max_steps * run.global_batch * seq_len:,} tokens, {trainer.precision} on "
         f"{run.parallelism.device.type}",
     ]
+    if run.precision.emulated:
+        lines.append(
+            f"note       this processor only emulates trainer.precision={trainer.precision}; "
+            "fp32 is many times as fast here"
+        )
     if run.state.step:
         lines.append(f"resumed    after step {run.state.step}")
     return "\n".join(lines)

@@ -21,3 +21,17 @@ def test_products_run_in_the_dtype_and_only_fp16_scales(
     with precision.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
     assert precision.scaler.is_enabled() is scales
+
+
+def test_emulation_is_told_of_a_processor_without_the_instructions(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cpu = torch.device("cpu")
+    for supported in (True, False):
+        for name in ("bf16", "fp16"):
+            monkeypatch.setattr(
+                torch.ops.mkldnn, f"_is_mkldnn_{name}_supported", lambda s=supported: s
+            )
+            assert Precision(name, cpu).emulated is not supported
+    assert not Precision("fp32", cpu).emulated
+    assert not Precision("bf16", torch.device("cuda")).emulated
