@@ -111,7 +111,8 @@ def _restore(stream: TextIO, kept: int) -> None:
 class _Tee:
     """A text stream that writes to the console and to a log; otherwise it is the console.
 
-    A progress line that is written over and over (it ends in no newline) is not logged.
+    A progress line that is written over and over (it ends in no newline) is not logged. A console
+    whose reader has left, as `head` does, stops nothing: training goes on with its log.
     """
 
     def __init__(self, console: TextIO, log: TextIO) -> None:
@@ -121,7 +122,22 @@ class _Tee:
     def write(self, text: str) -> int:
         if "\r" not in text:
             self._log.write(text)
-        return self._console.write(text)
+        try:
+            return self._console.write(text)
+        except BrokenPipeError:
+            self._leave()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._console.flush()
+        except BrokenPipeError:
+            self._leave()
+
+    def _leave(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._console.fileno())
+        os.close(null)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._console, name)

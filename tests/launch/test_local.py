@@ -96,6 +96,19 @@ def test_one_process_runs_in_place(tiny: Callable[..., Any]) -> None:
     assert "step 8/8" in (folder / "logs" / "rank_0.log").read_text()
 
 
+def test_training_outlives_the_reader_of_its_output(tiny: Callable[..., Any]) -> None:
+    cfg = tiny("trainer.max_steps=60", "trainer.eval_interval=60")
+    with started(cfg) as launcher:
+        assert launcher.stdout is not None
+        assert launcher.stdout.readline().startswith("run ")
+        launcher.stdout.close()
+        launcher.stdout = None
+        _, err = launcher.communicate(timeout=100)
+    assert launcher.returncode == 0, err
+    log = (Path(cfg.out_dir) / "logs" / "rank_0.log").read_text()
+    assert "step 60/60" in log and "Error" not in log
+
+
 def test_two_workers_write_one_folder(tiny: Callable[..., Any], run_here: Any) -> None:
     cfg = tiny(*_TWO)
     with started(cfg) as launcher:
