@@ -13,9 +13,7 @@ help: ## Show this help.
 train: $(VENV)/run.stamp ## Train the default model on the text of the standard library (about two minutes).
 	$(BIN)/lunaris train
 
-test: $(VENV)/dev.stamp ## Run all tests; those that need SLURM skip where `make cluster` was not run.
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: lint ## Run all checks and tests; those that need SLURM skip where `make cluster` was not run.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m cluster
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not cluster" -n $(TEST_WORKERS) --dist loadfile
 
