@@ -6,6 +6,7 @@ import argparse
 import json
 from typing import Any
 
+from lunaris.config.overrides import parse
 from lunaris.config.schema import TrainerConfig
 from lunaris.errors import UserError, did_you_mean
 from lunaris.rundir import RunDir
@@ -38,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lunaris evaluate",
         description="Loss (nats a token) and perplexity of a run's checkpoint, per source.",
-        epilog="example: lunaris evaluate runs/default data.dir=shards/wiki --json",
+        epilog="example: lunaris evaluate runs/default 'data.dir=[shards/wiki,shards/code]' --json",
     )
     parser.add_argument("dir", help="the run's folder")
     parser.add_argument(
@@ -58,10 +59,12 @@ def _apply(cfg: Any, override: str) -> None:
             f"allowed are {', '.join(_KEYS)}{did_you_mean(key, _KEYS)}"
         )
     if key == "data.dir":
+        folders = _folders(override)
         cfg.data = {
             "_target_": "lunaris.data.shards.ShardsData",
-            "dir": value,
-            "val_dir": value,
+            "dir": folders,
+            "val_dir": folders,
+            "eot_id": cfg.data.get("eot_id"),
             "document_masking": cfg.data.document_masking,
         }
         return
@@ -73,3 +76,12 @@ def _apply(cfg: Any, override: str) -> None:
         typed = int(value)
     TrainerConfig(**{name: typed})  # Checks it.
     cfg.trainer[name] = typed
+
+
+def _folders(override: str) -> str | list[str]:
+    """Return the folder, or the folders of a list, that `data.dir=…` gives."""
+    value = override.partition("=")[2]
+    if not value.startswith("["):
+        return value
+    folders: Any = parse([override])[0].value()
+    return [str(folder) for folder in folders]

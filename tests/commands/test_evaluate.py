@@ -46,6 +46,22 @@ def test_any_folder_of_shards(
     assert "val/perplexity" in capsys.readouterr().out
 
 
+def test_several_folders_are_told_apart(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = run_here(tiny())
+    for name, step in (("a", 1), ("b", 7)):
+        Path(name).mkdir()
+        np.save(Path(name) / "all.npy", (np.arange(2000) * step % 64).astype(np.uint16))
+    losses = {}
+    for folders in ("[a,b]", "a", "b"):
+        capsys.readouterr()
+        assert main([str(run_dir.path), f"data.dir={folders}", "--json"]) == 0
+        losses[folders] = json.loads(capsys.readouterr().out)
+    assert losses["[a,b]"]["val/a/loss"] == pytest.approx(losses["a"]["val/loss"], rel=1e-6)
+    assert losses["[a,b]"]["val/b/loss"] == pytest.approx(losses["b"]["val/loss"], rel=1e-6)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
