@@ -7,6 +7,7 @@ and CRC-32 of every other file, so that a damaged checkpoint is known and skippe
 
 from __future__ import annotations
 
+import re
 import shutil
 import warnings
 import zlib
@@ -35,6 +36,7 @@ from lunaris.files import read_json, sync_folder, write_json
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 _CHUNK = 1 << 22
+_NAME = re.compile(r"step_\d+")
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Checkpoints:
         self._keep_last = keep_last
         self._async = async_save
         self._pending: tuple[Path, Future[Any]] | None = None
+        self._damaged: list[Path] = []
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
         """Write the checkpoint of `state.step`; every process calls this.
@@ -107,6 +110,7 @@ class Checkpoints:
         for path in map(Path, found):
             fault = damage(path, distributed.rank(), distributed.world_size())
             if distributed.any_rank(fault is not None):
+                self._damaged.append(path)
                 if fault is not None:
                     warnings.warn(f"checkpoint {path} is damaged, skipped: {fault}", stacklevel=2)
                 continue
@@ -145,11 +149,16 @@ class Checkpoints:
             # A step that is saved again was damaged, or the run would have gone on from it.
             shutil.rmtree(target, ignore_errors=True)
             beside.rename(target)
+            self._damaged = [path for path in self._damaged if path != target]
             sync_folder(self._folder)
             self._prune()
         distributed.barrier()
 
     def _prune(self) -> None:
+        # Newer than what the run went on from: counted as a checkpoint, one of these would be kept
+        # in place of the one just written.
+        while self._damaged:
+            shutil.rmtree(self._damaged.pop(), ignore_errors=True)
         if self._keep_last is not None:
             for old in complete(self._folder)[self._keep_last :]:
                 shutil.rmtree(old)
@@ -157,7 +166,8 @@ class Checkpoints:
 
 def complete(folder: Path) -> list[Path]:
     """Return the complete checkpoints in `folder`, newest first."""
-    return sorted((p for p in folder.glob("step_*") if (p / "files.json").is_file()), reverse=True)
+    found = (p for p in folder.glob("step_*") if _NAME.fullmatch(p.name))
+    return sorted((p for p in found if (p / "files.json").is_file()), reverse=True)
 
 
 def damage(path: Path, part: int = 0, parts: int = 1) -> str | None:

@@ -195,6 +195,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         row = run.evaluator(run.model)
     loss = row.get("val/loss")
     if loss is not None:
+        _require_finite(run, "val/loss", loss)
         best = run.state.best_val_loss
         run.state.best_val_loss = loss if best is None else min(best, loss)
     return row
@@ -210,14 +211,20 @@ def save(run: Run, stats: StepStats) -> None:
 
 
 def require_finite(run: Run, stats: StepStats) -> float:
-    """Return the step's main loss. Raises RuntimeError when it is not finite."""
+    """Return the step's main loss. Raises RuntimeError unless it and the gradients are finite."""
     loss = stats.main_loss.item()
-    if not math.isfinite(loss):
-        raise RuntimeError(
-            f"train/main_loss is {loss} at step {run.state.step}; lower "
-            "optimizer.learning_rate or set trainer.grad_clip. The last checkpoint is kept"
-        )
+    _require_finite(run, "train/main_loss", loss)
+    if not run.precision.scaler.is_enabled():  # A scaler looks for overflow and skips the step.
+        _require_finite(run, "train/grad_norm", stats.grad_norm.item())
     return loss
+
+
+def _require_finite(run: Run, name: str, value: float) -> None:
+    if not math.isfinite(value):
+        raise RuntimeError(
+            f"{name} is {value} at step {run.state.step}; lower optimizer.learning_rate or set "
+            "trainer.grad_clip. The last checkpoint is kept"
+        )
 
 
 def write_progress(run: Run) -> None:

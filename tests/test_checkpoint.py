@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lunaris.checkpoint import complete, damage, newest
+from lunaris.checkpoint import Checkpoints, TrainState, complete, damage, newest
 from lunaris.errors import UserError
 from lunaris.rundir import RunDir
 
@@ -45,6 +46,27 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_for_the_one_before(
         run_here(tiny())
     assert steps(run_dir) == [4, 8]
     assert damage(run_dir.checkpoints / "step_00000008") is None
+
+
+def test_a_damaged_newer_checkpoint_is_not_kept_in_place_of_the_one_just_saved(
+    tmp_path: Path,
+) -> None:
+    model = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(model.parameters())
+    checkpoints = Checkpoints(tmp_path, keep_last=None, async_save=False)
+    for step in (10, 20, 30):
+        checkpoints.save(model, optimizer, TrainState(step=step))
+    spoil(tmp_path / "step_00000030")
+    shutil.copytree(tmp_path / "step_00000020", tmp_path / "step_00000020.bak")
+
+    again = Checkpoints(tmp_path, keep_last=1, async_save=False)
+    with pytest.warns(UserWarning, match="step_00000030 is damaged"):
+        state = again.load_newest(model, optimizer)
+    assert state is not None and state.step == 20
+    assert (tmp_path / "step_00000030").is_dir()  # until there is a better one
+    again.save(model, optimizer, TrainState(step=25))
+    left = sorted(path.name for path in tmp_path.iterdir())
+    assert left == ["step_00000020.bak", "step_00000025"]
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused(

@@ -175,6 +175,31 @@ def test_a_row_holds_what_the_design_names_and_the_loss_falls(
     assert status["best_val_loss"] == min(r["val/loss"] for r in rows if "val/loss" in r)
 
 
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        # The last step's own loss is that of the weights before it.
+        ("val/loss", ["optimizer.learning_rate=1e30"]),
+        ("train/grad_norm", ["optimizer.learning_rate=1e-3"]),
+    ],
+)
+def test_a_last_step_that_diverges_is_not_done(
+    tiny: Callable[..., Any],
+    run_here: Callable[[Any], RunDir],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    keys: list[str],
+) -> None:
+    if name == "train/grad_norm":
+        monkeypatch.setattr("lunaris.train.clip_grad_norm", lambda *_: torch.tensor(float("inf")))
+    cfg = tiny(*keys, "trainer.max_steps=1", "trainer.eval_interval=null")
+    with pytest.raises(RuntimeError, match=rf"{name} is (nan|inf) at step 1"):
+        run_here(cfg)
+    run_dir = RunDir(cfg.out_dir)
+    assert run_dir.read_status()["state"] == "failed"
+    assert not list(run_dir.path.glob("checkpoints/step_*"))
+
+
 def test_a_loss_that_is_not_finite_fails_the_run_and_saves_nothing(
     tiny: Callable[..., Any], run_here: Callable[[Any], RunDir]
 ) -> None:

@@ -18,6 +18,8 @@ _KEYS = ("data.dir", "trainer.batch_size", "trainer.precision", "trainer.device"
 def main(argv: list[str]) -> int:
     """Print validation loss (nats a token) and perplexity, per source; return the exit code."""
     args = _parser().parse_args(argv)
+    if args.max_sequences is not None and args.max_sequences < 1:
+        raise UserError(f"--max-sequences {args.max_sequences}: must be at least 1")
     cfg = RunDir(args.dir).read_config()
     for override in args.overrides:
         _apply(cfg, override)

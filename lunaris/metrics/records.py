@@ -31,8 +31,11 @@ class MetricsFile:
     """Appends rows to a metrics file, after cutting what a resumed run will write again."""
 
     def __init__(self, path: Path, resume_step: int) -> None:
-        """Keep the rows up to `resume_step`, the checkpointed step that the run goes on from."""
-        kept = [row for row in read_rows(path) if row["step"] <= resume_step]
+        """Keep the rows up to `resume_step`, the checkpointed step that the run goes on from.
+
+        Without one (0) the run begins anew, its first validation included.
+        """
+        kept = [row for row in read_rows(path) if row["step"] <= resume_step and resume_step]
         replace_file(path, "".join(_line(row) for row in kept).encode())
         self._file = path.open("a")
 

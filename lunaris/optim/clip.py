@@ -30,7 +30,6 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     total = torch.stack([_squared_norm(group, at) for at, group in groups.items()]).sum()
     norm = total.sqrt().float()
     if max_norm is not None:
-        # Not finite: leave the gradients as they are, for the caller to see.
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
         torch._foreach_mul_(_local(grads), scale)
     return norm

@@ -18,6 +18,13 @@ def test_rows_past_the_resumed_step_and_a_half_written_line_are_cut(tmp_path: Pa
     assert read_rows(path) == rows[:2] + [{"step": 3, "train/loss": 0.25}]
 
 
+def test_a_run_that_saved_nothing_begins_its_metrics_anew(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 0, "val/loss": 4.0}\n{"step": 1, "train/loss": 3.9}\n')
+    MetricsFile(path, resume_step=0).close()
+    assert read_rows(path) == []
+
+
 def test_numbers_that_json_lacks_become_null(tmp_path: Path) -> None:
     file = MetricsFile(tmp_path / "metrics.jsonl", resume_step=0)
     file.append({"step": 1, "train/grad_norm": float("inf"), "train/loss": float("nan")})
