@@ -79,7 +79,13 @@ class Sweep:
                     f"{point.dir}: holds a run of another config; choose another `name=`, or "
                     "remove the folder. Differing keys:\n  " + "\n  ".join(rows)
                 )
-            points[point.name] = point
+            before = points.setdefault(point.name, point)
+            if differing(identity(before.cfg), identity(point.cfg)):
+                raise UserError(
+                    f"point {point.name}: two points of the sweep have this name, "
+                    f"{' '.join(before.overrides)} and {' '.join(point.overrides)}; give "
+                    "name= another value for each"
+                )
         return list(points.values())
 
     def points(self) -> list[Point]:

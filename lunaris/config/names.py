@@ -30,8 +30,9 @@ def sweep_name(overrides: list[str], swept: list[str]) -> str:
 
 def point_name(swept: list[str]) -> str:
     """Return the name of a sweep's point from the overrides that differ between its points."""
-    named = [text for text in swept if _key(text) == "name"]
-    return named[-1].partition("=")[2] if named else join_names(swept) or "default"
+    given = [text.partition("=")[2] for text in swept if _key(text) == "name"]
+    others = join_names([text for text in swept if _key(text) != "name"])
+    return ",".join([*given[-1:], *([others] if others else [])]) or "default"
 
 
 def is_unnamed(override: str) -> bool:
@@ -68,7 +69,9 @@ def _order(override: str) -> tuple[bool, bool, str]:
 
 def _safe(override: str) -> str:
     key, _, value = override.lstrip("+").partition("=")
+    sign = "-" if value.startswith("-") else ""
     value = re.sub(r"[^A-Za-z0-9._=+-]+", "-", re.sub(r"[\[\]'\"]", "", value)).strip("-")
+    value = sign + value
     text = value if key == "experiment" else f"{key}={value}"
     return re.sub(r"[^A-Za-z0-9._=+-]+", "-", text).lstrip("-.")
 

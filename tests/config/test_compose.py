@@ -180,7 +180,9 @@ def test_names() -> None:
     assert sweep_name(["moe=a,b", "launch.processes=1,2"], ["launch.processes=1,2"]) == (
         "moe=a-b,launch.processes=1-2"
     )
-    assert point_name(["name=x", "moe=top2"]) == "x"
+    assert point_name(["name=x"]) == "x"
+    assert point_name(["name=x", "moe=top2"]) == "x,moe=top2"
+    assert point_name(["optimizer.shift=-1"]) == "optimizer.shift=-1"
     assert compose(["name=mine", "moe=top2"]).name == "mine"
 
 

@@ -171,6 +171,23 @@ def test_one_wrong_point_stops_the_sweep_before_anything_is_written(
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.usefixtures("quick")
+def test_a_swept_name_stands_before_what_else_is_swept() -> None:
+    assert main(["train", "-m", *TINY, "name=x,y", "seed=1,2"]) == 0
+    (folder,) = Path("sweeps").iterdir()
+    runs = sorted(path.parent.name for path in folder.glob("*/config.yaml"))
+    assert runs == ["x,seed=1", "x,seed=2", "y,seed=1", "y,seed=2"]
+
+
+def test_two_points_of_one_name_are_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lunaris.launch.points.point_name", lambda swept: "same")
+    assert main(["train", "-m", *TINY, "name=s", "seed=1,2"]) == 2
+    assert "point same: two points of the sweep have this name" in capsys.readouterr().err
+    assert not Path("sweeps").exists()
+
+
 def test_names_and_folders_follow_the_overrides() -> None:
     assert main(["train", "-m", *TINY, "name=a,b"]) == 0
     assert main(["train", "-m", *TINY, "out_dir=there/x", "seed=1,2"]) == 0
