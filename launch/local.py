@@ -8,6 +8,7 @@ from typing import Any
 
 from lunaris import rundir
 from lunaris.errors import Stopped, UserError
+from lunaris.signals import StopSignal
 
 
 class Local:
@@ -44,8 +45,12 @@ class Local:
             except Exception:  # Printed by `work`, with its traceback.
                 return 1
             return 0
-        from lunaris.launch.elastic import run_group
+        with StopSignal() as early:
+            from lunaris.launch.elastic import run_group
 
+            if early.received:
+                rundir.RunDir(path).write_status(state="stopped")
+                raise Stopped(f"by {early.received.name} at {path}; the same command starts it")
         # Processes that share cores are slowed by each other's threads.
         threads = max(1, (os.cpu_count() or 1) // self._processes)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))

@@ -176,7 +176,10 @@ def run_point(point: Point, show: Callable[[str], None]) -> Outcome:
             except subprocess.TimeoutExpired:
                 status = run_dir.read_status()
                 show(f"step {status.get('step', 0)}/{point.cfg.trainer.max_steps}")
-    if code != 0:
+    if code < 0 and signals.received:
+        # Before it could note the signal: nothing is saved, and nothing is wrong.
+        run_dir.write_status(state="stopped")
+    elif code != 0:
         _settle(run_dir, code)
     outcome = outcome_of(point)
     seconds = f"{time.monotonic() - started:.0f} s"

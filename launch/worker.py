@@ -16,6 +16,7 @@ from typing import Any, TextIO
 
 from lunaris.errors import Stopped, UserError
 from lunaris.rundir import RunDir
+from lunaris.signals import StopSignal
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -25,12 +26,14 @@ def main(argv: list[str] | None = None) -> int:
         print("usage: python -m lunaris.launch.worker RUN_DIR", file=sys.stderr)
         return UserError.exit_code
     try:
-        cfg = RunDir(args[0]).read_config()
-        if "RANK" not in os.environ and cfg.launch.get("processes", 1) > 1:
-            from lunaris.launch.local import Local
+        # From here on: a signal that comes while torch is imported must not end the process.
+        with StopSignal():
+            cfg = RunDir(args[0]).read_config()
+            if "RANK" not in os.environ and cfg.launch.get("processes", 1) > 1:
+                from lunaris.launch.local import Local
 
-            return Local.of(cfg).start(Path(args[0]))
-        return _work_to_code(cfg, Path(args[0]))
+                return Local.of(cfg).start(Path(args[0]))
+            return _work_to_code(cfg, Path(args[0]))
     except UserError as error:
         _say(f"error: {error}")
         return UserError.exit_code
@@ -58,7 +61,8 @@ def work(cfg: Any, path: Path) -> Any:
     rank = os.environ.get("RANK", "0")
     log_path = RunDir(path).logs / f"rank_{rank}.log"
     log_path.parent.mkdir(parents=True, exist_ok=True)
-    with log_path.open("a", buffering=1) as log, _logged(log, also_console=rank == "0"):
+    also_console = rank == "0"
+    with log_path.open("a", buffering=1) as log, _logged(log, also_console), StopSignal():
         try:
             from lunaris.run import execute
 

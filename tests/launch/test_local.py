@@ -219,6 +219,22 @@ def test_signal_saves_and_stops(tiny: Callable[..., Any], run_here: Any) -> None
     assert losses(folder) == pytest.approx(undisturbed(tiny, run_here, *long), rel=1e-5)
 
 
+@pytest.mark.parametrize(("processes", "more"), [(1, []), (2, _TWO)], ids=["one", "two"])
+def test_signal_while_torch_is_imported_saves_too(
+    tiny: Callable[..., Any], processes: int, more: list[str]
+) -> None:
+    cfg = tiny("trainer.max_steps=100000", *more)
+    folder = Path(cfg.out_dir)
+    with started(cfg) as launcher:
+        logs = (folder / "logs").glob
+        wait_for(lambda: len(list(logs("rank_*.log"))) == processes, launcher)
+        launcher.terminate()
+        _, err = launcher.communicate(timeout=100)
+    assert launcher.returncode == 3, err
+    assert json.loads((folder / "status.json").read_text())["state"] == "stopped"
+    assert list((folder / "checkpoints").glob("step_*"))
+
+
 def test_wrong_input_is_one_message(tiny: Callable[..., Any], tmp_path: Path) -> None:
     import numpy as np
 
