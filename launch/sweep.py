@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.override_parser.types import Override
 from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
@@ -22,7 +24,7 @@ from hydra.types import HydraContext, TaskFunction
 from lunaris.config.compose import Composer, config_dirs
 from lunaris.config.flags import Flags
 from lunaris.config.names import sweep_name
-from lunaris.config.overrides import check, open_maps, parse
+from lunaris.config.overrides import check, open_maps, parse, quoted
 from lunaris.errors import Stopped, UserError
 from lunaris.launch.handoff import hand_to_hydra
 from lunaris.launch.points import Outcome, Point, Sweep, outcome_of
@@ -47,7 +49,7 @@ def sweep(flags: Flags, command: str) -> int:
     fixed = [o.input_line or "" for o in parsed if not o.is_sweep_override()]
     hydra = Composer(flags.source).unchecked(fixed, with_hydra=True).hydra
     plugins = [hydra.sweeper._target_, hydra.launcher._target_]
-    hand_to_hydra(flags, [f"hydra.sweep.dir='{task.sweep.dir}'"], task, plugins)
+    hand_to_hydra(flags, [f"hydra.sweep.dir={quoted(str(task.sweep.dir))}"], task, plugins)
     # Another launcher's points are run by other processes, which leave their folders.
     ended = task.sweep.outcomes or [outcome_of(point) for point in task.sweep.points()]
     outcomes = {outcome.point.name: outcome for outcome in ended}
@@ -91,6 +93,7 @@ class Product(Sweeper):
 
         assert isinstance(task_function, _SweepTask)
         self._sweep = task_function.sweep
+        self._config_loader = hydra_context.config_loader
         self._launcher = Plugins.instance().instantiate_launcher(
             hydra_context=hydra_context, task_function=task_function, config=config
         )
@@ -99,7 +102,7 @@ class Product(Sweeper):
         """Launch the points and return how each ended."""
         assert self._launcher is not None
         given = [f"{key}={value}" for key, value in self._params.items()]
-        points = expand([*given, *arguments])
+        points = expand([*given, *arguments], self._config_loader)
         if not isinstance(self._launcher, PointLauncher):
             # Hydra's own launchers would find a wrong point only when its turn comes.
             self._sweep.plan(points)
@@ -197,13 +200,19 @@ def worker_command(path: Path) -> list[str]:
     return [sys.executable, "-u", "-m", "lunaris.launch.worker", str(path)]
 
 
-def expand(overrides: list[str]) -> list[list[str]]:
-    """Return the overrides of every point: the product of all swept values."""
+def expand(overrides: list[str], config_loader: ConfigLoader | None = None) -> list[list[str]]:
+    """Return the overrides of every point: the product of all swept values.
+
+    config_loader: Hydra's, which knows the options that a `glob(…)` stands for. Raises UserError
+    for an interval, and for a key without any value.
+    """
     last: dict[str, list[str]] = {}
-    for override in parse(overrides):
+    for override in parse(overrides, config_loader):
         key = override.get_key_element()
         last.pop(key, None)
         last[key] = [f"{key}={value}" for value in _values(override)]
+        if not last[key]:
+            raise UserError(f"{override.input_line}: stands for no value; there is nothing to run")
     return [list(point) for point in itertools.product(*last.values())]
 
 
@@ -249,8 +258,15 @@ def _sweep_of(flags: Flags, parsed: list[Override], command: str) -> Sweep:
         for o in [*parsed, *parse(open_maps(parsed))]
         if not (o.is_sweep_override() or o.is_hydra_override())
     ]
-    folder = Path(str(asked).replace("${name}", name))
-    return Sweep(folder, command, {*task, *anew}, flags.source)
+    folder = str(asked).replace("${name}", name)
+    if "${" in folder:
+        raise UserError(
+            f"out_dir={asked}: of a sweep, ${{name}} alone can stand for something; every point "
+            "has a folder of its own within"
+        )
+    found = [o.input_line or "" for o in parsed if o.key_or_group == "hydra.searchpath"]
+    source = replace(flags.source, overrides=tuple(found))
+    return Sweep(Path(folder), command, {*task, *anew}, source)
 
 
 def _values(override: Override) -> Iterator[str]:

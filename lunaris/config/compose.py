@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import os
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from lunaris.config.faults import explain
 from lunaris.config.names import experiment, run_name
 from lunaris.config.options import CONFIG_MODULE, folders
-from lunaris.config.overrides import apply, check, is_group_choice, open_maps, parse
+from lunaris.config.overrides import apply, check, is_group_choice, open_maps, parse, quoted
 from lunaris.config.schema import SCHEMAS, Config
 from lunaris.errors import UserError
 
@@ -31,6 +32,8 @@ class Source:
     path: str | None = None
     # Read after it: further options, of ours or of new names.
     dir: str | None = None
+    # Overrides of Hydra's own part that every command line of the source begins with.
+    overrides: tuple[str, ...] = ()
 
 
 class Composer:
@@ -63,7 +66,8 @@ class Composer:
         """
         from omegaconf import open_dict
 
-        parsed = parse(overrides)
+        _search_path(self._source)  # Told before an option that its folder would hold.
+        parsed = parse([*self._source.overrides, *overrides])
         check(parsed, config_dirs(self._source))
         cfg = copy.deepcopy(self._base([o for o in parsed if is_group_choice(o)]))
         chosen: dict[str, str] = dict(cfg.hydra.runtime.choices)
@@ -134,27 +138,33 @@ def register_schemas() -> None:
             store.store(group=f"schema/{group}", name=option, node=schema)
 
 
-def _initialized(source: Source) -> AbstractContextManager[Any]:
+@contextmanager
+def _initialized(source: Source) -> Iterator[None]:
     from hydra import initialize_config_dir, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
 
-    if GlobalHydra.instance().is_initialized():
-        return nullcontext()
-    if source.path is not None:
-        return initialize_config_dir(os.path.abspath(source.path), version_base="1.3")
-    return initialize_config_module(CONFIG_MODULE, version_base="1.3")
+    # Within `hydra.main` (a sweep) there is one already, which reads from elsewhere.
+    state = GlobalHydra.instance()
+    outer, state.hydra = state.hydra, None
+    try:
+        opened: AbstractContextManager[Any]
+        if source.path is not None:
+            opened = initialize_config_dir(os.path.abspath(source.path), version_base="1.3")
+        else:
+            opened = initialize_config_module(CONFIG_MODULE, version_base="1.3")
+        with opened:
+            yield
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 def _search_path(source: Source) -> list[str]:
     """Return the override that adds the folders beside the main one, or nothing."""
-    from hydra.core.global_hydra import GlobalHydra
-
-    if GlobalHydra.instance().is_initialized():
-        return []
     further = [f"pkg://{CONFIG_MODULE}"] if source.path is not None else []
     for key, folder in (("--config-path", source.path), ("--config-dir", source.dir)):
         if folder is not None and not Path(folder).is_dir():
             raise UserError(f"{key} {folder}: no such folder")
     if source.dir is not None:
         further.append(f"file://{os.path.abspath(source.dir)}")
+    further = [quoted(place) for place in further]
     return [f"hydra.searchpath=[{','.join(further)}]"] if further else []

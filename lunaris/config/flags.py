@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NoReturn
 
 from lunaris.config.compose import Source
@@ -29,8 +30,12 @@ class Flags:
 
     @property
     def source(self) -> Source:
-        """Where the config is read from."""
-        return Source(self.config_name, self.config_path, self.config_dir)
+        """Where the config is read from; its main file may lie in the folder of options."""
+        path = self.config_path
+        if path is None and self.config_dir is not None and self.config_name != "train":
+            main = Path(self.config_dir, f"{self.config_name.removesuffix('.yaml')}.yaml")
+            path = self.config_dir if main.is_file() else None
+        return Source(self.config_name, path, self.config_dir)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,23 +17,34 @@ from lunaris.config.schema import Config
 from lunaris.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from hydra.core.config_loader import ConfigLoader
     from hydra.core.override_parser.types import Override
     from omegaconf import DictConfig
 
 
-def parse(overrides: list[str]) -> list[Override]:
-    """Return the overrides parsed. Raises UserError for what is not KEY=VALUE."""
+def parse(overrides: list[str], config_loader: ConfigLoader | None = None) -> list[Override]:
+    """Return the overrides parsed. Raises UserError for what is not KEY=VALUE.
+
+    config_loader: needed to take the values of a `glob(…)`.
+    """
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    parser = OverridesParser.create()
+    parser = OverridesParser.create(config_loader)
     parsed = []
     for text in overrides:
         try:
-            parsed.append(parser.parse_override(text))
+            parsed += parser.parse_overrides([text])
         except HydraException as error:
             raise UserError(_bad_syntax(text)) from error
     return parsed
+
+
+def quoted(text: str) -> str:
+    """Return `text` as a value that the override grammar takes as it is."""
+    # A backslash is an escape before a quote and at the end only.
+    escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
+    return f"'{escaped}'"
 
 
 def check(parsed: list[Override], config_dirs: list[Path], *, sweep: bool = False) -> None:

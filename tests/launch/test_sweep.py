@@ -319,3 +319,45 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
     while not condition():
         assert time.monotonic() < end, "nothing happened"
         time.sleep(0.1)
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_glob_stands_for_the_options_that_match() -> None:
+    assert main(["train", "-m", *TINY, "name=s", "schedule=glob([c*,w*],exclude=wsd)"]) == 0
+    points = [row["name"] for row in read_manifest(Path("sweeps/s"))["points"]]
+    assert points == ["schedule=constant", "schedule=cosine"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["seed=range(3,1)"], "seed=range(3,1): stands for no value"),
+        (["seed=1,2", "out_dir=sw_${seed}"], "out_dir=sw_${seed}: of a sweep, ${name} alone"),
+    ],
+)
+def test_a_sweep_that_cannot_be_is_refused(
+    capsys: pytest.CaptureFixture[str], overrides: list[str], message: str
+) -> None:
+    assert main(["train", "-m", *TINY, "name=s", *overrides]) == 2
+    assert message in capsys.readouterr().err
+    assert list(Path().iterdir()) == []
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize("folder", ["mine", "we(ir=d'[x"])
+def test_a_sweep_reads_its_options_where_a_single_run_does(folder: str) -> None:
+    model = Path(folder, "model")
+    model.mkdir(parents=True)
+    (Path(folder) / "mytrain.yaml").write_text("defaults: [train, _self_]\n")
+    (model / "one.yaml").write_text("defaults: [/schema/model/nano@_here_]\nrope_theta: 77.0\n")
+    tiny = [*TINY, "model=one", "seed=1,2"]
+    ways: list[list[str]] = [
+        ["--config-dir", folder],
+        ["--config-dir", folder, "--config-name", "mytrain"],
+        ["--config-path", folder, "--config-name", "mytrain"],
+    ]
+    if folder == "mine":
+        ways.append([f"hydra.searchpath=[file://{Path(folder).absolute()}]"])
+    for i, way in enumerate(ways):
+        assert main(["train", "-m", *way, *tiny, f"name=s{i}"]) == 0
+        assert RunDir(f"sweeps/s{i}/seed=2").read_config().model.rope_theta == 77.0
