@@ -70,6 +70,7 @@ class SyntheticDataConfig(DataConfig):
     def __post_init__(self) -> None:
         within("data.vocab_size", self.vocab_size, 2, 2**32)
         within("data.n_tokens", self.n_tokens, low=2)
+        within("data.seed", self.seed, 0, 2**63 - 1)
 
 
 @dataclass
@@ -100,6 +101,7 @@ class PreparedDataConfig(DataConfig):
         within("data.sample_mb", self.sample_mb, low=1)
         within("data.shard_tokens", self.shard_tokens, low=1)
         within("data.val_fraction", self.val_fraction, 0.0, 0.9)
+        within("data.seed", self.seed, 0, 2**63 - 1)
         within("data.processes", self.processes, low=1)
         one_of("data.on_error", self.on_error, ("fail", "skip"))
         one_of("data.on_exhausted", self.on_exhausted, ("continue", "stop"))

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Any
 
-from lunaris.data.units import HEAD_BYTES, Unit, need
+from lunaris.data.extras import need
+from lunaris.data.units import HEAD_BYTES, Unit
 from lunaris.errors import did_you_mean
 
 _SURROGATES = re.compile("([\ud800-\udc7f\udd00-\udfff]+)")
@@ -76,7 +77,7 @@ class Reader:
             assert isinstance(unit.payload, bytes)
             return Document(unit.payload, unit.head, unit.last)
         with open(unit.path, "rb") as file:
-            head = file.read(HEAD_BYTES)
+            head = unit.head or file.read(HEAD_BYTES)
             file.seek(unit.start)
             return Document(file.read(unit.stop - unit.start), head, unit.last)
 

@@ -88,6 +88,10 @@ class Merger:
         """Give the next unit of its source."""
         self._queues[unit.source].append((unit, encoded))
 
+    def waiting(self, source: int) -> int:
+        """Return how many units of a source are given and not yet begun."""
+        return len(self._queues[source])
+
     def end(self, source: int) -> None:
         """Say that a source has no unit after those given."""
         self._planned[source] = True
@@ -112,7 +116,7 @@ class Merger:
 
     def _next_source(self) -> int | None:
         for i, progress in enumerate(self.progress):
-            if progress.open:
+            if progress.open and not progress.exhausted:
                 return i
         if self._stop_at_first and any(progress.exhausted for progress in self.progress):
             return None

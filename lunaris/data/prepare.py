@@ -35,7 +35,7 @@ from lunaris.files import sync_folder, write_durably
 # Seconds between notes of how far the merging came: what a kill costs at most.
 NOTE_S = 2.0
 # Raised when the same input and keys give other bytes.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,9 @@ class _Preparation:
             try:
                 waiting = self._merger.advance()
             except UserError:
-                self._note()
+                # Before the first token nothing is worth keeping: the input may be mended.
+                if self._tokens():
+                    self._note()
                 raise
             self._bar.update(self._merger.bytes_read - bytes_before)
             rate = (self._tokens() - before) / max(time.monotonic() - began, 1e-9)
@@ -176,10 +178,13 @@ class _Preparation:
         processes = self._recipe.processes
         while True:
             unfinished = sum(not future.done() for sent in self._sent for _, future in sent)
+            # Units that are encoded and wait for their turn count: a source of small weight would
+            # run ahead of the others without end.
             room = [
                 i
                 for i, planner in enumerate(self._planners)
-                if planner is not None and len(self._sent[i]) < processes + 2
+                if planner is not None
+                and len(self._sent[i]) + self._merger.waiting(i) < processes + 2
             ]
             # The one that is waited for is sent in any case, or all would wait for ever.
             starving = waiting in room and not self._sent[waiting]
@@ -266,6 +271,7 @@ def _asked(recipe: Recipe, sources: Sequence[Source], weights: list[float]) -> d
     return {
         "version": _VERSION,
         "tokenizer": recipe.tokenizer,
+        "tokenizer_sha256": _sha256_of(recipe.tokenizer),
         "eot": recipe.eot,
         "vocab_size": recipe.vocab_size,
         "sample_mb": recipe.sample_mb,
@@ -284,6 +290,12 @@ def _asked(recipe: Recipe, sources: Sequence[Source], weights: list[float]) -> d
     }
 
 
+def _sha256_of(tokenizer: str | None) -> str | None:
+    """Return the sha256 of a tokenizer that is a file here; one of the Hub has its name only."""
+    path = None if tokenizer is None else Path(tokenizer).expanduser()
+    return manifests.sha256(path) if path is not None and path.is_file() else None
+
+
 def _require_same(folder: Path, made: dict[str, Any], asked: dict[str, Any]) -> None:
     if made == asked:
         return
@@ -293,7 +305,10 @@ def _require_same(folder: Path, made: dict[str, Any], asked: dict[str, Any]) -> 
         if made.get(key) != asked.get(key) and key != "sources"
     ]
     if made.get("sources") != asked["sources"]:
-        rows.append("the input: other files, or files that changed, or other weights")
+        rows.append(
+            "the input: other files, files that changed, another data.format or data.text_key, "
+            "or other weights"
+        )
     raise UserError(
         f"data.dir={folder}: holds shards of another preparation; choose another folder or "
         "remove it. Differing:\n  " + "\n  ".join(rows)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import glob
+import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +40,8 @@ class Preparable(PreparedFolder):
         document_masking: bool = False,
     ) -> None:
         """Keys of the `data` group; nothing is read before `make` or `prepare`."""
+        if not dir.strip():
+            raise UserError("data.dir=: must be the path of a folder")
         super().__init__(Path(dir), verify=verify, document_masking=document_masking)
         self._weights = weights
         self._recipe = Recipe(
@@ -91,31 +95,55 @@ class TextData(Preparable):
 
     def sources(self) -> list[Source]:
         named = self._files if isinstance(self._files, dict) else {"text": self._files}
+        if not isinstance(self._files, str | list | dict):
+            raise UserError(
+                f"data.files={self._files}: must be a glob, a list of globs, or a map of source "
+                "name to globs"
+            )
         if not named:
             raise UserError("data.files={}: at least one source is needed")
         return [
-            FileSource(str(name), expand(globs), self._format, self._text_key)
+            FileSource(str(name), expand(globs, self.folder), self._format, self._text_key)
             for name, globs in named.items()
         ]
 
 
-def expand(globs: Any) -> list[Path]:
+def expand(globs: Any, without: Path) -> list[Path]:
     """Return the files that globs name, sorted, each once; a folder stands for all in it.
 
-    Raises UserError for a glob that names no file.
+    What lies in the folder `without`, that of the shards, is left out. Raises UserError for a glob
+    that names no file.
     """
-    found: set[str] = set()
-    for pattern in [globs] if isinstance(globs, str) else list(globs or []):
+    ours = os.path.realpath(without) + os.sep
+    found: dict[str, str] = {}
+    for pattern in [globs] if isinstance(globs, str) else globs or []:
+        if not isinstance(pattern, str) or not pattern:
+            raise UserError(
+                f"data.files={globs}: must be a glob, a list of globs, or a map of source name to "
+                "globs"
+            )
         pattern = str(Path(pattern).expanduser())
         if Path(pattern).is_dir():
             pattern = f"{glob.escape(pattern)}/**"
-        matched = [path for path in glob.glob(pattern, recursive=True) if Path(path).is_file()]
+        # By its real path, as links may lead to a file, or around in a circle, a second time; by
+        # the shortest of its names.
+        matched = {
+            os.path.realpath(path): path
+            for path in sorted(glob.glob(pattern, recursive=True), key=_order, reverse=True)
+            if Path(path).is_file()
+        }
+        matched = {real: path for real, path in matched.items() if not real.startswith(ours)}
         if not matched:
             raise UserError(f"data.files: no file matches {pattern} (from {Path.cwd()})")
-        found.update(matched)
+        for real, path in matched.items():
+            found[real] = min(path, found.get(real, path), key=_order)
     if not found:
         raise UserError("data.files=[]: at least one file is needed")
-    return [Path(path) for path in sorted(found)]
+    return [Path(path) for path in sorted(found.values())]
+
+
+def _order(path: str) -> tuple[int, str]:
+    return path.count(os.sep), path
 
 
 def source_weights(weights: Any, sources: list[Source]) -> list[float]:
@@ -129,6 +157,7 @@ def source_weights(weights: Any, sources: list[Source]) -> list[float]:
         return sizes if all(sizes) else [1.0] * len(sources)
     if not isinstance(weights, dict):
         raise UserError(f"data.weights={weights}: must map names of sources ({names}) to numbers")
+    weights = {str(name): weight for name, weight in weights.items()}
     for name in weights:
         if name not in names:
             raise UserError(f"data.weights.{name}: no such source{did_you_mean(str(name), names)}")
@@ -136,6 +165,8 @@ def source_weights(weights: Any, sources: list[Source]) -> list[float]:
         if name not in weights:
             raise UserError(f"data.weights: source {name} has no weight")
         weight = weights[name]
-        if isinstance(weight, bool) or not isinstance(weight, int | float) or not weight > 0:
-            raise UserError(f"data.weights.{name}={weight}: must be a number above 0")
+        if isinstance(weight, bool) or not (
+            isinstance(weight, int | float) and 0 < weight < math.inf
+        ):
+            raise UserError(f"data.weights.{name}={weight}: must be a finite number above 0")
     return [float(weights[name]) for name in names]

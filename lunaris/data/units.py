@@ -6,24 +6,20 @@ beginning (a compressed file, a stream of documents) is cut as it is read and ca
 
 from __future__ import annotations
 
-import bz2
-import gzip
-import lzma
-import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
+from lunaris.data.compressed import CompressedFile, is_compressed
 from lunaris.data.cuts import cut
+from lunaris.data.extras import need
 from lunaris.errors import UserError, did_you_mean
 
 # Bytes of input a unit aims at.
 UNIT_BYTES = 4 * 2**20
 # A document belongs to the validation part by a hash of so many of its first bytes.
 HEAD_BYTES = 2**16
-_BLOCK = 2**20
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
 FORMATS = ("auto", "text", "lines", "jsonl", "parquet")
 
@@ -52,7 +48,7 @@ class Unit:
     stop: int
     size: int
     payload: bytes | list[bytes | str] | None = None
-    # The first bytes of a text's one document, where the payload is given.
+    # The first bytes of a text's one document, where it is in several units or a payload.
     head: bytes = b""
     # Whether the file ends here, and with it a text's one document.
     last: bool = True
@@ -117,10 +113,11 @@ class FileSource:
                     break
 
     def fingerprint(self) -> list[Any]:
-        return [
+        files = [
             [str(path), size, path.stat().st_mtime_ns]
             for path, size in zip(self.files, self._sizes, strict=True)
         ]
+        return [self.format, self.text_key, files]
 
     def _spread(self, i: int, share: int) -> Iterator[Unit]:
         """Yield parts of a plain file of a quarter of a megabyte, evenly over it."""
@@ -139,22 +136,26 @@ class FileSource:
     def _file_units(self, index: int, i: int, start: int) -> Iterator[Unit]:
         path, size = self.files[i], self._sizes[i]
         kind = kind_of(path, self.format)
+        at, head = start, b""
         try:
             if kind == "parquet":
-                yield from parquet_units(index, i, path, start, self.text_key, size)
+                found = parquet_units(index, i, path, start, self.text_key, size)
             elif is_compressed(path):
-                yield from stream_units(index, i, path, kind, start)
+                found = stream_units(index, i, path, kind, start)
             else:
-                yield from range_units(index, i, path, kind, start, size)
+                found = range_units(index, i, path, kind, start, size)
+            for unit in found:
+                yield unit
+                at, head = unit.stop, unit.head
         except (OSError, ValueError) as error:  # pyarrow's are ValueErrors
             if isinstance(error, UserError):
                 raise
-            problem = f"cannot be read: {error}"
-            yield Unit(index, Cursor(i, start), str(path), "lines", start, 0, b"", problem=problem)
-
-
-def is_compressed(path: Path) -> bool:
-    return path.suffix.lower() in COMPRESSIONS
+            # A text that has begun has to end; else there is not even an empty document.
+            rest = "text" if kind == "text" and at else "lines"
+            problem = f"cannot be read{' on' if at else ''}: {error}"
+            yield Unit(
+                index, Cursor(i, at), str(path), rest, at, 0, b"", head=head, problem=problem
+            )
 
 
 def kind_of(path: Path, format: str) -> str:
@@ -171,6 +172,10 @@ def range_units(index: int, i: int, path: Path, kind: str, start: int, size: int
     A line belongs to the range that it begins in, so ranges of lines need no look at the file.
     """
     at = start
+    head = b""
+    if kind == "text" and size > UNIT_BYTES:
+        with path.open("rb") as file:
+            head = file.read(HEAD_BYTES)
     number = -(-start // UNIT_BYTES)
     while True:
         number += 1
@@ -178,7 +183,7 @@ def range_units(index: int, i: int, path: Path, kind: str, start: int, size: int
         if kind == "text":
             stop = cut_before(path, stop, size, UNIT_BYTES)
         last = stop >= size
-        yield Unit(index, Cursor(i, at), str(path), kind, stop, stop - at, last=last)
+        yield Unit(index, Cursor(i, at), str(path), kind, stop, stop - at, head=head, last=last)
         if last:
             return
         at = stop
@@ -200,8 +205,8 @@ def stream_units(index: int, i: int, path: Path, kind: str, start: int) -> Itera
 
     Of a damaged file, what can be read of it, and in its last unit what the damage is.
     """
-    with _Stream(path) as stream:
-        head = stream.skip(start)
+    with CompressedFile(path) as stream:
+        head = stream.skip(start, HEAD_BYTES)
         at, told = start, stream.raw.tell() if start else 0
         last = False
         while not last:
@@ -240,78 +245,6 @@ def _whole_lines(part: bytes) -> bytes:
     return part[: part.rfind(b"\n") + 1]
 
 
-class _Stream:
-    """A compressed file read on and on; damage ends it and is kept as `problem`."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self.pending = bytearray()
-        self.ended = False
-        self.problem = ""
-
-    def __enter__(self) -> _Stream:
-        self.raw = self._path.open("rb")
-        self._file = decompressed(self._path, self.raw)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.raw.close()
-
-    def _block(self, most: int = _BLOCK) -> bytes:
-        """Return the next bytes, as many as one read gives; b"" at the end."""
-        if self.ended:
-            return b""
-        try:
-            block = bytes(self._file.read1(most))
-        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-            self.problem, block = f"cannot be read on: {error}", b""
-        except Exception as error:
-            if type(error).__module__.partition(".")[0] != "zstandard":
-                raise
-            self.problem, block = f"cannot be read on: {error}", b""
-        self.ended = not block
-        return block
-
-    def skip(self, count: int) -> bytes:
-        """Read past `count` bytes and return the first `HEAD_BYTES` of them."""
-        head = b""
-        while count > 0 and (block := self._block(min(count, _BLOCK))):
-            head = head if len(head) >= HEAD_BYTES else (head + block)[:HEAD_BYTES]
-            count -= len(block)
-        return head
-
-    def fill(self, count: int) -> None:
-        """Read until more than `count` bytes are pending, or the end."""
-        while len(self.pending) <= count and (block := self._block()):
-            self.pending += block
-
-    def line_end(self, count: int) -> int:
-        """Return the end of the last line within `count` pending bytes, else that of the first."""
-        end = self.pending.rfind(b"\n", 0, count) + 1
-        searched = count
-        while not end:
-            end = self.pending.find(b"\n", searched) + 1
-            searched = len(self.pending)
-            if not end:
-                block = self._block()
-                self.pending += block
-                end = 0 if block else len(self.pending)
-        return end
-
-
-def decompressed(path: Path, raw: IO[bytes]) -> Any:
-    """Return the stream of what a compressed file holds, by its name."""
-    suffix = path.suffix.lower()
-    if suffix == ".gz":
-        return gzip.GzipFile(fileobj=raw)
-    if suffix == ".bz2":
-        return bz2.BZ2File(raw)
-    if suffix == ".xz":
-        return lzma.LZMAFile(raw)
-    zstandard = need("zstandard", f"{path}: .zst")
-    return zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True)
-
-
 def parquet_units(
     index: int, i: int, path: Path, start: int, text_key: str, size: int
 ) -> Iterator[Unit]:
@@ -336,16 +269,3 @@ def parquet_units(
             last = group == groups - 1
             yield Unit(index, Cursor(i, first), str(path), "parquet", group + 1, share, last=last)
             first, held = group + 1, 0
-
-
-def need(module: str, what: str) -> Any:
-    """Import a module of the extra `hf`. Raises UserError naming the extra without it."""
-    import importlib
-
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UserError(
-            f"{what} needs {module.partition('.')[0]}, which is not installed: "
-            "pip install 'lunaris[hf]'"
-        ) from error

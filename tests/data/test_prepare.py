@@ -16,7 +16,9 @@ import pytest
 
 from lunaris.data import prepare as preparation
 from lunaris.data import units
+from lunaris.data.encode import is_held_out
 from lunaris.data.manifest import Manifest, read
+from lunaris.data.merge import Merger
 from lunaris.data.shards import inspect, verify
 from lunaris.data.text import TextData
 from lunaris.data.tokenizer import TextTokenizer, train_bpe
@@ -259,6 +261,107 @@ def test_damaged_archive_of_one_text(tokenizer: Path) -> None:
     assert content.startswith(start) and 20_000 < len(start) < 60_000
     assert after == b"after"
     assert (manifest.sources[0].documents, manifest.sources[0].skipped) == (2, 2)
+
+
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+@pytest.mark.parametrize("cut", ["half", "all", "none"])
+def test_a_cut_zstd_file_is_told(tokenizer: Path, kind: str, cut: str) -> None:
+    zstandard = pytest.importorskip("zstandard")
+    documents = [random.Random(i).randbytes(40).hex() for i in range(400)]
+    write_jsonl(Path("plain.jsonl"), documents)
+    raw = Path("plain.jsonl").read_bytes()
+    # Two frames, as of files that were joined.
+    frames = [zstandard.compress(raw[:9000]), zstandard.compress(raw[9000:])]
+    whole = b"".join(frames)
+    keep = {"half": len(frames[0]) + len(frames[1]) // 2, "all": 0, "none": len(whole)}[cut]
+    Path(f"a.{kind}.zst").write_bytes(whole[:keep])
+    Path("b.jsonl").write_text('{"text": "after"}\n')
+    files = [f"a.{kind}.zst", "b.jsonl"]
+    if cut == "none":
+        make(tokenizer, files=files)
+        expected = [d.encode() for d in documents] if kind == "jsonl" else [raw]
+        assert part("out") == [*expected, b"after"]
+        return
+    with pytest.raises(UserError, match=rf"a\.{kind}\.zst:\d+: cannot be read on: it "):
+        make(tokenizer, files=files)
+    make(tokenizer, files=files, on_error="skip")
+    assert part("out")[-1] == b"after"
+
+
+def test_a_text_that_goes_away_while_it_is_cut_ends_there(
+    tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = random.Random(0).randbytes(10_000).hex()
+    Path("a.txt").write_text(content)
+    after = [text.encode() for text in texts(20, 23)]
+    for i, text in enumerate(after):
+        Path(f"b{i}.txt").write_bytes(text)
+    cuts = 0
+    cut_before = units.cut_before
+
+    def failing(path: Path, *place: int) -> int:
+        nonlocal cuts
+        cuts += path.name == "a.txt"
+        if cuts > 5 and path.name == "a.txt":
+            raise OSError("Stale file handle")
+        return cut_before(path, *place)
+
+    monkeypatch.setattr(units, "cut_before", failing)
+    # It ends in the part that it began in.
+    held_out = [is_held_out(content.encode(), 0.5, seed) for seed in range(20)]
+    for name in ("train", "val"):
+        cuts = 0
+        seed = held_out.index(name == "val")
+        keys: dict[str, Any] = {"files": ["a.txt", "b*.txt"], "on_error": "skip"}
+        manifest = make(tokenizer, name, val_fraction=0.5, seed=seed, **keys)
+        begun = next(text for text in part(name, name) if len(text) > 100)
+        assert content.encode().startswith(begun) and len(begun) < len(content)
+        assert (manifest.sources[0].documents, manifest.sources[0].skipped) == (21, 1)
+        assert sorted(part(name) + part(name, "val")) == sorted([begun, *after])
+
+
+def test_units_of_a_source_that_waits_for_its_turn_are_bounded(
+    tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(Path("a.jsonl"), texts(2000, 21))
+    Path("a.jsonl.gz").write_bytes(gzip.compress(Path("a.jsonl").read_bytes()))
+    write_jsonl(Path("b.jsonl"), texts(2000, 22))
+    most = 0
+    add = Merger.add
+
+    def watched(self: Merger, unit: Any, encoded: Any) -> None:
+        nonlocal most
+        add(self, unit, encoded)
+        most = max(most, *(self.waiting(i) for i in range(2)))
+
+    monkeypatch.setattr(Merger, "add", watched)
+    keys: dict[str, Any] = {"files": {"a": "a.jsonl.gz", "b": "b.jsonl"}}
+    make(tokenizer, weights={"a": 1, "b": 9}, **keys)
+    assert 1 <= most <= 3  # one process, and two more
+
+
+def test_another_reading_of_the_same_files_is_refused(tokenizer: Path) -> None:
+    records = [{"text": f"text {i}", "title": f"title {i}"} for i in range(20)]
+    Path("a.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    make(tokenizer, files="a.jsonl")
+    for other in ({"text_key": "title"}, {"format": "lines"}):
+        with pytest.raises(UserError, match=r"data\.format or data\.text_key"):
+            make(tokenizer, files="a.jsonl", **other)
+    copy = Path("copy.json")
+    copy.write_bytes(tokenizer.read_bytes())
+    make(copy, "of_copy", files="a.jsonl")
+    train_bpe(texts(200, 1), 300, copy)
+    with pytest.raises(UserError, match=r"data\.tokenizer_sha256"):
+        make(copy, "of_copy", files="a.jsonl")
+
+
+def test_a_fault_before_the_first_token_may_be_mended(tokenizer: Path) -> None:
+    Path("a.jsonl").write_text('{"text": "one"}\nnot JSON\n')
+    with pytest.raises(UserError, match=r"a\.jsonl:2: not JSON"):
+        make(tokenizer, files="a.jsonl")
+    write_jsonl(Path("a.jsonl"), ["one", "two"])
+    make(tokenizer, files="a.jsonl")
+    assert part("out") == [b"one", b"two"]
 
 
 def test_damaged_parquet(tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:
