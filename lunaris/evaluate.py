@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from lunaris.data.loader import split_documents
+from lunaris.data.loader import check_ids, split_documents
 from lunaris.data.protocol import Sequences
-from lunaris.parallelism.base import Parallelism
+from lunaris.parallelism.base import Parallelism, unwrap
 
 
 class Evaluator:
@@ -68,6 +68,7 @@ class Evaluator:
             rows = np.empty((size, self._seq_len + 1), dtype=np.int64)
             picked = np.minimum(wanted, count - 1) * len(source) // count
             source.gather(picked, rows)
+            check_ids(rows, picked, source, unwrap(model).vocab_size)
             tokens, targets, documents = split_documents(torch.from_numpy(rows), self._eot_id)
             targets[torch.from_numpy(wanted >= count)] = -100
             out = model(

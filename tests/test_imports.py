@@ -32,7 +32,9 @@ LAYERS: list[tuple[str, ...]] = [
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # Shards are looked at when a config is checked, without torch.
-ALLOWED = {("config/validate.py", f"lunaris.data.{name}") for name in ("shards", "manifest")}
+ALLOWED = {
+    ("config/validate.py", f"lunaris.data.{name}") for name in ("shards", "manifest", "folders")
+}
 
 
 def modules() -> Iterator[tuple[str, Path]]:

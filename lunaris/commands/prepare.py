@@ -68,12 +68,12 @@ def main(argv: list[str]) -> int:
 
 
 def _verify(keys: dict[str, Any]) -> int:
+    from lunaris.data.folders import folder_list
     from lunaris.data.shards import verify
 
-    folders = keys.get("dir")
-    if folders is None:
+    if keys.get("dir") is None:
         raise UserError("--verify: needs data.dir, the folder of the shards")
-    for folder in [folders] if isinstance(folders, str) else folders:
+    for folder in folder_list(keys["dir"], "data.dir"):
         print(f"{folder}: {verify(folder)} shards are as they were written")
     return 0
 

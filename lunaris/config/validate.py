@@ -164,10 +164,13 @@ def _check_shards(cfg: DictConfig) -> None:
     prepared = _is(cfg, "data", PreparedDataConfig)
     if not (prepared or _is(cfg, "data", ShardsDataConfig)):
         return
+    from lunaris.data.folders import check_eot, check_together, folder_list
     from lunaris.data.manifest import NAME
-    from lunaris.data.shards import check_together, inspect
+    from lunaris.data.shards import inspect
 
-    folders = list(cfg.data.dir) if OmegaConf.is_list(cfg.data.dir) else [cfg.data.dir]
+    folders = folder_list(cfg.data.dir, "data.dir")
+    val_dir = cfg.data.get("val_dir")
+    val_folders = [] if val_dir is None else folder_list(val_dir, "data.val_dir")
     if prepared and not (Path(folders[0]) / NAME).is_file():
         raise UserError(
             f"data.dir={folders[0]}: holds no prepared shards yet; make them by "
@@ -180,13 +183,16 @@ def _check_shards(cfg: DictConfig) -> None:
             f"data.dir={shown(folders)}"
         )
     found = [inspect(folder) for folder in folders]
-    check_together(found)
+    held_out = [inspect(folder, "data.val_dir") for folder in val_folders]
+    check_together([*found, *held_out])
+    check_eot(cfg.data.get("eot_id"), found[0])
     if cfg.data.document_masking and cfg.data.get("eot_id") is None and found[0].eot_id is None:
         raise UserError(
             f"data.document_masking=true: needs data.eot_id, for data.dir={folders[0]} has no "
             "manifest that names the end-of-text id"
         )
-    for folder, info in zip(folders, found, strict=True):
+    named = [("data.dir", f) for f in folders] + [("data.val_dir", f) for f in val_folders]
+    for (dir_key, folder), info in zip(named, [*found, *held_out], strict=True):
         sizes = {"model.vocab_size": cfg.model.vocab_size}
         if not prepared:
             sizes["data.vocab_size"] = cfg.data.get("vocab_size")
@@ -194,9 +200,10 @@ def _check_shards(cfg: DictConfig) -> None:
             if size is not None and size < info.vocab_size:
                 raise UserError(
                     f"{key}={size}: must be at least {info.vocab_size}, "
-                    f"for data.dir={folder} holds token ids up to {info.vocab_size - 1}"
+                    f"for {dir_key}={folder} holds token ids up to {info.vocab_size - 1}"
                 )
-        _check_length(cfg, f"data.dir={folder}", info.n_tokens)
+        if dir_key == "data.dir":
+            _check_length(cfg, f"{dir_key}={folder}", info.n_tokens)
 
 
 def _check_length(cfg: DictConfig, key: str, n_tokens: int) -> None:

@@ -61,6 +61,24 @@ def split_documents(rows: Tensor, eot_id: int | None) -> Split:
     return Split(tokens, targets.masked_fill_(ends, IGNORED), documents)
 
 
+def check_ids(
+    rows: np.ndarray, n: np.ndarray, sequences: Sequences, vocab_size: int | None
+) -> None:
+    """Raise UserError for an id outside the vocabulary, before it is looked up on a device.
+
+    rows: [R, L + 1] int64; n: [R], which sequence each row is.
+    """
+    # As an unsigned number, a negative id is larger than any vocabulary.
+    if rows.view(np.uint64).max() < (2**63 if vocab_size is None else vocab_size):
+        return
+    bad = rows < 0 if vocab_size is None else (rows < 0) | (rows >= vocab_size)
+    row, column = np.argwhere(bad)[0]
+    raise UserError(
+        f"{sequences.describe(int(n[row]))}: holds the id {rows[row, column]}, outside "
+        f"the vocabulary of {vocab_size}; set model.vocab_size to more than the largest id"
+    )
+
+
 class Loader:
     """An endless iterator over the batches of one process.
 
@@ -152,7 +170,7 @@ class Loader:
                 n = self._start + step * self._global_batch + self._offsets
                 rows = buffer.rows.view(len(n), -1).numpy()
                 self._sequences.gather(n, rows)
-                self._check(rows, n)
+                check_ids(rows, n, self._sequences, self._vocab_size)
                 buffer.n_targets = self._count_targets(rows)
                 if not self._pinned:
                     # Nothing has to be sent; a GPU's rows are split there.
@@ -161,19 +179,6 @@ class Loader:
                 step += 1
         except BaseException as error:  # handed to the thread that trains
             self._filled.put(error)
-
-    def _check(self, rows: np.ndarray, n: np.ndarray) -> None:
-        """Raise UserError for an id outside the vocabulary, before it is looked up on a device."""
-        largest = self._vocab_size
-        # As an unsigned number, a negative id is larger than any vocabulary.
-        if rows.view(np.uint64).max() < (2**63 if largest is None else largest):
-            return
-        bad = rows < 0 if largest is None else (rows < 0) | (rows >= largest)
-        row, column = np.argwhere(bad)[0]
-        raise UserError(
-            f"{self._sequences.describe(int(n[row]))}: holds the id {rows[row, column]}, outside "
-            f"the vocabulary of {largest}; set model.vocab_size to more than the largest id"
-        )
 
     def _count_targets(self, rows: np.ndarray) -> int:
         count = rows[:, 1:].size

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lunaris.data import manifest as manifests
+from lunaris.data.folders import check_eot, check_together, check_weights, folder_list, names
 from lunaris.data.manifest import Manifest
 from lunaris.data.mixture import MixedSequences
 from lunaris.data.protocol import Sequences
@@ -56,8 +55,8 @@ class ShardsInfo:
         return path if path.is_file() else None
 
 
-def inspect(folder: str | Path) -> ShardsInfo:
-    """Look at a folder of shards without reading it through.
+def inspect(folder: str | Path, key: str = "data.dir") -> ShardsInfo:
+    """Look at a folder of shards, given as `key`, without reading it through.
 
     With a manifest, files are compared with it (type, tokens, size; the tokenizer's hash). Without
     one, every `.npy` file is a training shard, but those called `val*` are the validation part.
@@ -65,15 +64,15 @@ def inspect(folder: str | Path) -> ShardsInfo:
     """
     path = Path(folder)
     if not path.is_dir():
-        raise UserError(f"data.dir={folder}: no such folder of shards")
+        raise UserError(f"{key}={folder}: no such folder of shards")
     manifest = manifests.read(path)
     if manifest is not None:
         return _inspect_manifest(path, manifest)
     if (path / manifests.UNFINISHED).is_dir():
-        raise UserError(f"data.dir={folder}: half prepared; run the same `lunaris prepare` again")
+        raise UserError(f"{key}={folder}: half prepared; run the same `lunaris prepare` again")
     files = sorted(path.glob("*.npy"))
     if not files:
-        raise UserError(f"data.dir={folder}: holds no .npy files; allowed are {_ALLOWED}")
+        raise UserError(f"{key}={folder}: holds no .npy files; allowed are {_ALLOWED}")
     shards = [read_header(file) for file in files]
     val = [s for s in shards if s.path.name.startswith("val")]
     train = [s for s in shards if not s.path.name.startswith("val")] or val
@@ -194,8 +193,8 @@ class ShardsData:
         document_masking: bool = False,
     ) -> None:
         """Keys of the `data` group; nothing is read before `prepare`."""
-        self._dirs = _as_list(dir)
-        self._val_dirs = None if val_dir is None else _as_list(val_dir)
+        self._dirs = folder_list(dir, "data.dir")
+        self._val_dirs = None if val_dir is None else folder_list(val_dir, "data.val_dir")
         self._weights = None if weights is None else check_weights(weights, self._dirs)
         self._val_fraction = val_fraction
         self._given_vocab_size = vocab_size
@@ -203,15 +202,18 @@ class ShardsData:
         self._verify = verify
         self._document_masking = document_masking
         self._infos: list[ShardsInfo] = []
+        self._val_infos: list[ShardsInfo] = []
 
     def prepare(self) -> None:
         if self._infos:
             return
         if self._verify:
-            for folder in self._dirs:
+            for folder in [*self._dirs, *(self._val_dirs or [])]:
                 verify(folder)
+        self._val_infos = [inspect(folder, "data.val_dir") for folder in self._val_dirs or []]
         self._infos = [inspect(folder) for folder in self._dirs]
-        check_together(self._infos)
+        check_together([*self._infos, *self._val_infos])
+        check_eot(self._given_eot_id, self._infos[0])
         if self._document_masking and self.eot_id is None:
             raise UserError(
                 "data.document_masking=true: needs data.eot_id, for "
@@ -220,7 +222,7 @@ class ShardsData:
 
     @property
     def vocab_size(self) -> int:
-        found = max(info.vocab_size for info in self._infos)
+        found = max(info.vocab_size for info in [*self._infos, *self._val_infos])
         given = self._given_vocab_size
         if given is not None and given < found:
             raise UserError(f"data.vocab_size={given}: the shards hold ids up to {found - 1}")
@@ -249,10 +251,9 @@ class ShardsData:
 
     def val(self, seq_len: int) -> dict[str, Sequences]:
         if self._val_dirs is not None:
-            infos = [inspect(folder) for folder in self._val_dirs]
             streams = {
                 name: TokenStream(info.val or info.train)
-                for name, info in zip(names(self._val_dirs), infos, strict=True)
+                for name, info in zip(names(self._val_dirs), self._val_infos, strict=True)
             }
         elif self._val_fraction == 0:
             return {}
@@ -272,19 +273,6 @@ class ShardsData:
         if info.val:
             return TokenStream(info.val)
         return TokenStream(info.train, info.n_tokens - self._tail(info))
-
-
-def check_together(infos: list[ShardsInfo]) -> None:
-    """Raise UserError unless all folders that name a tokenizer name the same one."""
-    known = [i for i in infos if i.manifest and i.manifest.tokenizer_hash]
-    for info in known[1:]:
-        first, other = known[0].manifest, info.manifest
-        assert first is not None and other is not None
-        if first.tokenizer_hash != other.tokenizer_hash:
-            raise UserError(
-                f"data.dir: {info.path} was made with another tokenizer than {known[0].path}; "
-                "folders that are mixed must share one"
-            )
 
 
 def require_sequences(
@@ -308,30 +296,3 @@ def val_sequences(streams: dict[str, TokenStream], seq_len: int) -> dict[str, Se
         elif len(stream):
             _log.warning("no validation on %s: its %d tokens make no sequence", name, len(stream))
     return parts
-
-
-def names(folders: list[str]) -> list[str]:
-    """Return a short unlike name for each folder: its last part, or as much as tells it apart."""
-    for depth in range(1, 20):
-        short = ["/".join(Path(folder).resolve().parts[-depth:]) for folder in folders]
-        if len(set(short)) == len(short):
-            return short
-    return [f"{name}#{i}" for i, name in enumerate(short)]
-
-
-def check_weights(weights: Sequence[float], folders: Sequence[str]) -> list[float]:
-    """Return the weights of several folders. Raises UserError unless each has one above 0."""
-    if len(weights) != len(folders):
-        raise UserError(
-            f"data.weights={list(weights)}: {len(weights)} for {len(folders)} folders of data.dir"
-        )
-    if not all(0 < weight < math.inf for weight in weights):
-        raise UserError(f"data.weights={list(weights)}: each must be a number above 0")
-    return [float(weight) for weight in weights]
-
-
-def _as_list(value: Any) -> list[str]:
-    folders = [value] if isinstance(value, str | Path) else list(value)
-    if not folders:
-        raise UserError("data.dir=[]: at least one folder is needed")
-    return [str(folder) for folder in folders]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +25,10 @@ def write_shards(folder: Path, sizes: list[int], dtype: str = "uint16", first: i
         first += size
 
 
-def write_manifest(folder: Path, vocab_size: int = 1000, val: tuple[str, ...] = ()) -> Manifest:
-    (folder / "tokenizer.json").write_text("{}")
+def write_manifest(
+    folder: Path, vocab_size: int = 1000, val: tuple[str, ...] = (), tokenizer: str = "{}"
+) -> Manifest:
+    (folder / "tokenizer.json").write_text(tokenizer)
     parts: dict[str, list[ShardEntry]] = {"train": [], "val": []}
     for file in sorted(folder.glob("*.npy")):
         entry = ShardEntry(file.name, len(np.load(file)), manifests.sha256(file))
@@ -174,6 +177,34 @@ def test_masking_needs_an_end_of_text(tmp_path: Path) -> None:
     data = ShardsData(dir=str(tmp_path / "s"), document_masking=True)
     with pytest.raises(UserError, match=r"data\.eot_id"):
         data.prepare()
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"dir": "a", "eot_id": 10}, r"data\.eot_id=10: a holds token ids up to 9"),
+        ({"dir": "known", "eot_id": 3}, r"data\.eot_id=3: the manifest of known says 0"),
+        ({"dir": "a", "val_dir": "gone"}, r"data\.val_dir=gone: no such folder of shards"),
+        ({"dir": "a", "val_dir": []}, r"data\.val_dir=\[\]: at least one folder"),
+        ({"dir": {"a": "b"}}, r"data\.dir=.*: must be a folder, or a list of folders"),
+        ({"dir": "known", "val_dir": "foreign"}, "another tokenizer than known"),
+    ],
+)
+def test_folders_that_cannot_go_together(keys: dict[str, Any], message: str) -> None:
+    for name in ("a", "known", "foreign"):
+        write_shards(Path(name), [10])
+    write_manifest(Path("known"))
+    write_manifest(Path("foreign"), tokenizer="another")
+    with pytest.raises(UserError, match=message):
+        ShardsData(**keys).prepare()
+
+
+def test_the_vocabulary_holds_the_validation_folders_ids_too() -> None:
+    write_shards(Path("2024"), [10])
+    write_shards(Path("b"), [10], first=50)
+    data = ShardsData(dir=2024, val_dir="b")
+    data.prepare()
+    assert data.vocab_size == 60
 
 
 SPOILT: list[tuple[str, Callable[[Path], object], str]] = [
