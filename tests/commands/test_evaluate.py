@@ -46,6 +46,19 @@ def test_any_folder_of_shards(
     assert "val/perplexity" in capsys.readouterr().out
 
 
+def test_an_id_outside_the_vocabulary_is_named(
+    tiny: Callable[..., Any],
+    run_here: Callable[[Any], RunDir],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run_dir = run_here(tiny())
+    monkeypatch.setattr("lunaris.data.shards._SCAN_BYTES", 2)  # sees the first id only
+    Path("a").mkdir()
+    np.save("a/all.npy", np.array([1] * 50 + [64] + [1] * 50, np.uint16))
+    with pytest.raises(UserError, match="holds the id 64, outside the vocabulary of 64"):
+        main([str(run_dir.path), "data.dir=a"])
+
+
 def test_several_folders_are_told_apart(
     tiny: Callable[..., Any], run_here: Callable[[Any], RunDir], capsys: pytest.CaptureFixture[str]
 ) -> None:
