@@ -7,6 +7,7 @@ are the same bytes whatever the number of processes and however often the work w
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -16,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,7 +67,7 @@ def prepare(recipe: Recipe, sources: Sequence[Source], weights: list[float]) -> 
     """
     folder = recipe.folder
     asked = _asked(recipe, sources, weights)
-    with folder_lock(folder / ".lock", wait=False):
+    with _left_clean(folder), folder_lock(folder / ".lock", wait=False):
         made = manifests.read(folder)
         if made is not None:
             _require_same(folder, made.settings, asked)
@@ -77,6 +79,25 @@ def prepare(recipe: Recipe, sources: Sequence[Source], weights: list[float]) -> 
         made.write(folder)
         shutil.rmtree(folder / manifests.UNFINISHED)
         return made
+
+
+@contextmanager
+def _left_clean(folder: Path) -> Iterator[None]:
+    """Take away a new folder in which a mistake left nothing of worth; say so of a full disk."""
+    new = not folder.exists()
+    try:
+        yield
+    except UserError:
+        if new and not (folder / manifests.TOKENIZER).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
+            raise
+        raise UserError(
+            f"data.dir={folder}: cannot be written on: {error.strerror}; once it can, the same "
+            "command goes on"
+        ) from error
 
 
 class _Preparation:

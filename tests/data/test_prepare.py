@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
@@ -364,6 +365,26 @@ def test_a_fault_before_the_first_token_may_be_mended(tokenizer: Path) -> None:
     assert part("out") == [b"one", b"two"]
 
 
+def test_a_full_disk_is_told_and_gone_on_with(
+    tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_jsonl(Path("a.jsonl"), texts(300, 24))
+    append, left = preparation.ShardWriter.append, 3
+
+    def full(self: Any, tokens: np.ndarray) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, tokens)
+
+    monkeypatch.setattr(preparation.ShardWriter, "append", full)
+    with pytest.raises(UserError, match=r"data\.dir=out: cannot be written on: No space left"):
+        make(tokenizer, files="a.jsonl")
+    make(tokenizer, files="a.jsonl")
+    assert part("out") == [text.encode() for text in texts(300, 24)]
+
+
 def test_damaged_parquet(tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
@@ -513,6 +534,7 @@ def test_what_cannot_be_prepared(tokenizer: Path, keys: dict[str, Any], message:
     Path("empty.jsonl").write_text("\n")
     with pytest.raises(UserError, match=message):
         make(tokenizer, **keys)
+    assert not Path("out").exists() or Path("out/tokenizer.json").is_file()
     # A corrected command is not refused for what the mistaken one left.
     make(tokenizer, files=["a.jsonl"])
 
