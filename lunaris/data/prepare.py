@@ -313,8 +313,11 @@ def _asked(recipe: Recipe, sources: Sequence[Source], weights: list[float]) -> d
 
 def _sha256_of(tokenizer: str | None) -> str | None:
     """Return the sha256 of a tokenizer that is a file here; one of the Hub has its name only."""
-    path = None if tokenizer is None else Path(tokenizer).expanduser()
-    return manifests.sha256(path) if path is not None and path.is_file() else None
+    if tokenizer is None:
+        return None
+    path = Path(tokenizer).expanduser()
+    path = path / manifests.TOKENIZER if path.is_dir() else path
+    return manifests.sha256(path) if path.is_file() else None
 
 
 def _require_same(folder: Path, made: dict[str, Any], asked: dict[str, Any]) -> None:
