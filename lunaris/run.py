@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from lunaris.checkpoint import Checkpoints, TrainState, complete
 from lunaris.data.loader import Loader
 from lunaris.errors import Stopped, UserError
 from lunaris.evaluate import Evaluator
+from lunaris.files import replace_file
 from lunaris.jobs import current_job_id
 from lunaris.metrics.loggers import Logger
 from lunaris.metrics.plot import plot_loss
@@ -131,9 +131,11 @@ def prepared_data(cfg: Any, run_dir: RunDir) -> Any:
     data = component(cfg.data)
     distributed.on_rank_0(data.prepare)
     data.prepare()
+    check_tokenizer(data.tokenizer_path, run_dir)
     kept = run_dir.path / "tokenizer.json"
     if distributed.rank() == 0 and data.tokenizer_path is not None and not kept.is_file():
-        shutil.copyfile(data.tokenizer_path, kept)
+        run_dir.note_eot(data.eot_id)
+        replace_file(kept, Path(data.tokenizer_path).read_bytes())
     vocab_size = cfg.model.vocab_size
     if vocab_size is not None and vocab_size < data.vocab_size:
         raise UserError(
@@ -141,6 +143,16 @@ def prepared_data(cfg: Any, run_dir: RunDir) -> Any:
             f"{data.vocab_size}; leave it null to take that"
         )
     return data
+
+
+def check_tokenizer(path: Path | None, run_dir: RunDir) -> None:
+    """Raise UserError when data was made with another tokenizer than the run's own."""
+    kept = run_dir.path / "tokenizer.json"
+    if path is None or not kept.is_file() or path.read_bytes() == kept.read_bytes():
+        return
+    raise UserError(
+        f"{path}: another tokenizer than the run's, {kept}: the same ids would be other text"
+    )
 
 
 def bare_model(cfg: Any, data_vocab_size: int) -> Transformer:

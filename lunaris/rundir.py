@@ -71,6 +71,16 @@ class RunDir:
             status = self.read_status() | changes | {"time": time.time()}
             write_json(self.path / "status.json", status)
 
+    def note_eot(self, eot_id: int | None) -> None:
+        """Keep the end-of-text id of the run's tokenizer in provenance.json."""
+        path = self.path / "provenance.json"
+        write_json(path, read_json(path) | {"eot_id": eot_id})
+
+    def eot_id(self) -> int | None:
+        """Return what `note_eot` kept."""
+        found: int | None = read_json(self.path / "provenance.json").get("eot_id")
+        return found
+
     def record_attempt(self, world_size: int) -> int:
         """Count a start of the run and append where it runs to provenance.json."""
         path = self.path / "provenance.json"

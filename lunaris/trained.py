@@ -17,7 +17,7 @@ from lunaris.model.transformer import Transformer
 from lunaris.parallelism.base import unwrap
 from lunaris.parallelism.single import Single
 from lunaris.precision import Precision
-from lunaris.run import bare_model, component, evaluator_of
+from lunaris.run import bare_model, check_tokenizer, component, evaluator_of
 from lunaris.rundir import RunDir
 
 
@@ -32,6 +32,7 @@ def evaluate_checkpoint(
     with distributed.session(cfg.trainer.device, cfg.launch.collective_timeout_s):
         data = component(cfg.data)
         data.prepare()
+        check_tokenizer(data.tokenizer_path, run_dir)
         model, at = load_trained(cfg, run_dir, step)
         if data.vocab_size > model.vocab_size:
             raise UserError(
@@ -67,7 +68,7 @@ def sample_text(
     path = run_dir.path / "tokenizer.json"
     if not path.is_file():
         raise UserError(f"{path}: missing; a run on data without a tokenizer cannot generate text")
-    tokenizer = TextTokenizer(path)
+    tokenizer = TextTokenizer(path, run_dir.eot_id())
     with distributed.session(cfg.trainer.device, cfg.launch.collective_timeout_s):
         model, _ = load_trained(cfg, run_dir, step)
         ids = tokenizer.encode([prompt.encode()])[0].tolist()

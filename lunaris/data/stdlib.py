@@ -17,6 +17,7 @@ from lunaris.data import manifest as manifests
 from lunaris.data.manifest import Manifest, ShardEntry, SourceEntry
 from lunaris.data.prepared import PreparedFolder, cache_folder, folder_lock
 from lunaris.data.tokenizer import TextTokenizer, train_bpe
+from lunaris.errors import UserError
 
 # Not the library's own text: installed packages; and its tests, which are as long again.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
@@ -56,10 +57,32 @@ class StdlibData(PreparedFolder):
                 made = manifests.read(self.folder)
                 if made is None:
                     self._make()
+        self._require_own(manifests.read(self.folder))
         super().prepare()
+
+    def _require_own(self, made: Manifest | None) -> None:
+        """Raise UserError when a given folder holds something else, or what other keys made."""
+        found = {} if made is None else made.settings
+        # Shards of another Python's library are as good: they are kept as they are.
+        rows = [
+            f"{key}: {found.get(key)} → {value}"
+            for key, value in self._settings.items()
+            if found.get(key) != value and (key != "python" or key not in found)
+        ]
+        if rows:
+            raise UserError(
+                f"data.dir={self.folder}: holds shards of another preparation; choose another "
+                "folder or remove it. Differing:\n  " + "\n  ".join(rows)
+            )
 
     def _make(self) -> None:
         """Build the folder beside and rename it, so that it is whole or absent."""
+        if self.folder.is_dir():
+            for path in self.folder.iterdir():
+                raise UserError(
+                    f"data.dir={self.folder}: holds {path.name} and no manifest.json; give an "
+                    "empty folder or a new one"
+                )
         beside = self.folder.with_name(f".{self.folder.name}.tmp")
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)

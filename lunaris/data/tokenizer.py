@@ -49,8 +49,8 @@ def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
 class TextTokenizer:
     """A `tokenizer.json` with its end-of-text id, encoding and decoding bytes."""
 
-    def __init__(self, path: Path, eot: str | None = None) -> None:
-        """eot: the end-of-text token; None: the first known name that the tokenizer has.
+    def __init__(self, path: Path, eot: str | int | None = None) -> None:
+        """eot: the end-of-text token or its id; None: the first known name the tokenizer has.
 
         Raises UserError when the file is no tokenizer or has no end of text.
         """
@@ -65,7 +65,7 @@ class TextTokenizer:
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         self.vocab_size = self._vocab_size()
-        self.eot_id = self._find_eot(path, eot)
+        self.eot_id = eot if isinstance(eot, int) else self._find_eot(path, eot)
         ids = [self._tokenizer.token_to_id(char) for char in byte_alphabet()]
         byte_level = "ByteLevel" in self._tokenizer.to_str() and None not in ids
         # The id of each byte where the tokenizer is byte-level; else broken UTF-8 is replaced.

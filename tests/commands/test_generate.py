@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from lunaris.commands.evaluate import main as evaluate
 from lunaris.commands.generate import main
+from lunaris.data.text import TextData
+from lunaris.data.tokenizer import train_bpe
 from lunaris.errors import UserError
 from lunaris.rundir import RunDir
 
@@ -32,6 +36,40 @@ def test_samples_start_with_the_prompt_and_depend_only_on_the_seed(
     assert first == sample("--seed", "1", "--top-k", "20", "--top-p", "0.9")
     assert first != sample("--seed", "2", "--top-k", "20", "--top-p", "0.9")
     assert sample("--temperature", "0") == sample("--temperature", "0", "--seed", "5")
+
+
+def prepared(folder: str, words: str, eot: str) -> None:
+    """Make shards of documents of `words` whose tokenizer ends a text by an unusual token."""
+    Path(folder).mkdir()
+    train_bpe([words * 50], 280, Path(folder, "made.json"))
+    Path(f"{folder}.json").write_text(
+        Path(folder, "made.json").read_text().replace("<|endoftext|>", eot)
+    )
+    Path(folder, "made.json").unlink()
+    Path(f"{folder}.txt").write_text(words * 200)
+    TextData(
+        dir=folder, files=f"{folder}.txt", tokenizer=f"{folder}.json", eot=eot, processes=1,
+        val_fraction=0.0,
+    ).make()  # fmt: skip
+
+
+def test_the_runs_own_tokenizer_is_kept_and_no_other_taken_for_it(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir], capsys: pytest.CaptureFixture[str]
+) -> None:
+    prepared("first", "one two three ", "[END]")
+    keys = ["data=shards", "data.dir=first", "trainer.max_steps=2", "checkpoint.save_interval=1"]
+    run_dir = run_here(tiny(*keys))
+    assert main([str(run_dir.path), "--prompt", "one", "--max-new-tokens", "4"]) == 0
+    assert capsys.readouterr().out.count("one") >= 1
+    prepared("second", "uno dos tres ", "[END]")
+    with pytest.raises(UserError, match=r"second/tokenizer\.json: another tokenizer than the run"):
+        evaluate([str(run_dir.path), "data.dir=second"])
+    # Other shards in the folder that the run was begun with.
+    shutil.rmtree("first")
+    Path("second").rename("first")
+    shutil.rmtree(run_dir.checkpoints / "step_00000002")
+    with pytest.raises(UserError, match=r"first/tokenizer\.json: another tokenizer than the run"):
+        run_here(tiny(*keys))
 
 
 def test_a_run_without_a_tokenizer_is_refused(

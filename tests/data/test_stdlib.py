@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from lunaris.data.manifest import read
 from lunaris.data.shards import verify
 from lunaris.data.stdlib import StdlibData
 from lunaris.data.tokenizer import TextTokenizer
+from lunaris.errors import UserError
 
 FEW = stdlib.library_files()[:40]
 
@@ -78,6 +80,22 @@ def test_an_interrupted_build_is_begun_anew() -> None:
     data.prepare()
     assert not half.exists()
     assert read(data.folder) is not None
+
+
+@pytest.mark.usefixtures("few_files")
+def test_a_folder_of_anything_else_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    StdlibData(dir=str(folder), vocab_size=300).prepare()
+    with pytest.raises(UserError, match="vocab_size: 300 → 310"):
+        StdlibData(dir=str(folder), vocab_size=310).prepare()
+    # What another Python made is taken as it is.
+    manifest = folder / "manifest.json"
+    manifest.write_text(manifest.read_text().replace(platform.python_version(), "3.99.0"))
+    StdlibData(dir=str(folder), vocab_size=300).prepare()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("text")
+    with pytest.raises(UserError, match=r"holds letter\.txt and no manifest\.json"):
+        StdlibData(dir=str(tmp_path / "full"), vocab_size=300).prepare()
 
 
 _RACE = """
