@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from lunaris.errors import UserError
 from lunaris.files import read_json
@@ -32,7 +32,25 @@ def is_run(folder: Path) -> bool:
 
 def is_sweep(folder: Path) -> bool:
     """Say whether `folder` holds a sweep."""
-    return "points" in read_json(folder / _MANIFEST)
+    return _points(folder) is not None
+
+
+def _points(folder: Path) -> list[dict[str, Any]] | None:
+    """Return the rows of a sweep's manifest, without those that cannot be read; None: no sweep."""
+    rows = read_json(folder / _MANIFEST).get("points")
+    if not isinstance(rows, list):
+        return None
+    return [
+        row
+        for row in rows
+        if isinstance(row, dict)
+        and _are_texts([row.get("name"), row.get("dir")])
+        and _are_texts(row.get("overrides"))
+    ]
+
+
+def _are_texts(value: object) -> TypeGuard[list[str]]:
+    return isinstance(value, list) and all(isinstance(text, str) for text in value)
 
 
 def find(folder: Path) -> list[Listed]:
@@ -57,10 +75,9 @@ def find(folder: Path) -> list[Listed]:
 
 def _in(folder: Path) -> Iterator[Listed]:
     if is_run(folder):
-        overrides = read_json(folder / "provenance.json").get("overrides", [])
-        yield Listed(folder, folder.name, overrides)
-    elif folder.is_dir() and is_sweep(folder):
-        rows: list[dict[str, Any]] = read_json(folder / _MANIFEST)["points"]
+        overrides = read_json(folder / "provenance.json").get("overrides")
+        yield Listed(folder, folder.name, overrides if _are_texts(overrides) else [])
+    elif folder.is_dir() and (rows := _points(folder)) is not None:
         shared = set.intersection(*(set(row["overrides"]) for row in rows)) if rows else set()
         for row in rows:
             own = [text for text in row["overrides"] if len(rows) == 1 or text not in shared]

@@ -20,6 +20,8 @@ from lunaris.config.world import differing, identity
 from lunaris.errors import UserError
 from lunaris.files import read_json, replace_file, write_json
 
+# Of what every run's config holds; `launch` is near its end.
+_GROUPS = ("model", "data", "trainer", "launch")
 _PACKAGES = ("lunaris", "torch", "numpy", "hydra-core", "omegaconf", "submitit", "tokenizers")
 
 
@@ -46,12 +48,20 @@ class RunDir:
         return self.path / "logs"
 
     def read_config(self) -> Any:
-        """Return the frozen config as a DictConfig. Raises UserError where there is none."""
+        """Return the frozen config as a DictConfig. Raises UserError unless it is there, whole."""
         from omegaconf import OmegaConf
+        from yaml import YAMLError
 
         if not self.config_path.is_file():
             raise UserError(f"{self.path}: not a run's folder (it holds no config.yaml)")
-        return OmegaConf.load(self.config_path)
+        try:
+            cfg = OmegaConf.load(self.config_path)
+        except (OSError, ValueError, YAMLError) as error:
+            raise UserError(f"{self.config_path}: cannot be read: {error}") from error
+        absent = [key for key in _GROUPS if not OmegaConf.is_dict(cfg) or key not in cfg]
+        if absent:
+            raise UserError(f"{self.config_path}: is not whole: it lacks {', '.join(absent)}")
+        return cfg
 
     def write_config(self, cfg: Any) -> None:
         """Write the composed config, resolved."""
@@ -132,6 +142,14 @@ def create(cfg: Any, command: str, overrides: list[str]) -> RunDir:
         run_dir.logs.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"out_dir={cfg.out_dir}: cannot be made: {error.strerror}") from error
+    try:
+        _write(run_dir, cfg, command, overrides)
+    except OSError as error:
+        raise UserError(f"out_dir={cfg.out_dir}: cannot be written: {error.strerror}") from error
+    return run_dir
+
+
+def _write(run_dir: RunDir, cfg: Any, command: str, overrides: list[str]) -> None:
     with run_dir.lock():
         run_dir.write_config(cfg)
         old = read_json(run_dir.path / "provenance.json")
@@ -140,7 +158,6 @@ def create(cfg: Any, command: str, overrides: list[str]) -> RunDir:
             run_dir.write_status(
                 state="queued", step=0, attempts=0, max_steps=cfg.trainer.max_steps
             )
-    return run_dir
 
 
 def _provenance(command: str, overrides: list[str]) -> dict[str, Any]:

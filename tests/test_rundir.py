@@ -79,3 +79,22 @@ def test_attempts_are_counted_in_the_provenance(tmp_path: Path) -> None:
     assert [run_dir.record_attempt(2), run_dir.record_attempt(4)] == [1, 2]
     attempts = json.loads((run_dir.path / "provenance.json").read_text())["attempts"]
     assert [attempt["world_size"] for attempt in attempts] == [2, 4]
+
+
+@pytest.mark.parametrize("text", ["", "a: [", "- 1", "model: {}\ndata: {}\n"])
+def test_a_config_that_is_not_whole_is_named(tmp_path: Path, text: str) -> None:
+    run_dir = create(config(tmp_path), "lunaris train", [])
+    run_dir.config_path.write_text(text)
+    with pytest.raises(UserError, match=r"runs/x/config\.yaml: (cannot be read|is not whole)"):
+        run_dir.read_config()
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(self: RunDir, cfg: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(RunDir, "write_config", refused)
+    with pytest.raises(UserError, match="out_dir=.*: cannot be written: Permission denied"):
+        create(config(tmp_path), "lunaris train", [])

@@ -83,6 +83,8 @@ def _apply(cfg: Any, override: str) -> None:
 def _folders(override: str) -> str | list[str]:
     """Return the folder, or the folders of a list, that `data.dir=…` gives."""
     value = override.partition("=")[2]
+    if "${" in value or value == "???":
+        raise UserError(f"{override}: must be a folder, or a list of folders")
     if not value.startswith("["):
         return value
     folders: Any = parse([override])[0].value()

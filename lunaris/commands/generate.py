@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
+from itertools import chain
 
 from lunaris.errors import UserError
 from lunaris.rundir import RunDir
@@ -22,10 +24,7 @@ def main(argv: list[str]) -> int:
     from lunaris.trained import sample_text
 
     for i in range(args.samples):
-        if args.samples > 1:
-            print(f"--- sample {i + 1} (seed {args.seed + i})")
-        sys.stdout.write(args.prompt)
-        for piece in sample_text(
+        pieces = sample_text(
             cfg,
             run_dir,
             args.prompt,
@@ -35,7 +34,13 @@ def main(argv: list[str]) -> int:
             top_k=args.top_k,
             top_p=args.top_p,
             seed=args.seed + i,
-        ):
+        )
+        # Whatever is wrong with the run is found before its first piece.
+        first = next(pieces, "")
+        if args.samples > 1:
+            print(f"--- sample {i + 1} (seed {args.seed + i})")
+        sys.stdout.write(args.prompt)
+        for piece in chain([first], pieces):
             sys.stdout.write(piece)
             sys.stdout.flush()
         print()
@@ -64,9 +69,19 @@ def _check(args: argparse.Namespace) -> None:
     for name, value, fits, allowed in (
         ("--max-new-tokens", args.max_new_tokens, args.max_new_tokens >= 1, "at least 1"),
         ("--samples", args.samples, args.samples >= 1, "at least 1"),
-        ("--temperature", args.temperature, args.temperature >= 0, "0 (greedy) or above"),
+        (
+            "--temperature",
+            args.temperature,
+            args.temperature == 0 or 1e-3 <= args.temperature < math.inf,
+            "0 (greedy) or at least 0.001",
+        ),
+        ("--seed", args.seed, 0 <= args.seed < 2**63 - args.samples, "at least 0, below 2**63"),
         ("--top-k", args.top_k, args.top_k is None or args.top_k >= 1, "at least 1"),
         ("--top-p", args.top_p, args.top_p is None or 0 < args.top_p <= 1, "in (0, 1]"),
     ):
         if not fits:
             raise UserError(f"{name} {value}: must be {allowed}")
+    try:
+        args.prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("--prompt: must be text in UTF-8") from error

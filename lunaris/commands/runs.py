@@ -96,7 +96,7 @@ def _row(run: Listed, state: RunState) -> tuple[str, ...]:
         name,
         state.state,
         f"{status.get('step', 0)}/{status.get('max_steps', '?')}",
-        "-" if loss is None else f"{loss:.4f}",
+        f"{loss:.4f}" if isinstance(loss, int | float) else "-",
         state.job_id or "-",
         " ".join(run.overrides),
     )

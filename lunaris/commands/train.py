@@ -95,11 +95,13 @@ def _show(flags: Flags) -> int:
 
     from lunaris.config.compose import Composer, finish
     from lunaris.config.faults import shown
-    from lunaris.config.structure import check_keys
+    from lunaris.config.structure import check_interpolations, check_keys
 
     cfg: Any = Composer(flags.source).unchecked(flags.overrides)
     finish(cfg, flags.overrides)
     check_keys(cfg)
+    if flags.resolve:
+        check_interpolations(cfg)
     if flags.package not in (None, "_global_"):
         absent = object()
         part = OmegaConf.select(cfg, flags.package, default=absent)

@@ -105,7 +105,8 @@ def finish(cfg: DictConfig, overrides: list[str]) -> None:
     """Fill in what follows from the overrides: the run's name and the experiment's."""
     from omegaconf import OmegaConf
 
-    if not OmegaConf.is_interpolation(cfg, "name") and cfg.name is None:
+    given = OmegaConf.is_interpolation(cfg, "name") or OmegaConf.is_missing(cfg, "name")
+    if not given and cfg.name is None:
         cfg.name = run_name(overrides)
     cfg.experiment = experiment(overrides)
 

@@ -108,12 +108,22 @@ def _check_keys(cfg: DictConfig, group: str) -> None:
             raise UserError(no_such_key(f"{group}.{key}", [f"{group}.{name}" for name in known]))
 
 
-def _check_values(node: Any, path: str = "") -> None:
-    """Raise UserError for a value that is missing or an interpolation that leads nowhere."""
+def check_interpolations(cfg: DictConfig) -> None:
+    """Raise UserError for an interpolation that leads nowhere; a value may be missing."""
+    _check_values(cfg, missing=True)
+
+
+def _check_values(node: Any, path: str = "", *, missing: bool = False) -> None:
+    """Raise UserError for an interpolation that leads nowhere, and for a missing value.
+
+    missing: values may be.
+    """
     listed = OmegaConf.is_list(node)
     for key in range(len(node)) if listed else list(node):
         here = f"{path}[{key}]" if listed else f"{path}.{key}".lstrip(".")
         if OmegaConf.is_missing(node, key):
+            if missing:
+                continue
             example = _EXAMPLES.get(here.rpartition(".")[2], "VALUE")
             raise UserError(f"{here}: must be given, it has no default; write {here}={example}")
         if OmegaConf.is_interpolation(node, key):
@@ -124,4 +134,4 @@ def _check_values(node: Any, path: str = "") -> None:
                 reason = str(error).splitlines()[0]
                 raise UserError(f"{here}={raw[key]}: cannot be resolved: {reason}") from error
         elif OmegaConf.is_config(node[key]):
-            _check_values(node[key], here)
+            _check_values(node[key], here, missing=missing)

@@ -81,6 +81,8 @@ def test_several_folders_are_told_apart(
         (["data.dirs=x"], "did you mean data.dir"),
         (["trainer.batch_size=0"], "trainer.batch_size=0: must be at least 1"),
         (["trainer.batch_size=many"], "trainer.batch_size=many: must be an integer"),
+        (["data.dir=${nope}"], "must be a folder, or a list of folders"),
+        (["data.dir=???"], "must be a folder, or a list of folders"),
         (["--max-sequences", "0"], "--max-sequences 0: must be at least 1"),
         (["--step", "3"], "no checkpoint of step 3; there are 8, 4"),
     ],

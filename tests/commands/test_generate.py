@@ -72,6 +72,18 @@ def test_the_runs_own_tokenizer_is_kept_and_no_other_taken_for_it(
         run_here(tiny(*keys))
 
 
+@pytest.mark.slow
+def test_nothing_is_printed_before_what_is_wrong(
+    trained_on_text: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    capsys.readouterr()
+    with pytest.raises(UserError, match="no checkpoint of step 7"):
+        main([str(trained_on_text.path), "--prompt", "x", "--step", "7"])
+    with pytest.raises(UserError, match="--prompt: must be text in UTF-8"):
+        main([str(trained_on_text.path), "--prompt", "\udcff"])
+    assert capsys.readouterr().out == ""
+
+
 def test_a_run_without_a_tokenizer_is_refused(
     tiny: Callable[..., Any], run_here: Callable[[Any], RunDir]
 ) -> None:
@@ -81,7 +93,16 @@ def test_a_run_without_a_tokenizer_is_refused(
 
 
 @pytest.mark.parametrize(
-    ("flag", "value"), [("--temperature", "-1"), ("--top-p", "0"), ("--top-k", "0")]
+    ("flag", "value"),
+    [
+        ("--temperature", "-1"),
+        ("--temperature", "inf"),
+        ("--temperature", "1e-45"),
+        ("--top-p", "0"),
+        ("--top-k", "0"),
+        ("--seed", "-1"),
+        ("--seed", str(2**63)),
+    ],
 )
 def test_sampling_options_out_of_range_are_refused(tmp_path: Path, flag: str, value: str) -> None:
     with pytest.raises(UserError, match=f"{flag} {value}"):

@@ -54,6 +54,19 @@ def test_runs_and_sweeps_below_a_folder_are_listed(capsys: pytest.CaptureFixture
     assert "    log: sweeps/first/seed=1/logs/rank_0.log" in lines
 
 
+def test_what_cannot_be_read_hides_no_other_run(capsys: pytest.CaptureFixture[str]) -> None:
+    make_run(Path("runs/good"), state="done", step=8, max_steps=8, best_val_loss=1.5)
+    make_run(Path("runs/odd"), state="done", best_val_loss="y")
+    write_json(Path("runs/odd/provenance.json"), {"overrides": 5})
+    for name, points in (("a", None), ("b", [{"name": "x"}, 3]), ("c", [])):
+        make_sweep(Path("sweeps", name))
+        write_json(Path("sweeps", name, "manifest.json"), {"points": points})
+    assert main(["runs"]) == 0
+    out = capsys.readouterr().out
+    assert "1.5000" in out and "odd" in out
+    assert main(["runs", "--json"]) == 0
+
+
 def test_a_failure_without_a_word_shows_the_log_s_last_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -72,6 +72,7 @@ TABLE: list[tuple[str, str]] = [
     ("data=text data.dir=x", "data.files: must be given"),
     ("experiment=codex_8ex_gqa_20l", "data.dir: must be given"),
     ("trainer.max_steps=${foo.bar}", "trainer.max_steps=${foo.bar}: cannot be resolved: "),
+    ("name=???", "name: must be given"),
     ("out_dir=${oc.env:LUNARIS_ABSENT}", "out_dir=${oc.env:LUNARIS_ABSENT}: cannot be resolved"),
     # several keys together
     ("moe.first_dense_layers=4", "moe.first_dense_layers=4: must be below model.n_layers=4"),
