@@ -135,3 +135,5 @@ def _check_values(node: Any, path: str = "", *, missing: bool = False) -> None:
                 raise UserError(f"{here}={raw[key]}: cannot be resolved: {reason}") from error
         elif OmegaConf.is_config(node[key]):
             _check_values(node[key], here, missing=missing)
+        elif isinstance(node[key], int) and abs(node[key]) >= 2**63:
+            raise UserError(f"{here}={node[key]}: must be below 2**63")

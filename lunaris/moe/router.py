@@ -114,7 +114,7 @@ def within_capacity(experts: Tensor, n_experts: int, factor: float) -> Tensor:
     """
     flat = experts.flatten(1)
     size = flat.size(1)
-    capacity = math.ceil(factor * size / n_experts)
+    capacity = math.ceil(min(factor * size / n_experts, size))
     ordered, order = flat.sort(dim=1, stable=True)
     first = torch.searchsorted(ordered, ordered)  # where each one's expert begins
     place = torch.arange(size, device=flat.device) - first

@@ -33,6 +33,7 @@ SMOKE = ["experiment=smoke", "moe=none", "trainer.max_steps=2", "data.n_tokens=5
         ["train", "--cfg", "job", "-m"],
         ["train", "--cfg", "job", "moe.n_expert=16"],
         ["train", "--cfg", "job", "+moe.n_expert=16"],
+        ["train", "--cfg", "job", "--resolve", "trainer.max_steps=${nope}"],
         ["train", "--cfg", "job", "--package", "mo"],
         ["train", "--config-name", "absent"],
         ["train", "--config-dir", "absent"],

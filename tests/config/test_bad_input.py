@@ -73,6 +73,7 @@ TABLE: list[tuple[str, str]] = [
     ("experiment=codex_8ex_gqa_20l", "data.dir: must be given"),
     ("trainer.max_steps=${foo.bar}", "trainer.max_steps=${foo.bar}: cannot be resolved: "),
     ("name=???", "name: must be given"),
+    ("model.vocab_size=99999999999999999999", "model.vocab_size=99999999999999999999: must be b"),
     ("out_dir=${oc.env:LUNARIS_ABSENT}", "out_dir=${oc.env:LUNARIS_ABSENT}: cannot be resolved"),
     # several keys together
     ("moe.first_dense_layers=4", "moe.first_dense_layers=4: must be below model.n_layers=4"),

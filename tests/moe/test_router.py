@@ -75,3 +75,7 @@ def test_the_bias_balances_a_lopsided_router(make_layer: MakeLayer) -> None:
 def test_the_bias_is_saved_and_float32(make_layer: MakeLayer) -> None:
     layer = make_layer(balancing="bias")
     assert layer.state_dict()["router.balance_bias"].dtype == torch.float32
+
+
+def test_a_capacity_beyond_every_token_drops_none() -> None:
+    assert within_capacity(torch.zeros(2, 5, 1, dtype=torch.int64), 4, 1e308).all()
