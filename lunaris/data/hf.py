@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 from lunaris.data import units
 from lunaris.data.documents import Problem, to_document
+from lunaris.data.extras import need
 from lunaris.data.text import Preparable
-from lunaris.data.units import Cursor, Source, Unit, need
+from lunaris.data.units import Cursor, Source, Unit
 from lunaris.errors import UserError, did_you_mean
 
 _KEYS = ("path", "name", "split", "text_key", "data_files", "revision")
@@ -32,7 +34,12 @@ class HFData(Preparable):
         return [self._source(name, what) for name, what in named(self._datasets).items()]
 
     def _source(self, name: str, what: Any) -> Source:
-        keys = {"path": what} if isinstance(what, str) else dict(what or {})
+        if not isinstance(what, str | dict):
+            raise UserError(
+                f"data.datasets.{name}={what}: must be a path, like owner/name, or a map of "
+                f"{', '.join(_KEYS)}"
+            )
+        keys = {"path": what} if isinstance(what, str) else dict(what)
         for key in keys:
             if key not in _KEYS:
                 raise UserError(
@@ -49,6 +56,11 @@ def named(datasets: Any) -> dict[str, Any]:
     """Return source name -> what it is. Raises UserError when there is none."""
     if isinstance(datasets, str):
         datasets = [datasets]
+    if not isinstance(datasets, list | dict | None):
+        raise UserError(
+            f"data.datasets={datasets}: must be a path, a list of paths, or a map of source name "
+            "to path"
+        )
     if isinstance(datasets, dict):
         # One dataset may be given by its keys alone.
         found = {"hf": datasets} if "path" in datasets else datasets
@@ -72,7 +84,20 @@ class HFSource:
     def units(self, index: int, cursor: Cursor) -> Iterator[Unit]:
         payload: list[bytes | str] = []
         at, held = cursor.start, 0
-        for row in self._rows(cursor.start):
+        rows, problem = iter(self._rows(cursor.start)), ""
+        while True:
+            try:
+                row = next(rows, None)
+            except ValueError as error:  # pyarrow's are, for what is no JSON or no Parquet
+                row, problem = None, f"cannot be read on: {type(error).__name__}: {error}"
+            except Exception as error:  # the network's, of many kinds
+                raise UserError(
+                    f"data.datasets.{self.name}: {self.keys['path']} cannot be read on after "
+                    f"{at + len(payload)} documents: {type(error).__name__}: {error}; the same "
+                    "command goes on"
+                ) from error
+            if row is None:
+                break
             document = to_document(row, self.text_key, 1)
             if isinstance(document, Problem):
                 payload.append(document.message)
@@ -82,8 +107,8 @@ class HFSource:
             if held >= units.UNIT_BYTES:
                 yield self._unit(index, at, payload, held)
                 at, payload, held = at + len(payload), [], 0
-        if payload:
-            yield self._unit(index, at, payload, held)
+        if payload or problem:
+            yield replace(self._unit(index, at, payload, held), problem=problem)
 
     def sample(self, budget: int) -> Iterator[Unit]:
         for unit in self.units(0, Cursor()):
@@ -93,7 +118,11 @@ class HFSource:
                 return
 
     def fingerprint(self) -> list[Any]:
-        return [self.keys, self.text_key]
+        path = Path(self.keys["path"])
+        # Of a dataset in a folder here, what would be read; one of the Hub is known by its name.
+        files = [path] if path.is_file() else sorted(path.rglob("*")) if path.is_dir() else []
+        stats = [(file, file.stat()) for file in files if file.is_file()]
+        return [self.keys, self.text_key, [[str(f), s.st_size, s.st_mtime_ns] for f, s in stats]]
 
     def _unit(self, index: int, at: int, payload: list[bytes | str], held: int) -> Unit:
         path, stop = f"{self.keys['path']}[{self.keys['split']}]", at + len(payload)

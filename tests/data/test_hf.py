@@ -11,7 +11,7 @@ import pytest
 
 from lunaris.data import prepare as preparation
 from lunaris.data import units
-from lunaris.data.hf import HFData
+from lunaris.data.hf import HFData, HFSource
 from lunaris.data.manifest import Manifest
 from lunaris.data.text import TextData
 from lunaris.data.tokenizer import train_bpe
@@ -92,6 +92,8 @@ BAD: list[tuple[Any, str]] = [
     ({"a": {"path": "a", "splitt": "x"}}, r"data\.datasets\.a\.splitt: .*did you mean split\?"),
     ({"a": {"path": "a", "text_key": "txt"}}, r"data\.text_key=txt: .*did you mean text\?"),
     ("nowhere", "nowhere cannot be loaded"),
+    (5, r"data\.datasets=5: must be a path"),
+    ({"a": 5}, r"data\.datasets\.a=5: must be a path"),
     ({"a": {"path": "a", "split": "test"}}, "a cannot be loaded"),
 ]
 
@@ -101,6 +103,42 @@ def test_what_cannot_be_loaded(datasets: Any, message: str) -> None:
     with pytest.raises(UserError, match=message):
         make("out", datasets)
     make("out", "a")
+
+
+def test_a_damaged_file_is_told_or_left_out(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("c").mkdir()
+    Path("c/0.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in DOCUMENTS["a"]))
+    Path("c/1.jsonl").write_text('{"text": "one"}\n{broken\n')
+    with pytest.raises(UserError, match=r"c\[train\]:\d+: cannot be read on: \w+: JSON"):
+        make("out", "c")
+    manifest = make("out", "c", on_error="skip")
+    assert "skipped c[train]:" in capfd.readouterr().err
+    assert manifest.sources[0].documents >= 300 and manifest.sources[0].skipped == 1
+
+
+def test_a_network_fault_is_told_and_gone_on_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = HFSource._rows
+
+    def failing(self: HFSource, start: int) -> Any:
+        for i, row in enumerate(rows(self, start)):
+            if i == 200:
+                raise ConnectionError("reset by peer")
+            yield row
+
+    with monkeypatch.context() as patch:
+        patch.setattr(HFSource, "_rows", failing)
+        with pytest.raises(UserError, match="a cannot be read on after 200 documents: Connection"):
+            make("out", "a", on_error="skip")
+    make("out", "a", on_error="skip")
+    make("whole", "a", on_error="skip")
+    assert shards("out") == shards("whole")
+
+
+def test_files_of_a_folder_that_changed_are_another_input() -> None:
+    make("out", "b", text_key="body")
+    Path("b/more.jsonl").write_text('{"body": "more"}\n')
+    with pytest.raises(UserError, match="files that changed"):
+        make("out", "b", text_key="body")
 
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
