@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
 from lunaris import distributed
@@ -53,6 +55,7 @@ def execute(cfg: Any, path: str | Path) -> RunResult:
         )
         stack.enter_context(_held(run_dir))
         stack.enter_context(_recorded(run_dir))
+        stack.enter_context(_memory_told(cfg))
         run = build(cfg, run_dir, stop)
         stack.callback(run.loader.close)
         stack.callback(run.logger.finish)
@@ -66,8 +69,24 @@ def execute(cfg: Any, path: str | Path) -> RunResult:
 
 
 def component(cfg: Any, **inputs: Any) -> Any:
-    """Build a config group's component from its keys and its run-time inputs."""
-    return instantiate(cfg, _partial_=True, _convert_="all")(**inputs)
+    """Build a config group's component from its keys and its run-time inputs.
+
+    Raises UserError when its class cannot be imported or does not take them.
+    """
+    key = f"{cfg._get_full_key('_target_')}={cfg._target_}"
+    try:
+        made = instantiate(cfg, _partial_=True, _convert_="all")
+    except InstantiationException as error:
+        if not str(error).startswith("Error locating"):
+            raise
+        raise UserError(f"{key}: cannot be imported: {error.__cause__}") from error
+    try:
+        inspect.signature(made.func).bind(*made.args, **made.keywords, **inputs)
+    except TypeError as error:
+        raise UserError(f"{key}: its keys do not fit: {error}") from error
+    except ValueError:  # A class in C tells no signature.
+        pass
+    return made(**inputs)
 
 
 def build(cfg: Any, run_dir: RunDir, stop: StopSignal) -> Run:
@@ -284,3 +303,20 @@ def _recorded(run_dir: RunDir) -> Iterator[None]:
         run_dir.write_status(state="failed", last_error=f"{type(error).__name__}: {error}")
         raise
     run_dir.write_status(state="done")
+
+
+@contextmanager
+def _memory_told(cfg: Any) -> Iterator[None]:
+    """Say what to change where memory, the device's or the host's, is too small for a step."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "DefaultCPUAllocator" not in str(error):
+            raise
+        raise UserError(
+            f"out of memory with trainer.batch_size={cfg.trainer.batch_size} and "
+            f"model.max_seq_len={cfg.model.max_seq_len}; lower the first and raise "
+            "trainer.gradient_accumulation_steps as much, or set "
+            f"trainer.activation_checkpointing=true ({str(error).splitlines()[0]})"
+        ) from error

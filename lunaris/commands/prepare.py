@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -44,6 +43,7 @@ def main(argv: list[str]) -> int:
     from omegaconf import OmegaConf
 
     from lunaris.config.compose import compose
+    from lunaris.config.targets import load_class
 
     overrides = [arg for arg in argv if not arg.startswith("-")]
     cfg = compose(overrides, check_data=False)
@@ -51,7 +51,7 @@ def main(argv: list[str]) -> int:
     if flags:
         return _verify(keys)
     target = keys.pop("_target_")
-    data = _class(target)(**keys)
+    data = load_class("data._target_", target)(**keys)
     began = time.monotonic()
     if not hasattr(data, "make"):
         if not hasattr(data, "folder"):
@@ -108,11 +108,3 @@ def _keys() -> str:
             value = "(required)" if key.default == "???" else key.default
             rows.append(f"  data.{key.name:<16} {'null' if value is None else value}")
     return "\n".join(rows)
-
-
-def _class(dotted: str) -> Any:
-    module, _, name = dotted.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"data._target_={dotted}: cannot be imported: {error}") from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shlex
 from pathlib import Path
@@ -61,8 +60,10 @@ def submit(cfg: DictConfig, command: str, overrides: list[str]) -> int:
     """Give a composed config to its launcher, or run it here when torchrun started us."""
     if "RANK" in os.environ:
         return _run_as_rank(cfg, command, overrides)
+    from lunaris.config.targets import load_class
+
     keys: dict[str, Any] = {str(k): v for k, v in cfg.launch.items() if k != "_target_"}
-    launcher = _class("launch._target_", cfg.launch._target_)(**keys)
+    launcher = load_class("launch._target_", cfg.launch._target_)(**keys)
     return int(launcher.submit(cfg, command, overrides))
 
 
@@ -117,14 +118,6 @@ def _show(flags: Flags) -> int:
         return 0
     print(OmegaConf.to_yaml(cfg, resolve=flags.resolve), end="")
     return 0
-
-
-def _class(key: str, dotted: str) -> Any:
-    module, _, name = dotted.rpartition(".")
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise UserError(f"{key}={dotted}: cannot be imported: {error}") from error
 
 
 def _unreached(cfg: DictConfig) -> None:

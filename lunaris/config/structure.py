@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf, open_dict
@@ -14,6 +17,8 @@ from lunaris.config.schema import SCHEMAS, Config
 from lunaris.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
+    from importlib.machinery import ModuleSpec
+
     from omegaconf import DictConfig
 
 _OURS = "lunaris."
@@ -83,19 +88,35 @@ def _give_schema(cfg: DictConfig, group: str) -> None:
 
 
 def _check_module(group: str, target: str) -> None:
-    """Find the module of a class of the person's own without running it."""
-    module = target.rpartition(".")[0]
+    """Find the module of a class of the person's own, and the class's name, without running it."""
+    key = f"{group}._target_={target}"
+    module, _, name = target.rpartition(".")
     while module:
         try:
-            if importlib.util.find_spec(module) is not None:
-                return
+            spec = importlib.util.find_spec(module)
         except (ImportError, ValueError):
-            pass
+            spec = None
+        if spec is not None:
+            return _check_name(key, name, spec)
         # A class within a class: the module is further up. An absent module ends at "".
-        module, _, last = module.rpartition(".")
-        if not last[:1].isupper():
+        module, _, name = module.rpartition(".")
+        if not name[:1].isupper():
             break
-    raise UserError(f"{group}._target_={target}: no such module on the Python path")
+    raise UserError(f"{key}: no such module on the Python path")
+
+
+def _check_name(key: str, name: str, spec: ModuleSpec) -> None:
+    """Raise UserError when a module's source shows that it has no such name."""
+    try:
+        source = Path(spec.origin or "").read_text()
+        tree = ast.parse(source)
+    except (OSError, ValueError, SyntaxError):
+        return  # Compiled, or broken in a way that its import tells better.
+    if re.search(rf"\b{re.escape(name)}\b|import \*|__getattr__|globals\(", source):
+        return
+    kinds = (ast.ClassDef, ast.FunctionDef)
+    near = did_you_mean(name, [node.name for node in tree.body if isinstance(node, kinds)])
+    raise UserError(f"{key}: {spec.origin} has no {name}{near}")
 
 
 def _check_keys(cfg: DictConfig, group: str) -> None:

@@ -66,13 +66,31 @@ def test_a_run_leaves_its_folder_and_goes_on_from_it(capsys: pytest.CaptureFixtu
     assert "model.d_model: 32 → 64" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("optimizer._target_=json.JSONDecoder", "=json.JSONDecoder: its keys do not fit: got an"),
+        ("trainer.batch_size=99999999999999", "batch_size=99999999999999 and model.max_seq_len=32"),
+    ],
+)
+def test_what_shows_only_at_the_start_is_told_in_one_line(
+    override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", *SMOKE, override]) == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+    assert len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
+    status = RunDir("runs/x").read_status()
+    assert status["state"] == "failed" and message in status["last_error"]
+
+
 def test_what_nobody_foresaw_ends_with_1_and_one_traceback(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    # A class that is there, but takes none of these keys.
-    assert main(["train", *SMOKE[:1], "name=x", "moe._target_=json.JSONDecoder"]) == 1
+    # A class that takes any keys, and is no factory of feed-forwards.
+    assert main(["train", *SMOKE[:1], "name=x", "moe._target_=collections.Counter"]) == 1
     assert capsys.readouterr().err.count("Traceback") == 1
-    assert "unexpected keyword" in RunDir("runs/x").read_status()["last_error"]
+    assert "'Counter' object is not callable" in RunDir("runs/x").read_status()["last_error"]
     assert "Traceback" in (RunDir("runs/x").logs / "rank_0.log").read_text()
 
 

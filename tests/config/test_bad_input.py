@@ -112,6 +112,7 @@ TABLE: list[tuple[str, str]] = [
     # classes
     ("moe._target_=lunaris.moe.factory.Moe", "did you mean lunaris.moe.factory.MoEFactory?"),
     ("moe._target_=lunaris.moe.factory.DenseFactory", "choose it by moe=none"),
+    ("moe._target_=json.decoder.JSONDecodr", "decoder.py has no JSONDecodr; did you mean JSOND"),
     ("moe._target_=no_such_package.MoE", "no such module on the Python path"),
     ("moe._target_=MoE", "moe._target_=MoE: must be the dotted path of a class"),
 ]
