@@ -19,8 +19,8 @@ from lunaris.checkpoint import Checkpoints, TrainState, complete
 from lunaris.data.loader import Loader
 from lunaris.errors import Stopped, UserError
 from lunaris.evaluate import Evaluator
-from lunaris.files import replace_file
 from lunaris.jobs import current_job_id
+from lunaris.kept import keep
 from lunaris.metrics.loggers import Logger
 from lunaris.metrics.plot import plot_loss
 from lunaris.metrics.records import read_rows
@@ -146,15 +146,11 @@ def build(cfg: Any, run_dir: RunDir, stop: StopSignal) -> Run:
 
 
 def prepared_data(cfg: Any, run_dir: RunDir) -> Any:
-    """Build the data component, made ready by rank 0 first; keep its tokenizer with the run."""
+    """Build the data component, made ready by rank 0 first, and hold the run to it."""
     data = component(cfg.data)
     distributed.on_rank_0(data.prepare)
     data.prepare()
-    check_tokenizer(data.tokenizer_path, run_dir)
-    kept = run_dir.path / "tokenizer.json"
-    if distributed.rank() == 0 and data.tokenizer_path is not None and not kept.is_file():
-        run_dir.note_eot(data.eot_id)
-        replace_file(kept, Path(data.tokenizer_path).read_bytes())
+    distributed.on_rank_0(lambda: keep(data, run_dir))
     vocab_size = cfg.model.vocab_size
     if vocab_size is not None and vocab_size < data.vocab_size:
         raise UserError(
@@ -162,16 +158,6 @@ def prepared_data(cfg: Any, run_dir: RunDir) -> Any:
             f"{data.vocab_size}; leave it null to take that"
         )
     return data
-
-
-def check_tokenizer(path: Path | None, run_dir: RunDir) -> None:
-    """Raise UserError when data was made with another tokenizer than the run's own."""
-    kept = run_dir.path / "tokenizer.json"
-    if path is None or not kept.is_file() or path.read_bytes() == kept.read_bytes():
-        return
-    raise UserError(
-        f"{path}: another tokenizer than the run's, {kept}: the same ids would be other text"
-    )
 
 
 def bare_model(cfg: Any, data_vocab_size: int) -> Transformer:
@@ -258,7 +244,7 @@ def conclude(run: Run) -> str:
         f"plot       {folder / 'loss.png'}",
         f"next       lunaris evaluate {folder}",
     ]
-    if (folder / "tokenizer.json").is_file():
+    if run.dir.tokenizer_path.is_file():
         lines.append(f"           lunaris generate {folder} --prompt 'def main('")
     lines.append("           lunaris train -m moe.n_experts=4,8 trainer.max_steps=100")
     return "\n".join(lines)

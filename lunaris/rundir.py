@@ -44,6 +44,10 @@ class RunDir:
         return self.path / "checkpoints"
 
     @property
+    def tokenizer_path(self) -> Path:
+        return self.path / "tokenizer.json"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 
@@ -81,15 +85,14 @@ class RunDir:
             status = self.read_status() | changes | {"time": time.time()}
             write_json(self.path / "status.json", status)
 
-    def note_eot(self, eot_id: int | None) -> None:
-        """Keep the end-of-text id of the run's tokenizer in provenance.json."""
+    def note(self, **facts: Any) -> None:
+        """Keep facts in provenance.json, under their names."""
         path = self.path / "provenance.json"
-        write_json(path, read_json(path) | {"eot_id": eot_id})
+        write_json(path, read_json(path) | facts)
 
-    def eot_id(self) -> int | None:
-        """Return what `note_eot` kept."""
-        found: int | None = read_json(self.path / "provenance.json").get("eot_id")
-        return found
+    def noted(self, name: str) -> Any:
+        """Return what `note` kept under a name, or None."""
+        return read_json(self.path / "provenance.json").get(name)
 
     def record_attempt(self, world_size: int) -> int:
         """Count a start of the run and append where it runs to provenance.json."""
@@ -152,12 +155,21 @@ def create(cfg: Any, command: str, overrides: list[str]) -> RunDir:
 def _write(run_dir: RunDir, cfg: Any, command: str, overrides: list[str]) -> None:
     with run_dir.lock():
         run_dir.write_config(cfg)
-        old = read_json(run_dir.path / "provenance.json")
-        write_json(run_dir.path / "provenance.json", old | _provenance(command, overrides))
+        path = run_dir.path / "provenance.json"
+        write_json(path, _after(read_json(path), _provenance(command, overrides)))
         if not run_dir.read_status():
             run_dir.write_status(
                 state="queued", step=0, attempts=0, max_steps=cfg.trainer.max_steps
             )
+
+
+def _after(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return the provenance of a run that is launched again: what changed is kept in `earlier`."""
+    changed = {key: old[key] for key in new if key in old and old[key] != new[key]}
+    merged = old | new
+    if changed.keys() - {"created"}:
+        merged["earlier"] = [*old.get("earlier", []), changed]
+    return merged
 
 
 def _provenance(command: str, overrides: list[str]) -> dict[str, Any]:

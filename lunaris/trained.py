@@ -12,12 +12,13 @@ from lunaris import distributed
 from lunaris.checkpoint import load_weights, newest, saved_vocab_size
 from lunaris.data.tokenizer import TextTokenizer
 from lunaris.errors import UserError
+from lunaris.kept import check_tokenizer
 from lunaris.model.generate import stream
 from lunaris.model.transformer import Transformer
 from lunaris.parallelism.base import unwrap
 from lunaris.parallelism.single import Single
 from lunaris.precision import Precision
-from lunaris.run import bare_model, check_tokenizer, component, evaluator_of
+from lunaris.run import bare_model, component, evaluator_of
 from lunaris.rundir import RunDir
 
 
@@ -65,10 +66,10 @@ def sample_text(
 
     Raises UserError when the run has no tokenizer or checkpoint.
     """
-    path = run_dir.path / "tokenizer.json"
+    path = run_dir.tokenizer_path
     if not path.is_file():
         raise UserError(f"{path}: missing; a run on data without a tokenizer cannot generate text")
-    tokenizer = TextTokenizer(path, run_dir.eot_id())
+    tokenizer = TextTokenizer(path, run_dir.noted("eot_id"))
     with distributed.session(cfg.trainer.device, cfg.launch.collective_timeout_s):
         model, _ = load_trained(cfg, run_dir, step)
         ids = tokenizer.encode([prompt.encode()])[0].tolist()

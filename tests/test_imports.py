@@ -22,7 +22,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("trained", "listing"),
     ("run",),
     ("train",),
-    ("evaluate",),
+    ("evaluate", "kept"),
     ("model", "moe", "data", "optim", "parallelism", "metrics", "checkpoint"),
     ("distributed", "layers", "precision", "signals", "jobs"),
     ("heartbeat",),

@@ -38,6 +38,22 @@ def test_a_folder_holds_config_provenance_and_status(tmp_path: Path) -> None:
     assert run_dir.read_status()["state"] == "queued"
 
 
+def test_what_another_launch_changes_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = create(config(tmp_path), "lunaris train", ["a=1"]).path / "provenance.json"
+    first = json.loads(path.read_text())
+    create(config(tmp_path), "lunaris train", ["a=1"])
+    assert "earlier" not in json.loads(path.read_text())
+    (tmp_path / "other").mkdir()
+    monkeypatch.chdir(tmp_path / "other")
+    create(config(tmp_path), "lunaris train", ["a=1"])
+    now = json.loads(path.read_text())
+    assert now["cwd"] == str(tmp_path / "other")
+    (earlier,) = now["earlier"]
+    assert earlier["cwd"] == first["cwd"] and earlier.keys() == {"cwd", "created"}
+
+
 def test_another_config_is_refused_with_the_differing_keys(tmp_path: Path) -> None:
     create(config(tmp_path), "", [])
     with pytest.raises(UserError, match=r"trainer.max_steps: 3 → 5") as error:

@@ -67,8 +67,26 @@ def _resume_run(folder: Path, wanted: tuple[str, ...]) -> int:
     cfg: Any = RunDir(folder).read_config()
     # The folder may have been moved since.
     cfg.out_dir = str(folder)
+    _hold(cfg, folder)
     first = read_json(folder / "provenance.json")
     return submit(cfg, first.get("command", ""), first.get("overrides", []))
+
+
+def _hold(cfg: Any, folder: Path) -> None:
+    """Look at the data before anything is written: it may have moved, or changed, since."""
+    from omegaconf import OmegaConf
+
+    from lunaris.config.targets import load_class
+    from lunaris.kept import hold
+
+    if cfg.data.get("dir") is None:
+        return
+    keys: Any = OmegaConf.to_container(cfg.data)
+    if "verify" in keys:
+        keys["verify"] = False  # Left to the processes that train.
+    data = load_class("data._target_", keys.pop("_target_"))(**keys)
+    data.prepare()
+    hold(data, RunDir(folder))
 
 
 def _wanted(folder: Path, state: jobs.RunState, wanted: tuple[str, ...]) -> bool:
@@ -109,6 +127,7 @@ def _point(folder: Path, row: dict[str, Any], flags: Flags, command: str) -> Any
     if is_run(path):
         cfg: Any = RunDir(path).read_config()
         cfg.out_dir = str(path)
+        _hold(cfg, path)
     else:
         cfg = compose(row["overrides"], source=flags.source)
         cfg.name, cfg.out_dir = row["name"], str(path)

@@ -35,6 +35,9 @@ class PreparedFolder:
     def tokenizer_path(self) -> Path | None:
         return self._shards.tokenizer_path
 
+    def digests(self) -> dict[str, str]:
+        return self._shards.digests()
+
     def train(self, seq_len: int, seed: int) -> Sequences:
         return self._shards.train(seq_len, seed)
 

@@ -36,6 +36,9 @@ class Data(Protocol):
     def prepare(self) -> None:
         """Make what is missing, with progress; cheap when all is there. Raises UserError."""
 
+    def digests(self) -> dict[str, str]:
+        """Return a digest of each source's training tokens, by its name; the sources in order."""
+
     def train(self, seq_len: int, seed: int) -> Sequences:
         """Return the training part, shuffled by `seed`. Raises UserError when it is too short."""
 

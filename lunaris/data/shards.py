@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ from lunaris.errors import UserError
 _ALLOWED = "one-dimensional .npy files of uint16 or uint32 token ids"
 # Bytes of a folder without a manifest that are read to find its largest id.
 _SCAN_BYTES = 256 * 2**20
+# Bytes at either end of such a folder's shards that its digest is made of.
+_ENDS = 4096
 _log = logging.getLogger(__name__)
 
 
@@ -53,6 +56,25 @@ class ShardsInfo:
     def tokenizer_path(self) -> Path | None:
         path = self.path / manifests.TOKENIZER
         return path if path.is_file() else None
+
+    def digest(self) -> str:
+        """Return a digest (hex) of the training tokens in order, without reading them all.
+
+        With a manifest, of its checksums; without one, of every shard's type, size and both ends.
+        """
+        found = hashlib.sha256()
+        if self.manifest is not None:
+            for entry in self.manifest.shards["train"]:
+                found.update(f"{entry.tokens} {entry.sha256}\n".encode())
+            return found.hexdigest()
+        for shard in self.train:
+            size = shard.tokens * shard.dtype.itemsize
+            found.update(f"{shard.tokens} {shard.dtype.str}\n".encode())
+            with shard.path.open("rb") as file:
+                for at in (0, max(0, size - _ENDS)):
+                    file.seek(shard.offset + at)
+                    found.update(file.read(min(_ENDS, size)))
+        return found.hexdigest()
 
 
 def inspect(folder: str | Path, key: str = "data.dir") -> ShardsInfo:
@@ -236,6 +258,10 @@ class ShardsData:
     @property
     def tokenizer_path(self) -> Path | None:
         return self._infos[0].tokenizer_path
+
+    def digests(self) -> dict[str, str]:
+        found = [info.digest() for info in self._infos]
+        return dict(zip(names(self._dirs), found, strict=True))
 
     def train(self, seq_len: int, seed: int) -> Sequences:
         parts = []

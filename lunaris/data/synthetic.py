@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +56,10 @@ class SyntheticData:
         if self._tokens is None:
             held_out = max(2, min(_VAL_TOKENS, self._n_tokens // 8))
             self._tokens = bigram_tokens(self.vocab_size, self._n_tokens + held_out, self._seed)
+
+    def digests(self) -> dict[str, str]:
+        assert self._tokens is not None, "prepare() comes first"
+        return {"synthetic": hashlib.sha256(self._tokens[: self._n_tokens].tobytes()).hexdigest()}
 
     def train(self, seq_len: int, seed: int) -> Sequences:
         assert self._tokens is not None, "prepare() comes first"

@@ -1,0 +1,59 @@
+"""What a run keeps of its data, so that it never goes on with other tokens unseen. No torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from lunaris.data.protocol import Data
+from lunaris.errors import UserError
+from lunaris.files import replace_file
+from lunaris.rundir import RunDir
+
+
+def keep(data: Data, run_dir: RunDir) -> None:
+    """Hold a run to its data's tokenizer and tokens, and keep what is new; rank 0 only.
+
+    A run that has trained nothing yet takes what it is given. Raises what `hold` raises.
+    """
+    kept, path = run_dir.tokenizer_path, data.tokenizer_path
+    if not _begun(run_dir):
+        kept.unlink(missing_ok=True)
+    hold(data, run_dir)
+    if path is not None and not kept.is_file():
+        replace_file(kept, path.read_bytes())
+    if not _begun(run_dir) or run_dir.noted("data") is None:
+        run_dir.note(eot_id=data.eot_id, data=data.digests())
+
+
+def hold(data: Data, run_dir: RunDir) -> None:
+    """Raise UserError when a run's checkpoints were trained on another tokenizer or other tokens.
+
+    The tokens are compared by `Data.digests`, which reads little of them.
+    """
+    if not _begun(run_dir):
+        return
+    check_tokenizer(data.tokenizer_path, run_dir)
+    old, new = run_dir.noted("data"), data.digests()
+    # By position: a folder may have moved, and only what is in it counts.
+    if old is None or list(old.values()) == list(new.values()):
+        return
+    known = old.values()
+    changed = [f"{name} ({digest[:16]}…)" for name, digest in new.items() if digest not in known]
+    raise UserError(
+        f"{run_dir.path}: its checkpoints were trained on other tokens than its data now holds, "
+        f"in {', '.join(changed or new)}; put the old shards back, or begin a run of another name"
+    )
+
+
+def check_tokenizer(path: Path | None, run_dir: RunDir) -> None:
+    """Raise UserError when data was made with another tokenizer than the run's own."""
+    kept = run_dir.tokenizer_path
+    if path is None or not kept.is_file() or path.read_bytes() == kept.read_bytes():
+        return
+    raise UserError(
+        f"{path}: another tokenizer than the run's, {kept}: the same ids would be other text"
+    )
+
+
+def _begun(run_dir: RunDir) -> bool:
+    return any(run_dir.checkpoints.glob("step_*"))
