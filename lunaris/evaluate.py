@@ -43,22 +43,28 @@ class Evaluator:
         """Return `val/loss` and `val/perplexity`, and `val/SOURCE/loss` where there are several.
 
         Every process calls this. Losses are nats a token; `val/loss` is over all tokens of all
-        sources. Empty when there is no validation part.
+        sources: where only some are looked at, each source counts by its whole length. Empty when
+        there is no validation part.
         """
         if not self._sources:
             return {}
         model.eval()
         totals = {name: self._total(model, source) for name, source in self._sources.items()}
+        scale = {name: len(part) / self._count(part) for name, part in self._sources.items()}
         row = {}
         if len(totals) > 1:
             row = {f"val/{name}/loss": t[0] / max(t[1], 1) for name, t in totals.items()}
-        loss = sum(t[0] for t in totals.values()) / max(sum(t[1] for t in totals.values()), 1)
+        sums = [sum(scale[name] * t[i] for name, t in totals.items()) for i in (0, 1)]
+        loss = sums[0] / max(sums[1], 1)
         return {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))} | row
+
+    def _count(self, source: Sequences) -> int:
+        return len(source) if self._max is None else min(self._max, len(source))
 
     def _total(self, model: nn.Module, source: Sequences) -> list[float]:
         """Return [summed loss, number of targets] of one source over all processes."""
         size, rank, world = self._batch_size, self._parallelism.rank, self._parallelism.world_size
-        count = len(source) if self._max is None else min(self._max, len(source))
+        count = self._count(source)
         device = self._parallelism.device
         total = torch.zeros(2, dtype=torch.float64, device=device)
         # Every process takes as many rounds, for sharded models exchange weights in each; a row

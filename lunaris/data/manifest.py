@@ -20,11 +20,15 @@ _FORMAT = 1
 
 @dataclass
 class ShardEntry:
-    """One shard: file name in the folder, tokens in it, sha256 of the whole file."""
+    """One shard: file name in the folder, tokens in it, sha256 of the whole file.
+
+    source: whose validation documents it holds, where each of several has shards of its own.
+    """
 
     file: str
     tokens: int
     sha256: str
+    source: str | None = None
 
 
 @dataclass

@@ -52,13 +52,15 @@ class Merger:
 
     The next document is of the source with the fewest tokens taken in proportion to its weight, so
     any stretch of the output holds the sources in the given proportions to within a document.
+    Validation documents go to their source's own shards.
     """
 
     def __init__(
         self,
         names: list[str],
         weights: list[float],
-        writers: dict[str, ShardWriter],
+        train: ShardWriter,
+        val: list[ShardWriter],
         units: Path,
         *,
         seed: int,
@@ -67,9 +69,12 @@ class Merger:
         report: Callable[[str], None],
         state: list[dict[str, Any]] | None = None,
     ) -> None:
-        """units: where the token files lie; stop_at_first: end when one source is exhausted."""
+        """val: of each source; units: where the token files lie.
+
+        stop_at_first: end when one source is exhausted.
+        """
         self._names, self._weights = names, np.array(weights, dtype=np.float64)
-        self._writers, self._units = writers, units
+        self._train, self._val, self._units = train, val, units
         self._skip_problems, self._stop_at_first = skip_problems, stop_at_first
         self._report = report
         phases = np.random.default_rng(seed).random(len(names))
@@ -140,7 +145,7 @@ class Merger:
             progress.first_line = 0
         progress.file, progress.start = unit.cursor.file, unit.cursor.start
         self._check(source, unit, encoded)
-        dtype = self._writers["train"].dtype
+        dtype = self._train.dtype
         tokens = {part: np.fromfile(unit_path(self._units, unit, part), dtype) for part in PARTS}
         lengths, held_out = encoded.lengths, encoded.held_out
         before_in_part = np.where(
@@ -166,7 +171,7 @@ class Merger:
         if first < last:
             count = last - first if self._alone(source) else self._turn(source, loaded, first)
             last = first + count
-            self._append(loaded, first, last)
+            self._append(source, loaded, first, last)
             progress.documents_done = last
             progress.taken += int(lengths[first:last].sum())
             progress.open = loaded.encoded.open and last == len(lengths)
@@ -184,14 +189,15 @@ class Merger:
         share = (start + loaded.before[first:] - loaded.before[first]) / self._weights[source]
         return max(1, int(np.searchsorted(share, others, side="right")))
 
-    def _append(self, loaded: _Loaded, first: int, last: int) -> None:
+    def _append(self, source: int, loaded: _Loaded, first: int, last: int) -> None:
+        writers = {"train": self._train, "val": self._val[source]}
         lengths, held_out = loaded.encoded.lengths[first:last], loaded.encoded.held_out[first:last]
         for part, mine in zip(PARTS, (~held_out, held_out), strict=True):
             which = np.flatnonzero(mine)
             if len(which):
                 begin = loaded.before_in_part[first + which[0]]
                 tokens = loaded.tokens[part][begin : begin + int(lengths[which].sum())]
-                self._writers[part].append(tokens)
+                writers[part].append(tokens)
 
     def _unload(self, source: int, loaded: _Loaded) -> None:
         progress, unit = self.progress[source], loaded.unit

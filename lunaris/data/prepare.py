@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from lunaris.data import manifest as manifests
-from lunaris.data.encode import PARTS, Encoded, Job, encode_unit, executor
+from lunaris.data.encode import Encoded, Job, encode_unit, executor
 from lunaris.data.manifest import Manifest, SourceEntry
 from lunaris.data.merge import Merger
 from lunaris.data.prepared import folder_lock
@@ -97,17 +97,20 @@ class _Preparation:
         shutil.rmtree(units, ignore_errors=True)
         units.mkdir(parents=True)
         states = note.get("writers", {})
+        # Of several sources each has validation shards of its own, for a loss of its own.
+        self._val = ["val"] if len(sources) == 1 else [f"val{i}" for i in range(len(sources))]
         self._writers = {
             part: ShardWriter(
                 recipe.folder, part, tokenizer.dtype, recipe.shard_tokens, states.get(part)
             )
-            for part in PARTS
+            for part in ["train", *self._val]
         }
         self._bar = _bar(sources)
         self._merger = Merger(
             [source.name for source in sources],
             weights,
-            self._writers,
+            self._writers["train"],
+            [self._writers[part] for part in self._val],
             units,
             seed=recipe.seed,
             skip_problems=recipe.on_error == "skip",
@@ -236,18 +239,23 @@ class _Preparation:
         return sum(progress.taken for progress in self._merger.progress)
 
     def _manifest(self) -> Manifest:
-        shards = {part: writer.finish() for part, writer in self._writers.items()}
-        if not shards["train"]:
+        train = self._writers["train"].finish()
+        if not train:
             raise UserError(
                 f"data.dir={self._recipe.folder}: no training document in the input; lower "
                 f"data.val_fraction={self._recipe.val_fraction} or give more"
             )
+        val = [
+            replace(entry, source=source.name if len(self._sources) > 1 else None)
+            for part, source in zip(self._val, self._sources, strict=True)
+            for entry in self._writers[part].finish()
+        ]
         return Manifest(
             tokenizer_hash=manifests.sha256(self._job.tokenizer),
             vocab_size=self._tokenizer.vocab_size,
             eot_id=self._tokenizer.eot_id,
             dtype=str(self._tokenizer.dtype),
-            shards=shards,
+            shards={"train": train, "val": val},
             sources=[
                 SourceEntry(
                     source.name,

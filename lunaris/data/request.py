@@ -15,7 +15,7 @@ from lunaris.errors import UserError
 from lunaris.files import sync_folder, write_durably
 
 # Raised when the same input and keys give other bytes.
-_VERSION = 2
+_VERSION = 3
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,15 @@ class ShardsInfo:
     def n_val_tokens(self) -> int:
         return sum(shard.tokens for shard in self.val)
 
+    def val_sources(self) -> dict[str | None, list[Shard]]:
+        """Return the validation shards of each source; under None where they are not told apart."""
+        if self.manifest is None:
+            return {None: self.val} if self.val else {}
+        found: dict[str | None, list[Shard]] = {}
+        for entry, shard in zip(self.manifest.shards.get("val", ()), self.val, strict=True):
+            found.setdefault(entry.source, []).append(shard)
+        return found
+
     @property
     def eot_id(self) -> int | None:
         return self.manifest.eot_id if self.manifest else None
@@ -276,29 +285,27 @@ class ShardsData:
         return MixedSequences(parts, self._weights or [len(part) for part in parts], seed)
 
     def val(self, seq_len: int) -> dict[str, Sequences]:
+        dirs, infos = self._dirs, self._infos
+        apart = self._val_dirs is not None
         if self._val_dirs is not None:
-            streams = {
-                name: TokenStream(info.val or info.train)
-                for name, info in zip(names(self._val_dirs), self._val_infos, strict=True)
-            }
+            dirs, infos = self._val_dirs, self._val_infos
         elif self._val_fraction == 0:
             return {}
-        else:
-            streams = {
-                name: self._val_stream(info)
-                for name, info in zip(names(self._dirs), self._infos, strict=True)
-            }
+        streams: dict[str, TokenStream] = {}
+        for name, info in zip(names(dirs), infos, strict=True):
+            for source, shards in info.val_sources().items():
+                parts = [part for part in (name, source) if part is not None]
+                streams["/".join(parts if len(dirs) > 1 else parts[-1:])] = TokenStream(shards)
+            if not info.val and apart:
+                streams[name] = TokenStream(info.train)
+            elif not info.val and (tail := self._tail(info)):
+                streams[name] = TokenStream(info.train, info.n_tokens - tail)
         return val_sequences(streams, seq_len)
 
     def _tail(self, info: ShardsInfo) -> int:
         """Return how many tokens at the end of the training shards are held out."""
         own = info.val or info.manifest or self._val_dirs is not None
         return 0 if own else round(info.n_tokens * self._val_fraction)
-
-    def _val_stream(self, info: ShardsInfo) -> TokenStream:
-        if info.val:
-            return TokenStream(info.val)
-        return TokenStream(info.train, info.n_tokens - self._tail(info))
 
 
 def require_sequences(

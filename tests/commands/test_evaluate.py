@@ -75,6 +75,25 @@ def test_several_folders_are_told_apart(
     assert losses["[a,b]"]["val/b/loss"] == pytest.approx(losses["b"]["val/loss"], rel=1e-6)
 
 
+def test_of_a_few_sequences_each_source_counts_by_its_length(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = run_here(tiny())
+    for name, step, tokens in (("a", 1, 170), ("b", 7, 50)):
+        Path(name).mkdir()
+        np.save(Path(name) / "val.npy", (np.arange(tokens) * step % 64).astype(np.uint16))
+    capsys.readouterr()
+    folders = ["data.dir=[a,b]", "--max-sequences", "2", "--json"]
+    assert main([str(run_dir.path), *folders]) == 0
+    row = json.loads(capsys.readouterr().out)
+    length = run_dir.read_config().model.max_seq_len
+    a, b = ((tokens - 1) // length for tokens in (170, 50))
+    assert a > b >= 2
+    expected = (a * row["val/a/loss"] + b * row["val/b/loss"]) / (a + b)
+    assert row["val/loss"] == pytest.approx(expected, rel=1e-6)
+    assert abs(row["val/a/loss"] - row["val/b/loss"]) > 1e-3
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -20,7 +20,7 @@ from lunaris.data import units
 from lunaris.data.encode import is_held_out
 from lunaris.data.manifest import Manifest, read
 from lunaris.data.merge import Merger
-from lunaris.data.shards import inspect, verify
+from lunaris.data.shards import ShardsData, inspect, verify
 from lunaris.data.text import TextData
 from lunaris.data.tokenizer import TextTokenizer, train_bpe
 from lunaris.errors import UserError
@@ -184,6 +184,38 @@ def test_validation_part_is_by_document(tokenizer: Path) -> None:
     assert 0.14 < len(val) / 1200 < 0.26
     make(tokenizer, "other", files="a.jsonl", val_fraction=0.2, seed=1)
     assert set(part("other", "val")) != set(val)
+
+
+def test_each_source_has_a_validation_part_of_its_own(tokenizer: Path) -> None:
+    documents = {name: [f"{name} {text}" for text in texts(200, i)] for i, name in enumerate("abc")}
+    documents["c"] = documents["c"][:1]  # held out or not, one document
+    for name, mine in documents.items():
+        write_jsonl(Path(f"{name}.jsonl"), mine)
+    files = {name: f"{name}.jsonl" for name in documents}
+    made = make(tokenizer, files=files, val_fraction=0.2, shard_tokens=300)
+    both = [
+        name.encode() for name in "ab" for document in documents[name]
+        if is_held_out(document.encode(), 0.2, 0)
+    ]  # fmt: skip
+    found = [document[:1] for document in part("out", "val")]
+    assert [name for name in found if name != b"c"] == both
+    shards = {entry.source for entry in made.shards["val"]}
+    assert {"a", "b"} <= shards <= {"a", "b", "c"} and len(made.shards["val"]) > 3
+    assert {entry.source for entry in made.shards["train"]} == {None}
+    data = ShardsData(dir="out")
+    data.prepare()
+    for name, sequences in data.val(8).items():
+        rows = np.empty((len(sequences), 9), np.int64)
+        sequences.gather(np.arange(len(sequences)), rows)
+        mine = [np.load(f"out/{e.file}") for e in made.shards["val"] if e.source == name]
+        tokens = rows[:, :8].reshape(-1)
+        assert len(tokens) and (tokens == np.concatenate(mine)[: len(tokens)]).all()
+    # Of a folder among several, by the folder's name too.
+    make(tokenizer, "one", files="a.jsonl", val_fraction=0.2)
+    both_folders = ShardsData(dir=["out", "one"])
+    both_folders.prepare()
+    assert list(both_folders.val(8))[:2] == ["out/a", "out/b"]
+    assert list(both_folders.val(8))[-1] == "one"
 
 
 def test_sources_are_interleaved_by_weight(tokenizer: Path) -> None:
