@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -50,49 +50,57 @@ def evaluate_checkpoint(
     return {"step": at} | row
 
 
-def sample_text(
+def sample_texts(
     cfg: Any,
     run_dir: RunDir,
     prompt: str,
     *,
+    seeds: Iterable[int],
     step: int | None,
     max_new_tokens: int,
     temperature: float,
     top_k: int | None,
     top_p: float | None,
-    seed: int,
-) -> Iterator[str]:
-    """Yield pieces of a continuation of `prompt` as they are sampled, up to end-of-text.
+) -> Iterator[Iterator[str]]:
+    """Yield for each seed the pieces of a continuation of `prompt`, sampled as they are asked for.
 
-    Raises UserError when the run has no tokenizer or checkpoint.
+    Each ends at end-of-text or `max_new_tokens`, and is to be read before the next is taken. Raises
+    UserError, before the first piece, when the run has no tokenizer or checkpoint.
     """
     path = run_dir.tokenizer_path
     if not path.is_file():
         raise UserError(f"{path}: missing; a run on data without a tokenizer cannot generate text")
     tokenizer = TextTokenizer(path, run_dir.noted("eot_id"))
+    ids = tokenizer.encode([prompt.encode()])[0].tolist()
+    if not ids:
+        raise UserError("--prompt: must hold at least one character")
     with distributed.session(cfg.trainer.device, cfg.launch.collective_timeout_s):
         model, _ = load_trained(cfg, run_dir, step)
-        ids = tokenizer.encode([prompt.encode()])[0].tolist()
-        if not ids:
-            raise UserError("--prompt: must hold at least one character")
-        new: list[int] = []
-        shown = 0
-        # Holds back a character until all of its bytes are there.
-        text = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in stream(
-            model,
-            torch.tensor([ids], device=next(model.parameters()).device),
-            max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            eot_id=tokenizer.eot_id,
-        ):
-            new.append(int(token))
-            data = tokenizer.decode_bytes(new)
-            yield text.decode(data[shown:])
-            shown = len(data)
+        prompt_ids = torch.tensor([ids], device=next(model.parameters()).device)
+        for seed in seeds:
+            tokens = stream(
+                model,
+                prompt_ids,
+                max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                eot_id=tokenizer.eot_id,
+            )
+            yield _text(tokenizer, tokens)
+
+
+def _text(tokenizer: TextTokenizer, tokens: Iterable[Any]) -> Iterator[str]:
+    """Yield the text of tokens as they come, a character once all of its bytes are there."""
+    text = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    new: list[int] = []
+    shown = 0
+    for token in tokens:
+        new.append(int(token))
+        data = tokenizer.decode_bytes(new)
+        yield text.decode(data[shown:])
+        shown = len(data)
 
 
 def load_trained(cfg: Any, run_dir: RunDir, step: int | None) -> tuple[Transformer, int]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 import sys
-from itertools import chain
 
 from lunaris.errors import UserError
 from lunaris.rundir import RunDir
@@ -21,26 +20,26 @@ def main(argv: list[str]) -> int:
     cfg = run_dir.read_config()
 
     # torch and tokenizers only from here on: `--help` answers at once.
-    from lunaris.trained import sample_text
+    from lunaris.trained import sample_texts
 
-    for i in range(args.samples):
-        pieces = sample_text(
-            cfg,
-            run_dir,
-            args.prompt,
-            step=args.step,
-            max_new_tokens=args.max_new_tokens,
-            temperature=args.temperature,
-            top_k=args.top_k,
-            top_p=args.top_p,
-            seed=args.seed + i,
-        )
-        # Whatever is wrong with the run is found before its first piece.
-        first = next(pieces, "")
+    seeds = range(args.seed, args.seed + args.samples)
+    texts = sample_texts(
+        cfg,
+        run_dir,
+        args.prompt,
+        seeds=seeds,
+        step=args.step,
+        max_new_tokens=args.max_new_tokens,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        top_p=args.top_p,
+    )
+    # Whatever is wrong with the run is found before its first text.
+    for i, (seed, pieces) in enumerate(zip(seeds, texts, strict=True)):
         if args.samples > 1:
-            print(f"--- sample {i + 1} (seed {args.seed + i})")
+            print(f"--- sample {i + 1} (seed {seed})")
         sys.stdout.write(args.prompt)
-        for piece in chain([first], pieces):
+        for piece in pieces:
             sys.stdout.write(piece)
             sys.stdout.flush()
         print()
