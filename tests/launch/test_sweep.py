@@ -188,6 +188,7 @@ def test_two_points_of_one_name_are_refused(
     assert not Path("sweeps").exists()
 
 
+@pytest.mark.usefixtures("quick")
 def test_names_and_folders_follow_the_overrides() -> None:
     assert main(["train", "-m", *TINY, "name=a,b"]) == 0
     assert main(["train", "-m", *TINY, "out_dir=there/x", "seed=1,2"]) == 0
