@@ -48,13 +48,20 @@ class ShardsInfo:
     def n_val_tokens(self) -> int:
         return sum(shard.tokens for shard in self.val)
 
-    def val_sources(self) -> dict[str | None, list[Shard]]:
-        """Return the validation shards of each source; under None where they are not told apart."""
+    def val_sources(self, least: int) -> dict[str | None, list[Shard]]:
+        """Return the validation shards of each source; under None where they are not told apart.
+
+        Sources of fewer than `least` tokens are taken together, as `rest`.
+        """
         if self.manifest is None:
             return {None: self.val} if self.val else {}
         found: dict[str | None, list[Shard]] = {}
         for entry, shard in zip(self.manifest.shards.get("val", ()), self.val, strict=True):
             found.setdefault(entry.source, []).append(shard)
+        small = [name for name, part in found.items() if sum(s.tokens for s in part) < least]
+        if len(small) > 1:
+            pooled = [shard for name in small for shard in found.pop(name)]
+            found["rest"] = found.get("rest", []) + pooled
         return found
 
     @property
@@ -293,7 +300,7 @@ class ShardsData:
             return {}
         streams: dict[str, TokenStream] = {}
         for name, info in zip(names(dirs), infos, strict=True):
-            for source, shards in info.val_sources().items():
+            for source, shards in info.val_sources(seq_len + 1).items():
                 parts = [part for part in (name, source) if part is not None]
                 streams["/".join(parts if len(dirs) > 1 else parts[-1:])] = TokenStream(shards)
             if not info.val and apart:

@@ -210,6 +210,10 @@ def test_each_source_has_a_validation_part_of_its_own(tokenizer: Path) -> None:
         mine = [np.load(f"out/{e.file}") for e in made.shards["val"] if e.source == name]
         tokens = rows[:, :8].reshape(-1)
         assert len(tokens) and (tokens == np.concatenate(mine)[: len(tokens)]).all()
+    # Those that are too small for a sequence of their own share one.
+    tokens = {name: sum(e.tokens for e in made.shards["val"] if e.source == name) for name in "abc"}
+    length = max(tokens.values())
+    assert list(data.val(length)) == ["rest"] and len(data.val(length)["rest"]) == 1
     # Of a folder among several, by the folder's name too.
     make(tokenizer, "one", files="a.jsonl", val_fraction=0.2)
     both_folders = ShardsData(dir=["out", "one"])
