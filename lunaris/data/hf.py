@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,9 @@ from lunaris.data.text import Preparable
 from lunaris.data.units import Cursor, Source, Unit
 from lunaris.errors import UserError, did_you_mean
 
+# Bytes that a document takes in memory besides its own.
+_OBJECT_BYTES = 64
+_log = logging.getLogger(__name__)
 _KEYS = ("path", "name", "split", "text_key", "data_files", "revision")
 
 
@@ -84,7 +90,8 @@ class HFSource:
     def units(self, index: int, cursor: Cursor) -> Iterator[Unit]:
         payload: list[bytes | str] = []
         at, held = cursor.start, 0
-        rows, problem = iter(self._rows(cursor.start)), ""
+        place, problem = None, ""
+        rows = self._rows(cursor)
         while True:
             try:
                 row = next(rows, None)
@@ -98,15 +105,15 @@ class HFSource:
                 ) from error
             if row is None:
                 break
-            document = to_document(row, self.text_key, 1)
-            if isinstance(document, Problem):
-                payload.append(document.message)
-            else:
-                payload.append(document.text)
-                held += len(document.text)
-            if held >= units.UNIT_BYTES:
-                yield self._unit(index, at, payload, held)
-                at, payload, held = at + len(payload), [], 0
+            payload.append(_content(row, self.text_key))
+            held += len(payload[-1]) if isinstance(payload[-1], bytes) else 0
+            if place is not None:
+                after = {"state": place, "last": _digest(payload[-1])}
+                yield replace(self._unit(index, at, payload, held), after=after)
+                at, payload, held, place = at + len(payload), [], 0, None
+            elif held + len(payload) * _OBJECT_BYTES >= units.UNIT_BYTES:
+                # Taken one document before the unit ends, by which a later start knows it again.
+                place = self._dataset.state_dict()
         if payload or problem:
             yield replace(self._unit(index, at, payload, held), problem=problem)
 
@@ -128,10 +135,29 @@ class HFSource:
         path, stop = f"{self.keys['path']}[{self.keys['split']}]", at + len(payload)
         return Unit(index, Cursor(0, at), path, "documents", stop, held, payload, last=False)
 
-    def _rows(self, start: int) -> Any:
+    def _rows(self, cursor: Cursor) -> Iterator[Any]:
+        """Yield the rows from a cursor on."""
         if self._dataset is None:
             self._dataset = self._load()
-        return self._dataset.skip(start) if start else self._dataset
+        rows = self._rows_at(cursor.place)
+        if rows is None:
+            if cursor.place is not None:
+                self._dataset = self._load()
+            rows = islice(self._dataset, cursor.start, None)
+        yield from rows
+
+    def _rows_at(self, place: Any) -> Iterator[Any] | None:
+        """Return the rows after a noted place, or None where the library does not find it."""
+        if place is None:
+            return None
+        try:
+            self._dataset.load_state_dict(place["state"])
+            rows: Iterator[Any] = iter(self._dataset)
+            found = _digest(_content(next(rows), self.text_key))
+        except Exception as error:  # of many kinds, for a state of another version
+            _log.debug("%s is read from its beginning: %r", self.name, error)
+            return None
+        return rows if found == place["last"] else None
 
     def _load(self) -> Any:
         datasets = need("datasets", "data=hf")
@@ -152,3 +178,14 @@ class HFSource:
         if columns is not None:
             dataset = dataset.select_columns([self.text_key])
         return dataset
+
+
+def _content(row: Any, text_key: str) -> bytes | str:
+    """Return a row's document, or why it has none."""
+    document = to_document(row, text_key, 1)
+    return document.message if isinstance(document, Problem) else document.text
+
+
+def _digest(content: bytes | str) -> str:
+    kind, data = ("problem", content.encode()) if isinstance(content, str) else ("text", content)
+    return f"{kind} {hashlib.blake2b(data, digest_size=16).hexdigest()}"

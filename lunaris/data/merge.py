@@ -27,6 +27,7 @@ class Progress:
     start: int = 0  # of the unit that is next or being merged
     documents_done: int = 0  # of that unit
     open: bool = False  # the last merged document goes on
+    place: Any = None  # what the source noted of `start`
     first_line: int = 0  # lines of the unit's file before the unit
     taken: int = 0  # tokens
     documents: int = 0
@@ -202,7 +203,7 @@ class Merger:
     def _unload(self, source: int, loaded: _Loaded) -> None:
         progress, unit = self.progress[source], loaded.unit
         progress.documents_done = 0
-        progress.start = unit.stop
+        progress.start, progress.place = unit.stop, unit.after
         progress.first_line += loaded.encoded.lines
         if unit.last:
             progress.file, progress.start, progress.first_line = unit.cursor.file + 1, 0, 0

@@ -119,7 +119,7 @@ class _Preparation:
             state=note.get("sources"),
         )
         self._planners: list[Iterator[Unit] | None] = [
-            None if p.exhausted else source.units(i, Cursor(p.file, p.start))
+            None if p.exhausted else source.units(i, Cursor(p.file, p.start, p.place))
             for i, (source, p) in enumerate(zip(sources, self._merger.progress, strict=True))
         ]
         for i, planner in enumerate(self._planners):

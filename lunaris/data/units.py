@@ -26,10 +26,14 @@ FORMATS = ("auto", "text", "lines", "jsonl", "parquet")
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a unit begins: file of the source, and bytes, row groups or documents within it."""
+    """Where a unit begins: file of the source, and bytes, row groups or documents within it.
+
+    place: what the source itself noted of that point, for JSON (`Unit.after`), or None.
+    """
 
     file: int = 0
     start: int = 0
+    place: Any = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,8 @@ class Unit:
     last: bool = True
     # Why what comes after these documents cannot be read.
     problem: str = ""
+    # What a source that is read from its beginning notes of `stop`, to get there sooner.
+    after: Any = None
 
     @property
     def start(self) -> int:

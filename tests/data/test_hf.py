@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Datasets in folders a (Parquet) and b (JSON lines), a tokenizer, and no Hub."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
-    pytest.importorskip("datasets")
+    pytest.importorskip("datasets")  # now: it reads the environment when it is imported
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     monkeypatch.setattr(units, "UNIT_BYTES", 2000)
@@ -66,8 +67,17 @@ def test_several_are_interleaved_and_processes_change_nothing() -> None:
 
 def test_interrupted_goes_on_to_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     make("whole", BOTH, shard_tokens=700)
-    append = preparation.ShardWriter.append
-    left = [0]
+    for after in (3, 20, 40):
+        interrupted(monkeypatch, "killed", BOTH, after, shard_tokens=700)
+    make("killed", BOTH, shard_tokens=700)
+    assert shards("killed") == shards("whole")
+
+
+def interrupted(
+    monkeypatch: pytest.MonkeyPatch, folder: str, datasets: Any, after: int, **keys: Any
+) -> None:
+    """Begin a preparation and break it off after so many appends to the shards."""
+    append, left = preparation.ShardWriter.append, [after]
 
     def failing(self: Any, tokens: Any) -> None:
         left[0] -= 1
@@ -75,14 +85,41 @@ def test_interrupted_goes_on_to_the_same_bytes(monkeypatch: pytest.MonkeyPatch) 
             raise KeyboardInterrupt
         append(self, tokens)
 
-    monkeypatch.setattr(preparation.ShardWriter, "append", failing)
-    monkeypatch.setattr(preparation, "NOTE_S", 0.0)
-    for allowed in (3, 20, 40):
-        left[0] = allowed
+    with monkeypatch.context() as patch:
+        patch.setattr(preparation.ShardWriter, "append", failing)
+        patch.setattr(preparation, "NOTE_S", 0.0)
         with pytest.raises(KeyboardInterrupt):
-            make("killed", BOTH, shard_tokens=700)
-    left[0] = 10**9
-    make("killed", BOTH, shard_tokens=700)
+            make(folder, datasets, **keys)
+
+
+@pytest.mark.parametrize("found", [True, False])
+def test_what_is_done_is_not_read_again_where_the_library_finds_the_place(
+    monkeypatch: pytest.MonkeyPatch, found: bool
+) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    parquet = pytest.importorskip("pyarrow.parquet")
+    Path("c").mkdir()
+    for i in range(4):
+        table = pyarrow.table({"text": [f"{i} {text}" for text in DOCUMENTS["a"]]})
+        parquet.write_table(table, f"c/{i}.parquet", row_group_size=50)
+    make("whole", "c")
+    interrupted(monkeypatch, "killed", "c", 100)
+    note = Path("killed/.prepare/note.json")
+    content = json.loads(note.read_bytes())
+    (progress,) = content["sources"]
+    assert progress["start"] > 400
+    if found:
+        # The rows of the first file are gone, its schema is there: to read it again would fail.
+        first = Path("c/0.parquet")
+        before = first.stat()
+        with first.open("r+b") as file:
+            file.seek(4)
+            file.write(b"#" * 1000)
+        os.utime(first, ns=(before.st_atime_ns, before.st_mtime_ns))
+    else:
+        progress["place"]["last"] = "text 0"
+        note.write_text(json.dumps(content))
+    make("killed", "c")
     assert shards("killed") == shards("whole")
 
 
@@ -119,8 +156,8 @@ def test_a_damaged_file_is_told_or_left_out(capfd: pytest.CaptureFixture[str]) -
 def test_a_network_fault_is_told_and_gone_on_after(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = HFSource._rows
 
-    def failing(self: HFSource, start: int) -> Any:
-        for i, row in enumerate(rows(self, start)):
+    def failing(self: HFSource, cursor: Any) -> Any:
+        for i, row in enumerate(rows(self, cursor)):
             if i == 200:
                 raise ConnectionError("reset by peer")
             yield row
