@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from shlex import quote
 from typing import Any
 
 import torch
@@ -242,10 +243,11 @@ def conclude(run: Run) -> str:
     lines += [
         f"checkpoint {complete(run.dir.checkpoints)[0]}",
         f"plot       {folder / 'loss.png'}",
-        f"next       lunaris evaluate {folder}",
+        f"next       lunaris evaluate {quote(str(folder))}",
     ]
     if run.dir.tokenizer_path.is_file():
-        lines.append(f"           lunaris generate {folder} --prompt 'def main('")
+        prompt = "def main(" if "stdlib" in run.cfg.data._target_ else "The"
+        lines.append(f"           lunaris generate {quote(str(folder))} --prompt '{prompt}'")
     lines.append("           lunaris train -m moe.n_experts=4,8 trainer.max_steps=100")
     return "\n".join(lines)
 
