@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from lunaris.errors import UserError
@@ -94,7 +95,7 @@ def _report(made: Manifest, folder: str, seconds: float) -> None:
         f"validation, {shards} shards of {made.dtype}, vocabulary {made.vocab_size:,} "
         f"({seconds:.1f} s)"
     )
-    print(f"next: lunaris train data=shards data.dir={folder}")
+    print(f"next: lunaris train data=shards {quote(f'data.dir={folder}')}")
 
 
 def _keys() -> str:
