@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,9 @@ from lunaris.errors import UserError, did_you_mean
 
 # Bytes that a document takes in memory besides its own.
 _OBJECT_BYTES = 64
+# What a state raises that is not of this dataset, or of another version of the library.
+_UNFIT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, StopIteration,
+          TypeError, ValueError)  # fmt: skip
 _log = logging.getLogger(__name__)
 _KEYS = ("path", "name", "split", "text_key", "data_files", "revision")
 
@@ -90,11 +94,15 @@ class HFSource:
     def units(self, index: int, cursor: Cursor) -> Iterator[Unit]:
         payload: list[bytes | str] = []
         at, held = cursor.start, 0
-        place, problem = None, ""
+        place, full, problem = None, False, ""
+        if self._dataset is None:
+            self._dataset = self._load()
         rows = self._rows(cursor)
         while True:
             try:
                 row = next(rows, None)
+            except UserError:
+                raise
             except ValueError as error:  # pyarrow's are, for what is no JSON or no Parquet
                 row, problem = None, f"cannot be read on: {type(error).__name__}: {error}"
             except Exception as error:  # the network's, of many kinds
@@ -107,13 +115,13 @@ class HFSource:
                 break
             payload.append(_content(row, self.text_key))
             held += len(payload[-1]) if isinstance(payload[-1], bytes) else 0
-            if place is not None:
-                after = {"state": place, "last": _digest(payload[-1])}
+            if full:
+                after = place and {"state": place, "last": _digest(payload[-1])}
                 yield replace(self._unit(index, at, payload, held), after=after)
-                at, payload, held, place = at + len(payload), [], 0, None
+                at, payload, held, full = at + len(payload), [], 0, False
             elif held + len(payload) * _OBJECT_BYTES >= units.UNIT_BYTES:
-                # Taken one document before the unit ends, by which a later start knows it again.
-                place = self._dataset.state_dict()
+                # Of one document before the unit ends: by that one a later start knows it again.
+                place, full = self._place(), True
         if payload or problem:
             yield replace(self._unit(index, at, payload, held), problem=problem)
 
@@ -136,28 +144,35 @@ class HFSource:
         return Unit(index, Cursor(0, at), path, "documents", stop, held, payload, last=False)
 
     def _rows(self, cursor: Cursor) -> Iterator[Any]:
-        """Yield the rows from a cursor on."""
-        if self._dataset is None:
-            self._dataset = self._load()
-        rows = self._rows_at(cursor.place)
+        """Yield the rows from a cursor on; the dataset is loaded."""
+        rows = None if cursor.place is None else self._rows_at(cursor.place)
         if rows is None:
             if cursor.place is not None:
+                _log.warning("%s: is read from its beginning again, to find its place", self.name)
                 self._dataset = self._load()
             rows = islice(self._dataset, cursor.start, None)
         yield from rows
 
     def _rows_at(self, place: Any) -> Iterator[Any] | None:
-        """Return the rows after a noted place, or None where the library does not find it."""
-        if place is None:
-            return None
+        """Return the rows after a noted place, or None where the library does not find it.
+
+        Raises what the network does: it is no reason to read all again.
+        """
         try:
             self._dataset.load_state_dict(place["state"])
             rows: Iterator[Any] = iter(self._dataset)
             found = _digest(_content(next(rows), self.text_key))
-        except Exception as error:  # of many kinds, for a state of another version
-            _log.debug("%s is read from its beginning: %r", self.name, error)
+        except _UNFIT as error:
+            _log.debug("%s: %r", self.name, error)
             return None
         return rows if found == place["last"] else None
+
+    def _place(self) -> Any:
+        """Return the stream's own state, for JSON, or None where it keeps none."""
+        try:
+            return json.loads(json.dumps(self._dataset.state_dict()))
+        except _UNFIT:
+            return None
 
     def _load(self) -> Any:
         datasets = need("datasets", "data=hf")

@@ -137,8 +137,10 @@ BAD: list[tuple[Any, str]] = [
 
 @pytest.mark.parametrize(("datasets", "message"), BAD)
 def test_what_cannot_be_loaded(datasets: Any, message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        make("out", datasets)
+    with pytest.raises(UserError, match=message) as error:
+        make("out", datasets, tokenizer=None, vocab_size=280, on_error="skip")
+    assert str(error.value).startswith("data.")
+    assert not Path("out").exists()
     make("out", "a")
 
 
@@ -169,6 +171,42 @@ def test_a_network_fault_is_told_and_gone_on_after(monkeypatch: pytest.MonkeyPat
     make("out", "a", on_error="skip")
     make("whole", "a", on_error="skip")
     assert shards("out") == shards("whole")
+
+
+@pytest.mark.parametrize("where", ["load", "place"])
+def test_an_outage_on_the_way_back_ends_nothing(
+    monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    import datasets
+
+    make("whole", BOTH)
+    interrupted(monkeypatch, "killed", BOTH, 40)
+
+    def down(*args: Any, **keys: Any) -> Any:
+        raise ConnectionError("network down")
+
+    with monkeypatch.context() as patch:
+        if where == "load":
+            patch.setattr(datasets, "load_dataset", down)
+        else:
+            patch.setattr(datasets.IterableDataset, "__iter__", down)
+        with pytest.raises(UserError, match="ConnectionError: network down"):
+            make("killed", BOTH, on_error="skip")
+    make("killed", BOTH)
+    assert shards("killed") == shards("whole")
+
+
+def test_a_stream_without_a_state_is_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def none(self: Any) -> Any:
+        raise NotImplementedError
+
+    monkeypatch.setattr(datasets.IterableDataset, "state_dict", none)
+    make("whole", BOTH)
+    interrupted(monkeypatch, "killed", BOTH, 40)
+    make("killed", BOTH)
+    assert shards("killed") == shards("whole")
 
 
 def test_files_of_a_folder_that_changed_are_another_input() -> None:
