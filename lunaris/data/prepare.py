@@ -101,7 +101,12 @@ class _Preparation:
         self._val = ["val"] if len(sources) == 1 else [f"val{i}" for i in range(len(sources))]
         self._writers = {
             part: ShardWriter(
-                recipe.folder, part, tokenizer.dtype, recipe.shard_tokens, states.get(part)
+                recipe.folder,
+                part,
+                tokenizer.dtype,
+                recipe.shard_tokens,
+                states.get(part),
+                keep_open=part == "train" or len(sources) == 1,
             )
             for part in ["train", *self._val]
         }

@@ -30,14 +30,21 @@ class ShardWriter:
         dtype: np.dtype,
         shard_tokens: int,
         state: dict[str, Any] | None = None,
+        *,
+        keep_open: bool = True,
     ) -> None:
-        """state: of an earlier writer; whatever that one appended later is dropped."""
+        """state: of an earlier writer; whatever that one appended later is dropped.
+
+        keep_open: hold the file between appends. There may be more writers than open files.
+        """
         self._folder, self._part = folder, part
         self.dtype, self._shard_tokens = dtype, shard_tokens
         state = state or {"entries": [], "tokens": 0}
         self.entries = [ShardEntry(**entry) for entry in state["entries"]]
         self._tokens: int = state["tokens"]
         self._file: io.BufferedRandom | None = None
+        self._keep_open = keep_open
+        self._durable = True
         self._reopen()
 
     @property
@@ -50,19 +57,23 @@ class ShardWriter:
         done = 0
         while done < len(tokens):
             taken = tokens[done : done + self._shard_tokens - self._tokens]
-            if self._file is None:
-                self._file = self._beside().open("w+b")
-                self._file.write(bytes(_HEADER_BYTES))
-            self._file.write(taken.data)
+            self._open().write(taken.data)
+            self._durable = False
             self._tokens += len(taken)
             done += len(taken)
             if self._tokens == self._shard_tokens:
                 self._finish_shard()
+        if not self._keep_open:
+            self.close()
 
     def state(self) -> dict[str, Any]:
-        if self._file is not None:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+        if not self._durable:
+            file = self._open()
+            file.flush()
+            os.fsync(file.fileno())
+            self._durable = True
+            if not self._keep_open:
+                self.close()
         return {"entries": [asdict(entry) for entry in self.entries], "tokens": self._tokens}
 
     def finish(self) -> list[ShardEntry]:
@@ -76,6 +87,16 @@ class ShardWriter:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+    def _open(self) -> io.BufferedRandom:
+        """Return the file of the shard being written, at its end."""
+        if self._file is None and self._tokens:
+            self._file = self._beside().open("r+b")
+            self._file.seek(0, os.SEEK_END)
+        elif self._file is None:
+            self._file = self._beside().open("w+b")
+            self._file.write(bytes(_HEADER_BYTES))
+        return self._file
 
     def _path(self, index: int) -> Path:
         return self._folder / f"{self._part}_{index:05d}.npy"
@@ -95,17 +116,17 @@ class ShardWriter:
             if index > len(self.entries) or (index == len(self.entries) and not self._tokens):
                 path.unlink()
         if self._tokens:
-            self._file = self._beside().open("r+b")
-            self._file.truncate(_HEADER_BYTES + self._tokens * self.dtype.itemsize)
-            self._file.seek(0, os.SEEK_END)
+            with self._beside().open("r+b") as file:
+                file.truncate(_HEADER_BYTES + self._tokens * self.dtype.itemsize)
 
     def _finish_shard(self) -> None:
-        assert self._file is not None
-        self._file.seek(0)
-        self._file.write(_header(self._tokens, self.dtype))
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        file = self._open()
+        file.seek(0)
+        file.write(_header(self._tokens, self.dtype))
+        file.flush()
+        os.fsync(file.fileno())
         self.close()
+        self._durable = True
         path = self._path(len(self.entries))
         self._beside().replace(path)
         sync_folder(self._folder)

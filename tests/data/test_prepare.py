@@ -7,7 +7,9 @@ import errno
 import gzip
 import json
 import lzma
+import os
 import random
+import resource
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -220,6 +222,24 @@ def test_each_source_has_a_validation_part_of_its_own(tokenizer: Path) -> None:
     both_folders.prepare()
     assert list(both_folders.val(8))[:2] == ["out/a", "out/b"]
     assert list(both_folders.val(8))[-1] == "one"
+
+
+def test_more_sources_than_files_may_be_open(tokenizer: Path) -> None:
+    count = 60
+    for i in range(count):
+        Path(f"{i}").mkdir()
+        for k in range(5):
+            Path(f"{i}/{k}.txt").write_text(f"source {i} document {k} " * 20)
+    files = {f"s{i}": f"{i}/*.txt" for i in range(count)}
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd"))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 20, limits[1]))
+    try:
+        made = make(tokenizer, files=files, val_fraction=0.5)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(made.shards["val"]) > 50
+    assert verify("out") == len(made.shards["val"]) + 1
 
 
 def test_sources_are_interleaved_by_weight(tokenizer: Path) -> None:
