@@ -22,7 +22,7 @@ def keep(data: Data, run_dir: RunDir) -> None:
     if path is not None and not kept.is_file():
         replace_file(kept, path.read_bytes())
     if not _begun(run_dir) or run_dir.noted("data") is None:
-        run_dir.note(eot_id=data.eot_id, data=data.digests())
+        run_dir.note(eot_id=data.eot_id, data=_digests(data))
 
 
 def hold(data: Data, run_dir: RunDir) -> None:
@@ -33,12 +33,11 @@ def hold(data: Data, run_dir: RunDir) -> None:
     if not _begun(run_dir):
         return
     check_tokenizer(data.tokenizer_path, run_dir)
-    old, new = run_dir.noted("data"), data.digests()
+    old, new = run_dir.noted("data"), _digests(data)
     # By position: a folder may have moved, and only what is in it counts.
-    if old is None or list(old.values()) == list(new.values()):
+    if not (isinstance(old, dict) and old and new) or list(old.values()) == list(new.values()):
         return
-    known = old.values()
-    changed = [f"{name} ({digest[:16]}…)" for name, digest in new.items() if digest not in known]
+    changed = [name for name, digest in new.items() if digest not in old.values()]
     raise UserError(
         f"{run_dir.path}: its checkpoints were trained on other tokens than its data now holds, "
         f"in {', '.join(changed or new)}; put the old shards back, or begin a run of another name"
@@ -55,5 +54,11 @@ def check_tokenizer(path: Path | None, run_dir: RunDir) -> None:
     )
 
 
+def _digests(data: Data) -> dict[str, str]:
+    """Return the data's digests; of a class of one's own that gives none, nothing."""
+    return data.digests() if hasattr(data, "digests") else {}
+
+
 def _begun(run_dir: RunDir) -> bool:
-    return any(run_dir.checkpoints.glob("step_*"))
+    """Return whether the run has a complete checkpoint (`lunaris.checkpoint.complete`)."""
+    return any(run_dir.checkpoints.glob("step_*/files.json"))

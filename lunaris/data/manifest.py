@@ -75,6 +75,8 @@ def read(folder: Path) -> Manifest | None:
         if raw.pop("format") != _FORMAT:
             raise UserError(f"{path}: written by another version of lunaris; prepare it again")
         raw["shards"] = {k: [ShardEntry(**e) for e in v] for k, v in raw["shards"].items()}
+        if not all(isinstance(e.source, str | None) for e in raw["shards"].get("val", ())):
+            raise TypeError("a shard's source is no name")
         raw["sources"] = [SourceEntry(**e) for e in raw.get("sources", [])]
         return Manifest(**raw)
     except (KeyError, TypeError, AttributeError) as error:

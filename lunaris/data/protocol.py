@@ -37,7 +37,10 @@ class Data(Protocol):
         """Make what is missing, with progress; cheap when all is there. Raises UserError."""
 
     def digests(self) -> dict[str, str]:
-        """Return a digest of each source's training tokens, by its name; the sources in order."""
+        """Return a digest of each source's training tokens, by its name; the sources in order.
+
+        Of a class without it, a run cannot tell that its tokens changed.
+        """
 
     def train(self, seq_len: int, seed: int) -> Sequences:
         """Return the training part, shuffled by `seed`. Raises UserError when it is too short."""

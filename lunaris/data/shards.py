@@ -61,7 +61,7 @@ class ShardsInfo:
         small = [name for name, part in found.items() if sum(s.tokens for s in part) < least]
         if len(small) > 1:
             pooled = [shard for name in small for shard in found.pop(name)]
-            found["rest"] = found.get("rest", []) + pooled
+            found["rest" if "rest" not in found else "(rest)"] = pooled
         return found
 
     @property
@@ -276,7 +276,7 @@ class ShardsData:
         return self._infos[0].tokenizer_path
 
     def digests(self) -> dict[str, str]:
-        found = [info.digest() for info in self._infos]
+        found = [f"{info.n_tokens - self._tail(info)} {info.digest()}" for info in self._infos]
         return dict(zip(names(self._dirs), found, strict=True))
 
     def train(self, seq_len: int, seed: int) -> Sequences:

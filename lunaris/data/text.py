@@ -70,6 +70,8 @@ class Preparable(PreparedFolder):
     def make(self) -> Manifest:
         """Make the shards, or go on making them. Raises UserError for what cannot be read."""
         sources = self.sources()
+        if not all(source.name.strip() for source in sources):
+            raise UserError(f"data={self.option}: the name of a source must not be empty")
         return prepare(self._recipe, sources, source_weights(self._weights, sources))
 
     def sources(self) -> list[Source]:
