@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +16,7 @@ from hydra.utils import instantiate
 
 from lunaris import distributed
 from lunaris.checkpoint import Checkpoints, TrainState, complete
+from lunaris.config.targets import check_fit
 from lunaris.data.loader import Loader
 from lunaris.errors import Stopped, UserError
 from lunaris.evaluate import Evaluator
@@ -56,11 +56,11 @@ def execute(cfg: Any, path: str | Path) -> RunResult:
         )
         stack.enter_context(_held(run_dir))
         stack.enter_context(_recorded(run_dir))
-        stack.enter_context(_memory_told(cfg))
         run = build(cfg, run_dir, stop)
         stack.callback(run.loader.close)
         stack.callback(run.logger.finish)
-        train(run)
+        with _memory_told(_step_advice(cfg)):
+            train(run)
         if run.parallelism.rank == 0:
             plot_loss(run_dir.metrics_path, run_dir.path / "loss.png")
             if cfg.checkpoint.consolidated:
@@ -74,19 +74,15 @@ def component(cfg: Any, **inputs: Any) -> Any:
 
     Raises UserError when its class cannot be imported or does not take them.
     """
-    key = f"{cfg._get_full_key('_target_')}={cfg._target_}"
+    said = f"{cfg._get_full_key('_target_')}={cfg._target_}"
     try:
         made = instantiate(cfg, _partial_=True, _convert_="all")
     except InstantiationException as error:
-        if not str(error).startswith("Error locating"):
+        if not str(error).startswith(("Error locating", "Expected a callable")):
             raise
-        raise UserError(f"{key}: cannot be imported: {error.__cause__}") from error
-    try:
-        inspect.signature(made.func).bind(*made.args, **made.keywords, **inputs)
-    except TypeError as error:
-        raise UserError(f"{key}: its keys do not fit: {error}") from error
-    except ValueError:  # A class in C tells no signature.
-        pass
+        reason = str(error.__cause__ or "not a class").splitlines()[0]
+        raise UserError(f"{said}: cannot be imported: {reason}") from error
+    check_fit(said, made.func, made.args, made.keywords | inputs)
     return made(**inputs)
 
 
@@ -95,12 +91,15 @@ def build(cfg: Any, run_dir: RunDir, stop: StopSignal) -> Run:
     data = prepared_data(cfg, run_dir)
     parallelism: Parallelism = component(cfg.parallelism)
     precision = Precision(cfg.trainer.precision, parallelism.device)
-    model = parallelism.wrap(
-        bare_model(cfg, data.vocab_size),
-        precision=precision,
-        seed=cfg.seed,
-        compile=cfg.trainer.compile_model,
-    )
+    with _memory_told(
+        "for the weights; a smaller model, or parallelism=fsdp over more processes, takes less"
+    ):
+        model = parallelism.wrap(
+            bare_model(cfg, data.vocab_size),
+            precision=precision,
+            seed=cfg.seed,
+            compile=cfg.trainer.compile_model,
+        )
     optimizer = component(
         cfg.optimizer, model=model, router_lr_scale=cfg.moe.get("router_lr_scale", 1.0)
     )
@@ -149,8 +148,9 @@ def build(cfg: Any, run_dir: RunDir, stop: StopSignal) -> Run:
 def prepared_data(cfg: Any, run_dir: RunDir) -> Any:
     """Build the data component, made ready by rank 0 first, and hold the run to it."""
     data = component(cfg.data)
-    distributed.on_rank_0(data.prepare)
-    data.prepare()
+    with _memory_told(f"for the data, {cfg.data._target_}"):
+        distributed.on_rank_0(data.prepare)
+        data.prepare()
     distributed.on_rank_0(lambda: keep(data, run_dir))
     vocab_size = cfg.model.vocab_size
     if vocab_size is not None and vocab_size < data.vocab_size:
@@ -174,17 +174,19 @@ def bare_model(cfg: Any, data_vocab_size: int) -> Transformer:
 
 def loader_of(cfg: Any, data: Any, parallelism: Parallelism, start: int) -> Loader:
     """Return the loader of this process's part of every batch from sequence `start` on."""
-    return Loader(
-        data.train(cfg.model.max_seq_len, cfg.seed),
-        batch_size=cfg.trainer.batch_size,
-        accumulation=cfg.trainer.gradient_accumulation_steps,
-        rank=parallelism.rank,
-        world_size=parallelism.world_size,
-        start=start,
-        device=parallelism.device,
-        vocab_size=cfg.model.vocab_size or data.vocab_size,
-        eot_id=_masked_id(cfg, data),
-    )
+    sequences = data.train(cfg.model.max_seq_len, cfg.seed)
+    with _memory_told(_step_advice(cfg)):
+        return Loader(
+            sequences,
+            batch_size=cfg.trainer.batch_size,
+            accumulation=cfg.trainer.gradient_accumulation_steps,
+            rank=parallelism.rank,
+            world_size=parallelism.world_size,
+            start=start,
+            device=parallelism.device,
+            vocab_size=cfg.model.vocab_size or data.vocab_size,
+            eot_id=_masked_id(cfg, data),
+        )
 
 
 def evaluator_of(cfg: Any, data: Any, parallelism: Parallelism, most: int | None) -> Evaluator:
@@ -275,6 +277,7 @@ def _recorded(run_dir: RunDir) -> Iterator[None]:
     if distributed.rank() != 0:
         yield
         return
+    was_done = run_dir.read_status().get("state") == "done"
     attempts = run_dir.record_attempt(distributed.world_size())
     run_dir.write_status(
         state="running",
@@ -288,23 +291,29 @@ def _recorded(run_dir: RunDir) -> Iterator[None]:
         run_dir.write_status(state="stopped")
         raise
     except BaseException as error:
-        run_dir.write_status(state="failed", last_error=f"{type(error).__name__}: {error}")
+        # What hinders a run that had ended, a folder that moved, say, takes nothing from it.
+        state = "done" if was_done and isinstance(error, UserError) else "failed"
+        run_dir.write_status(state=state, last_error=f"{type(error).__name__}: {error}")
         raise
     run_dir.write_status(state="done")
 
 
 @contextmanager
-def _memory_told(cfg: Any) -> Iterator[None]:
-    """Say what to change where memory, the device's or the host's, is too small for a step."""
+def _memory_told(advice: str) -> Iterator[None]:
+    """Say what to change where memory, the device's or the host's, is too small."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
         known = isinstance(error, MemoryError | torch.OutOfMemoryError)
         if not known and "DefaultCPUAllocator" not in str(error):
             raise
-        raise UserError(
-            f"out of memory with trainer.batch_size={cfg.trainer.batch_size} and "
-            f"model.max_seq_len={cfg.model.max_seq_len}; lower the first and raise "
-            "trainer.gradient_accumulation_steps as much, or set "
-            f"trainer.activation_checkpointing=true ({str(error).splitlines()[0]})"
-        ) from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"out of memory {advice} ({reason})") from error
+
+
+def _step_advice(cfg: Any) -> str:
+    return (
+        f"with trainer.batch_size={cfg.trainer.batch_size} and "
+        f"model.max_seq_len={cfg.model.max_seq_len}; lower the first and raise "
+        "trainer.gradient_accumulation_steps as much, or set trainer.activation_checkpointing=true"
+    )

@@ -109,6 +109,17 @@ def test_a_digest_is_of_types_sizes_and_ends() -> None:
     assert digest_of("d") == before
 
 
+def test_a_run_that_is_done_stays_done(tiny: Callable[..., Any], run_here: RunHere) -> None:
+    save("a/0.npy", 1)
+    cfg = tiny(*keys("a"))
+    run_dir = run_here(cfg)
+    save("a/0.npy", 2)
+    with pytest.raises(UserError, match="other tokens"):
+        run_here(cfg)
+    status = run_dir.read_status()
+    assert status["state"] == "done" and "other tokens" in status["last_error"]
+
+
 def test_a_digest_is_of_what_is_trained_on(tiny: Callable[..., Any], run_here: RunHere) -> None:
     save("a/0.npy", 1)
     cfg = tiny(*keys("a"))

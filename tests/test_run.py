@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from lunaris.config.schema import SCHEMAS
 from lunaris.errors import UserError
 from lunaris.metrics.records import read_rows
+from lunaris.run import _memory_told
 from lunaris.rundir import RunDir
 
 # Sent elsewhere or made from text first; stepped in tests/launch, tests/slurm and tests/data.
@@ -66,3 +68,18 @@ def test_dropping_the_default_experiment_leaves_a_folder_that_names_its_config(
     assert run_dir.path == tmp_path / "runs/run"
     saved = run_dir.read_config()
     assert saved.trainer.max_steps == 1 and saved.out_dir == str(run_dir.path)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (MemoryError(), r"out of memory here \(MemoryError\)"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes\nat c10"), "9 bytes"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "Tried 2 GiB"),
+    ],
+)
+def test_too_little_memory_is_told(error: Exception, told: str) -> None:
+    with pytest.raises(UserError, match=told), _memory_told("here"):
+        raise error
+    with pytest.raises(RuntimeError, match="another"), _memory_told("here"):
+        raise RuntimeError("another")

@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     from omegaconf import OmegaConf
 
     from lunaris.config.compose import compose
-    from lunaris.config.targets import load_class
+    from lunaris.config.targets import build
 
     overrides = [arg for arg in argv if not arg.startswith("-")]
     cfg = compose(overrides, check_data=False)
@@ -52,7 +52,7 @@ def main(argv: list[str]) -> int:
     if flags:
         return _verify(keys)
     target = keys.pop("_target_")
-    data = load_class("data._target_", target)(**keys)
+    data = build("data._target_", target, keys)
     began = time.monotonic()
     if not hasattr(data, "make"):
         if not hasattr(data, "folder"):

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +69,19 @@ def _resume_run(folder: Path, wanted: tuple[str, ...]) -> int:
     cfg: Any = RunDir(folder).read_config()
     # The folder may have been moved since.
     cfg.out_dir = str(folder)
-    _hold(cfg, folder)
+    _hold(cfg, folder, {})
     first = read_json(folder / "provenance.json")
     return submit(cfg, first.get("command", ""), first.get("overrides", []))
 
 
-def _hold(cfg: Any, folder: Path) -> None:
-    """Look at the data before anything is written: it may have moved, or changed, since."""
+def _hold(cfg: Any, folder: Path, looked_at: dict[str, Any]) -> None:
+    """Look at the data before anything is written: it may have moved, or changed, since.
+
+    looked_at: by its keys, what was looked at before; the points of a sweep mostly share one.
+    """
     from omegaconf import OmegaConf
 
-    from lunaris.config.targets import load_class
+    from lunaris.config.targets import build
     from lunaris.kept import hold
 
     if cfg.data.get("dir") is None:
@@ -84,9 +89,12 @@ def _hold(cfg: Any, folder: Path) -> None:
     keys: Any = OmegaConf.to_container(cfg.data)
     if "verify" in keys:
         keys["verify"] = False  # Left to the processes that train.
-    data = load_class("data._target_", keys.pop("_target_"))(**keys)
-    data.prepare()
-    hold(data, RunDir(folder))
+    known = json.dumps(keys, sort_keys=True)
+    if known not in looked_at:
+        data = build("data._target_", keys.pop("_target_"), keys)
+        data.prepare()
+        looked_at[known] = data
+    hold(looked_at[known], RunDir(folder))
 
 
 def _wanted(folder: Path, state: jobs.RunState, wanted: tuple[str, ...]) -> bool:
@@ -113,13 +121,25 @@ def _resume_sweep(folder: Path, wanted: tuple[str, ...]) -> int:
     flags = parse_flags(shlex.split(command)[2:])
     sweep = Sweep(folder, command, set(flags.overrides), flags.source)
     rows = [row for row in manifest["points"] if row["name"] in chosen]
-    points = [_point(folder, row, flags, command) for row in rows]
+    points = []
+    looked_at: dict[str, Any] = {}
+    for row in rows:
+        try:
+            points.append(_point(folder, row, flags, command, looked_at))
+        except UserError as error:
+            # The others can do without it.
+            print(f"error: {error}", file=sys.stderr)
+    code = UserError.exit_code if len(points) < len(rows) else 0
+    if not points:
+        return code
     if "cluster" in points[0].cfg.launch:
-        return _send(sweep, points)
-    return _run_here(points)
+        return _send(sweep, points) or code
+    return _run_here(points) or code
 
 
-def _point(folder: Path, row: dict[str, Any], flags: Flags, command: str) -> Any:
+def _point(
+    folder: Path, row: dict[str, Any], flags: Flags, command: str, looked_at: dict[str, Any]
+) -> Any:
     """Return a point from its folder; one whose folder is gone is composed again."""
     from lunaris.launch.points import Point
 
@@ -127,7 +147,7 @@ def _point(folder: Path, row: dict[str, Any], flags: Flags, command: str) -> Any
     if is_run(path):
         cfg: Any = RunDir(path).read_config()
         cfg.out_dir = str(path)
-        _hold(cfg, path)
+        _hold(cfg, path, looked_at)
     else:
         cfg = compose(row["overrides"], source=flags.source)
         cfg.name, cfg.out_dir = row["name"], str(path)

@@ -60,10 +60,10 @@ def submit(cfg: DictConfig, command: str, overrides: list[str]) -> int:
     """Give a composed config to its launcher, or run it here when torchrun started us."""
     if "RANK" in os.environ:
         return _run_as_rank(cfg, command, overrides)
-    from lunaris.config.targets import load_class
+    from lunaris.config.targets import build
 
     keys: dict[str, Any] = {str(k): v for k, v in cfg.launch.items() if k != "_target_"}
-    launcher = load_class("launch._target_", cfg.launch._target_)(**keys)
+    launcher = build("launch._target_", cfg.launch._target_, keys)
     return int(launcher.submit(cfg, command, overrides))
 
 

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 _OURS = "lunaris."
+# By which a module may come by names that its source does not spell.
+_MADE_AT_IMPORT = r"import\s*\*|__getattr__|(globals|locals|vars|setattr|exec)\(|sys\.modules"
 _EXAMPLES = {"dir": "FOLDER", "files": "'[corpus/*.jsonl]'", "datasets": "OWNER/NAME"}
 
 
@@ -96,6 +98,9 @@ def _check_module(group: str, target: str) -> None:
             spec = importlib.util.find_spec(module)
         except (ImportError, ValueError):
             spec = None
+        except Exception as error:  # Its package's own code ran.
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{key}: cannot be imported: {reason}") from error
         if spec is not None:
             return _check_name(key, name, spec)
         # A class within a class: the module is further up. An absent module ends at "".
@@ -112,7 +117,7 @@ def _check_name(key: str, name: str, spec: ModuleSpec) -> None:
         tree = ast.parse(source)
     except (OSError, ValueError, SyntaxError):
         return  # Compiled, or broken in a way that its import tells better.
-    if re.search(rf"\b{re.escape(name)}\b|import \*|__getattr__|globals\(", source):
+    if re.search(rf"\b{re.escape(name)}\b|{_MADE_AT_IMPORT}", source):
         return
     kinds = (ast.ClassDef, ast.FunctionDef)
     near = did_you_mean(name, [node.name for node in tree.body if isinstance(node, kinds)])

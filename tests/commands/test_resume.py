@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lunaris.__main__ import main
@@ -19,6 +21,12 @@ SMALL = [
     "model.multiple_of=8", "moe.n_experts=4", "trainer.max_steps=2", "trainer.batch_size=2",
     "trainer.log_interval=1", "trainer.eval_steps=1", "trainer.device=cpu",
 ]  # fmt: skip
+
+
+def shards(folder: str, seed: int) -> None:
+    Path(folder).mkdir()
+    tokens = np.random.default_rng(seed).integers(0, 64, 20_000, dtype=np.uint16)
+    np.save(f"{folder}/0.npy", tokens)
 
 
 def steps(path: Path) -> list[int]:
@@ -67,6 +75,48 @@ def test_a_point_with_another_config_than_the_manifest_s_is_refused(
     point.write_status(state="failed")
     assert main(["resume", "sweeps/s"]) == 2
     assert "seed: 2 → 5" in capsys.readouterr().err
+
+
+def test_a_point_whose_data_is_gone_keeps_no_other_from_going_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shards("k1", 1)
+    shards("k2", 2)
+    data = ["data=shards", "data.dir=k1,k2", "checkpoint.save_interval=1"]
+    own = [key for key in SMALL if not key.startswith("data")]
+    assert main(["train", "-m", *data, *own, "name=s"]) == 0
+    points = [RunDir(path) for path in sorted(Path("sweeps/s").glob("data.dir=*"))]
+    for point in points:
+        shutil.rmtree(point.checkpoints / "step_00000002")
+        point.write_status(state="failed")
+    Path("k1").rename("elsewhere")
+    capsys.readouterr()
+    assert main(["resume", "sweeps/s"]) == 2
+    captured = capsys.readouterr()
+    assert captured.err.count("error: ") == 1 and "data.dir=k1: no such folder" in captured.err
+    assert [point.read_status()["state"] for point in points] == ["failed", "done"]
+
+
+def test_a_class_within_a_class_is_found_again(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("own_data.py").write_text(
+        "from lunaris.data.shards import ShardsData\n\n\nclass Outer:\n    Data = ShardsData\n"
+    )
+    monkeypatch.syspath_prepend(os.getcwd())
+    shards("k1", 1)
+    Path("conf/data").mkdir(parents=True)
+    Path("conf/data/nested.yaml").write_text(
+        "_target_: own_data.Outer.Data\ndir: k1\ndocument_masking: false\n"
+    )
+    own = [key for key in SMALL if not key.startswith("data")]
+    argv = ["--config-dir", "conf", "data=nested", "checkpoint.save_interval=1", *own, "name=n"]
+    assert main(["train", *argv]) == 0
+    run_dir = RunDir("runs/n")
+    shutil.rmtree(run_dir.checkpoints / "step_00000002")
+    run_dir.write_status(state="failed")
+    assert main(["resume", "runs/n"]) == 0
+    assert run_dir.read_status()["state"] == "done"
 
 
 def test_a_done_run_has_nothing_to_do(

@@ -27,6 +27,9 @@ SMOKE = ["experiment=smoke", "moe=none", "trainer.max_steps=2", "data.n_tokens=5
         ["train", "moe=swich"],
         ["train", "data=shards", "data.dir=absent"],
         ["train", "launch._target_=json.Absent"],
+        ["train", "launch._target_=json.JSONDecoder"],
+        ["train", "launch._target_=json.tool.json"],
+        ["prepare", "data._target_=json.JSONDecoder.no"],
         ["train", "--multirn"],
         ["train", "--cfg", "jobs"],
         ["train", "--resolve"],
@@ -71,6 +74,9 @@ def test_a_run_leaves_its_folder_and_goes_on_from_it(capsys: pytest.CaptureFixtu
     [
         ("optimizer._target_=json.JSONDecoder", "=json.JSONDecoder: its keys do not fit: got an"),
         ("trainer.batch_size=99999999999999", "batch_size=99999999999999 and model.max_seq_len=32"),
+        ("data.n_tokens=99999999999999", "out of memory for the data, lunaris.data.synthetic.Sy"),
+        ("optimizer._target_=json.tool.json", "=json.tool.json: cannot be imported: not a class"),
+        ("optimizer._target_=json.JSONDecoder.no", "cannot be imported: Error loading 'json.JSON"),
     ],
 )
 def test_what_shows_only_at_the_start_is_told_in_one_line(

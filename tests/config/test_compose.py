@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 from pathlib import Path
 
@@ -202,3 +203,20 @@ def test_names_are_safe_and_differ_where_overrides_do() -> None:
     for name in names:
         assert set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789.=-")
         assert len(name) <= 80 and name[0] not in ".-"
+
+
+def test_a_class_of_ones_own_is_looked_for_in_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(os.getcwd())
+    Path("spelt.py").write_text("class MyFactory: ...\n")
+    Path("made.py").write_text("import sys\nsetattr(sys.modules[__name__], 'My' + 'Factory', 1)\n")
+    Path("broken").mkdir()
+    Path("broken/__init__.py").write_text("raise RuntimeError('no licence')\n")
+    Path("broken/mine.py").write_text("class MyFactory: ...\n")
+    for target in ("spelt.MyFactory", "made.MyFactory"):
+        assert compose([f"moe._target_={target}"]).moe._target_ == target
+    for target, message in (
+        ("spelt.MyFactry", r"spelt\.py has no MyFactry; did you mean MyFactory\?"),
+        ("broken.mine.MyFactory", "cannot be imported: RuntimeError: no licence"),
+    ):
+        with pytest.raises(UserError, match=message):
+            compose([f"moe._target_={target}"])
