@@ -36,6 +36,8 @@ from lunaris.files import write_durably
 
 # Seconds between notes of how far the merging came: what a kill costs at most.
 NOTE_S = 2.0
+# A text with what tokenizers lose: case, spaces, breaks of lines, accents, rare characters.
+_PROBE = "A  b\n\tc\u00e9 \u6f22 \U0001f600"
 
 
 def prepare(recipe: Recipe, sources: Sequence[Source], weights: list[float]) -> Manifest:
@@ -288,9 +290,23 @@ def _tokenizer(recipe: Recipe, sources: Sequence[Source], weights: list[float]) 
         else:
             texts = sample_texts(sources, weights, recipe.sample_mb * 2**20)
             train_bpe(texts, recipe.vocab_size, beside)
-        TextTokenizer(beside, recipe.eot)  # refused before anything is written
+        _check(beside, recipe)  # refused before anything is written
         write_durably(path, beside.read_bytes())
     return TextTokenizer(path, recipe.eot)
+
+
+def _check(path: Path, recipe: Recipe) -> None:
+    """Raise UserError for a tokenizer that cannot serve; say so of one that loses text."""
+    said = f"data.tokenizer={recipe.tokenizer or 'null'}"
+    try:
+        tokenizer = TextTokenizer(path, recipe.eot)
+    except UserError as error:
+        raise UserError(str(error).replace(str(path), said)) from error
+    back = tokenizer.decode_bytes(tokenizer.encode([_PROBE.encode()])[0]).decode("utf-8", "replace")
+    if back != _PROBE:
+        print(
+            f"note: {said} does not keep every text: {_PROBE!r} becomes {back!r}", file=sys.stderr
+        )
 
 
 def _bar(sources: Sequence[Source]) -> Any:

@@ -224,6 +224,22 @@ def test_each_source_has_a_validation_part_of_its_own(tokenizer: Path) -> None:
     assert list(both_folders.val(8))[-1] == "one"
 
 
+def test_a_tokenizer_that_loses_text_is_told(
+    tokenizer: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("a.txt").write_text("Some words")
+    make(tokenizer, files="a.txt")
+    assert "note: " not in capsys.readouterr().err
+    lossy = json.loads(tokenizer.read_text()) | {"normalizer": {"type": "Lowercase"}}
+    Path("lossy.json").write_text(json.dumps(lossy))
+    make(Path("lossy.json"), "lossy", files="a.txt")
+    said = capsys.readouterr().err
+    assert "data.tokenizer=lossy.json does not keep every text: 'A  b" in said
+    with pytest.raises(UserError, match=r"^data\.tokenizer=lossy\.json: has no token nosuch"):
+        make(Path("lossy.json"), "other", files="a.txt", eot="nosuch")
+    assert not Path("other").exists()
+
+
 def test_more_sources_than_files_may_be_open(tokenizer: Path) -> None:
     count = 60
     for i in range(count):
