@@ -6,9 +6,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lunaris import rundir
+from lunaris.distributed.signals import StopSignal
 from lunaris.errors import Stopped, UserError
-from lunaris.signals import StopSignal
+from lunaris.runs import run_dir as rundir
 
 
 class Local:

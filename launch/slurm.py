@@ -17,14 +17,15 @@ import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 from submitit.slurm.slurm import _make_sbatch_string
 
-from lunaris import jobs, rundir
-from lunaris.config.schema import SlurmLaunchConfig
-from lunaris.config.world import tasks_per_node
+from lunaris.atomic_files import read_json, write_json
+from lunaris.config.identity import tasks_per_node
+from lunaris.config.schema.launch import SlurmLaunchConfig
 from lunaris.errors import Stopped, UserError
-from lunaris.files import read_json, write_json
 from lunaris.launch import snapshot
-from lunaris.launch.task import Task
-from lunaris.rundir import RunDir
+from lunaris.launch.slurm_task import Task
+from lunaris.runs import run_dir as rundir
+from lunaris.runs import status as jobs
+from lunaris.runs.run_dir import RunDir
 
 _POLL_S = 2.0
 

@@ -14,9 +14,9 @@ from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdo
 from pathlib import Path
 from typing import Any, TextIO
 
+from lunaris.distributed.signals import StopSignal
 from lunaris.errors import Stopped, UserError
-from lunaris.rundir import RunDir
-from lunaris.signals import StopSignal
+from lunaris.runs.run_dir import RunDir
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,7 +77,7 @@ def work(cfg: Any, path: Path) -> Any:
 
 
 def _record(error: BaseException) -> None:
-    from lunaris.heartbeat import record_failure
+    from lunaris.distributed.heartbeat import record_failure
 
     expected = isinstance(error, UserError | Stopped)
     record_failure(str(error) if expected else f"{type(error).__name__}: {error}")

@@ -30,9 +30,9 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from lunaris import distributed
+from lunaris.atomic_files import read_json, sync_folder, write_json
+from lunaris.distributed import session as distributed
 from lunaris.errors import UserError
-from lunaris.files import read_json, sync_folder, write_json
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 _CHUNK = 1 << 22

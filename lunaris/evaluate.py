@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from lunaris.data.base import Sequences
 from lunaris.data.loader import check_ids, split_documents
-from lunaris.data.protocol import Sequences
 from lunaris.parallelism.base import Parallelism, unwrap
 
 

@@ -14,14 +14,13 @@ import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from lunaris import distributed
 from lunaris.checkpoint import Checkpoints, TrainState, complete
-from lunaris.config.targets import check_fit
+from lunaris.config.instantiate import check_fit
 from lunaris.data.loader import Loader
+from lunaris.distributed import session as distributed
+from lunaris.distributed.signals import StopSignal
 from lunaris.errors import Stopped, UserError
 from lunaris.evaluate import Evaluator
-from lunaris.jobs import current_job_id
-from lunaris.kept import keep
 from lunaris.metrics.loggers import Logger
 from lunaris.metrics.plot import plot_loss
 from lunaris.metrics.records import read_rows
@@ -29,8 +28,9 @@ from lunaris.metrics.throughput import Meter, peak_flops
 from lunaris.model.transformer import Transformer
 from lunaris.parallelism.base import Parallelism, unwrap
 from lunaris.precision import Precision
-from lunaris.rundir import RunDir
-from lunaris.signals import StopSignal
+from lunaris.runs.data_fingerprint import keep
+from lunaris.runs.run_dir import RunDir
+from lunaris.runs.status import current_job_id
 from lunaris.train import Run, train
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lunaris.checkpoint import Checkpoints, TrainState
 from lunaris.data.loader import Loader, StepBatch
+from lunaris.distributed.signals import StopSignal
 from lunaris.errors import Stopped
 from lunaris.evaluate import Evaluator
 from lunaris.metrics.loggers import Logger
@@ -23,8 +24,7 @@ from lunaris.optim.groups import set_learning_rate
 from lunaris.optim.schedule import Constant
 from lunaris.parallelism.base import Parallelism, unwrap
 from lunaris.precision import Precision
-from lunaris.rundir import RunDir
-from lunaris.signals import StopSignal
+from lunaris.runs.run_dir import RunDir
 
 
 @dataclass

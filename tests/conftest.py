@@ -79,7 +79,7 @@ def run_here() -> Callable[[Any], Any]:
 
     def run(cfg: Any) -> Any:
         from lunaris.run import execute
-        from lunaris.rundir import create
+        from lunaris.runs.run_dir import create
 
         run_dir = create(cfg, "test", [])
         execute(run_dir.read_config(), run_dir.path)

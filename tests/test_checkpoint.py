@@ -10,7 +10,7 @@ import torch
 
 from lunaris.checkpoint import Checkpoints, TrainState, complete, damage, newest
 from lunaris.errors import UserError
-from lunaris.rundir import RunDir
+from lunaris.runs.run_dir import RunDir
 
 
 def steps(run_dir: RunDir) -> list[int]:

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lunaris.__main__ import commands
+from lunaris.config.cli import parse_flags
 from lunaris.config.compose import compose
-from lunaris.config.flags import parse_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]

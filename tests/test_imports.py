@@ -19,16 +19,17 @@ LAYERS: list[tuple[str, ...]] = [
     ("__main__",),
     ("commands",),
     ("launch",),
-    ("trained", "listing"),
+    ("inference",),
     ("run",),
     ("train",),
-    ("evaluate", "kept"),
-    ("model", "moe", "data", "optim", "parallelism", "metrics", "checkpoint"),
-    ("distributed", "layers", "precision", "signals", "jobs"),
-    ("heartbeat",),
-    ("rundir",),
+    ("evaluate",),
+    ("moe", "data", "optim", "parallelism", "metrics", "checkpoint"),
+    ("model",),
+    ("precision",),
+    ("runs",),
+    ("distributed",),
     ("config",),
-    ("errors", "files", "conf"),
+    ("errors", "atomic_files", "conf"),
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # Shards are looked at when a config is checked, without torch.
@@ -88,7 +89,7 @@ def test_no_module_but_one_instantiates() -> None:
     assert callers == ["run.py"]
 
 
-TORCH_FREE = ("config/", "commands/", "rundir.py", "errors.py", "__main__.py", "launch/sweep.py")
+TORCH_FREE = ("config/", "commands/", "runs/", "errors.py", "__main__.py", "launch/sweep/")
 
 
 @pytest.mark.parametrize(

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from lunaris.config.schema import SCHEMAS
+from lunaris.config.schema.root import SCHEMAS
 from lunaris.errors import UserError
 from lunaris.metrics.records import read_rows
 from lunaris.run import _memory_told
-from lunaris.rundir import RunDir
+from lunaris.runs.run_dir import RunDir
 
 # Sent elsewhere or made from text first; stepped in tests/launch, tests/slurm and tests/data.
 _ELSEWHERE = {("launch", "slurm"), ("data", "text"), ("data", "hf"), ("data", "shards")}

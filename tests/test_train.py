@@ -17,7 +17,7 @@ from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from lunaris.checkpoint import newest
 from lunaris.errors import Stopped
 from lunaris.metrics.records import read_rows
-from lunaris.rundir import RunDir, create
+from lunaris.runs.run_dir import RunDir, create
 from lunaris.train import Run
 
 EXACT = ("train/", "val/", "moe/")

@@ -6,10 +6,10 @@ import argparse
 import time
 from pathlib import Path
 
-from lunaris import jobs
 from lunaris.errors import UserError
-from lunaris.listing import find, is_run, is_sweep
-from lunaris.rundir import RunDir
+from lunaris.runs import status as jobs
+from lunaris.runs.discovery import find, is_run, is_sweep
+from lunaris.runs.run_dir import RunDir
 
 HELP = "cancel the SLURM jobs of a run or a sweep"
 

@@ -7,9 +7,9 @@ import json
 from typing import Any
 
 from lunaris.config.overrides import parse
-from lunaris.config.schema import TrainerConfig
+from lunaris.config.schema.trainer import TrainerConfig
 from lunaris.errors import UserError, did_you_mean
-from lunaris.rundir import RunDir
+from lunaris.runs.run_dir import RunDir
 
 HELP = "loss and perplexity of a run's checkpoint, on its own validation part or any shards"
 _KEYS = ("data.dir", "trainer.batch_size", "trainer.precision", "trainer.device")
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
         _apply(cfg, override)
 
     # torch only from here on: `--help` and a wrong key answer at once.
-    from lunaris.trained import evaluate_checkpoint
+    from lunaris.inference import evaluate_checkpoint
 
     result = evaluate_checkpoint(cfg, RunDir(args.dir), step=args.step, most=args.max_sequences)
     if args.json:

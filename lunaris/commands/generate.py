@@ -7,7 +7,7 @@ import math
 import sys
 
 from lunaris.errors import UserError
-from lunaris.rundir import RunDir
+from lunaris.runs.run_dir import RunDir
 
 HELP = "samples text from a run's checkpoint, with a KV cache"
 
@@ -20,7 +20,7 @@ def main(argv: list[str]) -> int:
     cfg = run_dir.read_config()
 
     # torch and tokenizers only from here on: `--help` answers at once.
-    from lunaris.trained import sample_texts
+    from lunaris.inference import sample_texts
 
     seeds = range(args.seed, args.seed + args.samples)
     texts = sample_texts(

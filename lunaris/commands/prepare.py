@@ -44,7 +44,7 @@ def main(argv: list[str]) -> int:
     from omegaconf import OmegaConf
 
     from lunaris.config.compose import compose
-    from lunaris.config.targets import build
+    from lunaris.config.instantiate import build
 
     overrides = [arg for arg in argv if not arg.startswith("-")]
     cfg = compose(overrides, check_data=False)
@@ -101,7 +101,7 @@ def _report(made: Manifest, folder: str, seconds: float) -> None:
 def _keys() -> str:
     from dataclasses import fields
 
-    from lunaris.config.sources import TextDataConfig
+    from lunaris.config.schema.data import TextDataConfig
 
     rows = []
     for key in fields(TextDataConfig):

@@ -9,14 +9,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lunaris import jobs
+from lunaris.atomic_files import read_json
+from lunaris.config.cli import Flags, parse_flags
 from lunaris.config.compose import compose
-from lunaris.config.flags import Flags, parse_flags
-from lunaris.config.world import differing, identity
+from lunaris.config.identity import differing, identity
 from lunaris.errors import UserError, did_you_mean
-from lunaris.files import read_json
-from lunaris.listing import find, is_run, is_sweep
-from lunaris.rundir import RunDir, create
+from lunaris.runs import status as jobs
+from lunaris.runs.discovery import find, is_run, is_sweep
+from lunaris.runs.run_dir import RunDir, create
 
 HELP = "go on with a run, or with what a sweep has not done, as it was launched"
 
@@ -81,8 +81,8 @@ def _hold(cfg: Any, folder: Path, looked_at: dict[str, Any]) -> None:
     """
     from omegaconf import OmegaConf
 
-    from lunaris.config.targets import build
-    from lunaris.kept import hold
+    from lunaris.config.instantiate import build
+    from lunaris.runs.data_fingerprint import hold
 
     if cfg.data.get("dir") is None:
         return
@@ -114,7 +114,7 @@ def _resume_sweep(folder: Path, wanted: tuple[str, ...]) -> int:
     if not chosen:
         print(f"{folder}: no point is {' or '.join(wanted)}; nothing to do")
         return 0
-    from lunaris.launch.points import Sweep, read_manifest
+    from lunaris.launch.sweep.points import Sweep, read_manifest
 
     manifest = read_manifest(folder)
     command = manifest["command"]
@@ -141,7 +141,7 @@ def _point(
     folder: Path, row: dict[str, Any], flags: Flags, command: str, looked_at: dict[str, Any]
 ) -> Any:
     """Return a point from its folder; one whose folder is gone is composed again."""
-    from lunaris.launch.points import Point
+    from lunaris.launch.sweep.points import Point
 
     path = folder / row["dir"]
     if is_run(path):
@@ -162,8 +162,8 @@ def _point(
 
 
 def _send(sweep: Any, points: list[Any]) -> int:
-    from lunaris.launch.array import send_points
     from lunaris.launch.slurm import wait_for
+    from lunaris.launch.sweep.slurm_array import send_points
 
     send_points(sweep, points)
     if not points[0].cfg.launch.wait:
@@ -173,7 +173,7 @@ def _send(sweep: Any, points: list[Any]) -> int:
 
 
 def _run_here(points: list[Any]) -> int:
-    from lunaris.launch.sweep import console, run_point
+    from lunaris.launch.sweep.sweeper import console, run_point
 
     outcomes = []
     for i, point in enumerate(points):

@@ -11,9 +11,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lunaris import jobs
-from lunaris.jobs import RunState
-from lunaris.listing import Listed, find
+from lunaris.runs import status as jobs
+from lunaris.runs.discovery import Listed, find
+from lunaris.runs.status import RunState
 
 HELP = "a table of runs and sweep points: state, step, validation loss, job"
 

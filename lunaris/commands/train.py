@@ -12,7 +12,7 @@ from lunaris.errors import Stopped, UserError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-    from lunaris.config.flags import Flags
+    from lunaris.config.cli import Flags
 
 HELP = "train a model here (launch=local) or send it to SLURM (launch=slurm); -m sweeps"
 
@@ -33,7 +33,7 @@ _EXAMPLES = [
 
 def main(argv: list[str]) -> int:
     """Compose, check and launch; return the exit code."""
-    from lunaris.config.flags import parse_flags
+    from lunaris.config.cli import parse_flags
 
     flags = parse_flags(argv)
     if flags.help:
@@ -42,11 +42,11 @@ def main(argv: list[str]) -> int:
         return _show(flags)
     command = shlex.join(["lunaris", "train", *argv])
     if flags.multirun:
-        from lunaris.launch.sweep import sweep
+        from lunaris.launch.sweep.sweeper import sweep
 
         return sweep(flags, command)
     if flags.hydra_help or flags.cfg or flags.info or flags.shell_completion:
-        from lunaris.launch.handoff import hand_to_hydra
+        from lunaris.launch.sweep.hydra_bridge import hand_to_hydra
 
         hand_to_hydra(flags, [], _unreached)
         return 0
@@ -60,7 +60,7 @@ def submit(cfg: DictConfig, command: str, overrides: list[str]) -> int:
     """Give a composed config to its launcher, or run it here when torchrun started us."""
     if "RANK" in os.environ:
         return _run_as_rank(cfg, command, overrides)
-    from lunaris.config.targets import build
+    from lunaris.config.instantiate import build
 
     keys: dict[str, Any] = {str(k): v for k, v in cfg.launch.items() if k != "_target_"}
     launcher = build("launch._target_", cfg.launch._target_, keys)
@@ -68,8 +68,8 @@ def submit(cfg: DictConfig, command: str, overrides: list[str]) -> int:
 
 
 def _run_as_rank(cfg: DictConfig, command: str, overrides: list[str]) -> int:
-    from lunaris import rundir
     from lunaris.launch.worker import work
+    from lunaris.runs import run_dir as rundir
 
     if os.environ["RANK"] == "0":
         rundir.create(cfg, command, overrides)
@@ -85,7 +85,7 @@ def _run_as_rank(cfg: DictConfig, command: str, overrides: list[str]) -> int:
 
 def _help(flags: Flags) -> int:
     from lunaris.config.compose import config_dirs
-    from lunaris.config.manual import manual
+    from lunaris.config.help_text import manual
 
     print(manual("lunaris train", _WHAT, _EXAMPLES, config_dirs(flags.source)))
     return 0
@@ -95,7 +95,7 @@ def _show(flags: Flags) -> int:
     from omegaconf import MISSING, OmegaConf
 
     from lunaris.config.compose import Composer, finish
-    from lunaris.config.faults import shown
+    from lunaris.config.messages import shown
     from lunaris.config.structure import check_interpolations, check_keys
 
     cfg: Any = Composer(flags.source).unchecked(flags.overrides)

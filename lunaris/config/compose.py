@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lunaris.config.faults import explain
-from lunaris.config.names import experiment, run_name
+from lunaris.config.messages import explain
 from lunaris.config.options import CONFIG_MODULE, folders
 from lunaris.config.overrides import apply, check, is_group_choice, open_maps, parse, quoted
-from lunaris.config.schema import SCHEMAS, Config
+from lunaris.config.run_names import experiment, run_name
+from lunaris.config.schema.root import SCHEMAS, Config
 from lunaris.errors import UserError
 
 if TYPE_CHECKING:

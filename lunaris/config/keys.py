@@ -6,7 +6,7 @@ import types
 from dataclasses import fields, is_dataclass
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from lunaris.config.schema import SCHEMAS, Config
+from lunaris.config.schema.root import SCHEMAS, Config
 from lunaris.errors import did_you_mean
 
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

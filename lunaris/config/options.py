@@ -6,7 +6,7 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
-from lunaris.config.schema import SCHEMAS
+from lunaris.config.schema.root import SCHEMAS
 
 CONFIG_MODULE = "lunaris.conf"
 # Picked from the folder `experiment`; it has no keys of its own.

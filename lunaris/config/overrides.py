@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from lunaris.config.faults import no_such_key, shown, wrong_value
 from lunaris.config.keys import all_keys, is_switch, nearest, schema_keys
+from lunaris.config.messages import no_such_key, shown, wrong_value
 from lunaris.config.options import EXPERIMENT, GROUPS, options
-from lunaris.config.schema import Config
+from lunaris.config.schema.root import Config
 from lunaris.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:

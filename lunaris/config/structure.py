@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from lunaris.config.faults import explain, no_such_key
 from lunaris.config.keys import schema_keys, schema_of_target
-from lunaris.config.schema import SCHEMAS, Config
+from lunaris.config.messages import explain, no_such_key
+from lunaris.config.schema.root import SCHEMAS, Config
 from lunaris.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:

@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
-from lunaris.config.components import DDPConfig, HSDPConfig, MoEConfig, SingleConfig, WSDConfig
-from lunaris.config.faults import shown
-from lunaris.config.schema import SlurmLaunchConfig
-from lunaris.config.sources import (
+from lunaris.config.identity import tasks_per_node, world_size
+from lunaris.config.messages import shown
+from lunaris.config.schema.data import (
     PreparedDataConfig,
     ShardsDataConfig,
     StdlibDataConfig,
     SyntheticDataConfig,
 )
+from lunaris.config.schema.launch import SlurmLaunchConfig
+from lunaris.config.schema.moe import MoEConfig
+from lunaris.config.schema.parallelism import DDPConfig, HSDPConfig, SingleConfig
+from lunaris.config.schema.schedule import WSDConfig
 from lunaris.config.structure import check_structure
-from lunaris.config.world import tasks_per_node, world_size
 from lunaris.errors import UserError
 
 if TYPE_CHECKING:

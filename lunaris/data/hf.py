@@ -11,11 +11,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from lunaris.data import units
-from lunaris.data.documents import Problem, to_document
 from lunaris.data.extras import need
+from lunaris.data.prepare import chunks as units
+from lunaris.data.prepare.chunks import Cursor, Source, Unit
+from lunaris.data.prepare.readers import Problem, to_document
 from lunaris.data.text import Preparable
-from lunaris.data.units import Cursor, Source, Unit
 from lunaris.errors import UserError, did_you_mean
 
 # Bytes that a document takes in memory besides its own.

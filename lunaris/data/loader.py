@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lunaris.data.protocol import Sequences
+from lunaris.data.base import Sequences
 from lunaris.errors import UserError
 
 IGNORED = -100

@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lunaris.atomic_files import write_durably
 from lunaris.errors import UserError
-from lunaris.files import write_durably
 
 NAME = "manifest.json"
 TOKENIZER = "tokenizer.json"

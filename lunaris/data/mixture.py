@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lunaris.data.order import permute
-from lunaris.data.protocol import Sequences
+from lunaris.data.base import Sequences
+from lunaris.data.shuffle import permute
 
 # Slots of a block. Each block gives every source the same whole number of slots, so a share is
 # true to half a slot of a million.

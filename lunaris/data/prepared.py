@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from lunaris.data.protocol import Sequences
+from lunaris.atomic_files import FileInUse, file_lock
+from lunaris.data.base import Sequences
 from lunaris.data.shards import ShardsData
 from lunaris.errors import UserError
 
@@ -59,16 +59,16 @@ def folder_lock(path: Path, *, wait: bool) -> Iterator[None]:
 
     wait: until another process releases it; else raise UserError that it is in use.
     """
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = path.open("a+")
-    except OSError as error:
-        raise UserError(f"data.dir={path.parent}: cannot be written: {error.strerror}") from error
-    with file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_lock(path, wait=wait))
+        except FileInUse as error:
             raise UserError(
                 f"{path.parent}: another `lunaris prepare` is writing this folder"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"data.dir={path.parent}: cannot be written: {error.strerror}"
             ) from error
         yield

@@ -11,11 +11,11 @@ from pathlib import Path
 import numpy as np
 
 from lunaris.data import manifest as manifests
+from lunaris.data.base import Sequences
 from lunaris.data.folders import check_eot, check_together, check_weights, folder_list, names
 from lunaris.data.manifest import Manifest
 from lunaris.data.mixture import MixedSequences
-from lunaris.data.protocol import Sequences
-from lunaris.data.stream import Shard, StreamSequences, TokenStream
+from lunaris.data.token_stream import Shard, StreamSequences, TokenStream
 from lunaris.errors import UserError
 
 _ALLOWED = "one-dimensional .npy files of uint16 or uint32 token ids"

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from lunaris.data.protocol import Sequences
+from lunaris.data.base import Sequences
 from lunaris.data.shards import require_sequences
-from lunaris.data.stream import Shard, StreamSequences, TokenStream
+from lunaris.data.token_stream import Shard, StreamSequences, TokenStream
 
 # Each token has this many likely followers; one token in `_NOISE` is drawn from all.
 _FOLLOWERS = 4

@@ -10,10 +10,10 @@ from typing import Any
 
 from lunaris.data import manifest as manifests
 from lunaris.data.manifest import Manifest
-from lunaris.data.prepare import default_processes, prepare
+from lunaris.data.prepare.chunks import FileSource, Source
+from lunaris.data.prepare.pipeline import default_processes, prepare
+from lunaris.data.prepare.spec import Recipe
 from lunaris.data.prepared import PreparedFolder
-from lunaris.data.request import Recipe
-from lunaris.data.units import FileSource, Source
 from lunaris.errors import UserError, did_you_mean
 
 

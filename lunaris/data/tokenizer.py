@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lunaris.data.cuts import split_bytes
+from lunaris.data.text_split import split_bytes
 from lunaris.errors import UserError
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ from typing import Any
 from tqdm import tqdm
 
 from lunaris.metrics.records import MetricsFile
-from lunaris.rundir import RunDir
+from lunaris.runs.run_dir import RunDir
 
 
 class Logger:

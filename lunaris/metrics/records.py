@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from lunaris.files import replace_file
+from lunaris.atomic_files import replace_file
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

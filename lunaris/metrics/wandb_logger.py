@@ -9,9 +9,9 @@ from typing import Any
 import wandb
 from omegaconf import OmegaConf
 
-from lunaris.files import read_json
+from lunaris.atomic_files import read_json
 from lunaris.metrics.loggers import LocalLogger
-from lunaris.rundir import RunDir
+from lunaris.runs.run_dir import RunDir
 
 
 class WandbLogger(LocalLogger):

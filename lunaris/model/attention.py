@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lunaris.layers import RMSNorm
 from lunaris.model.cache import LayerCache
+from lunaris.model.layers import RMSNorm
 
 
 def rope_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:

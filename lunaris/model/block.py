@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lunaris.layers import RMSNorm
 from lunaris.model.attention import Attention
 from lunaris.model.cache import LayerCache
+from lunaris.model.layers import RMSNorm
 
 
 class Block(nn.Module):

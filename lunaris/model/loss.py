@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lunaris.layers import compute_dtype
+from lunaris.model.layers import compute_dtype
 
 # Logits held at once. A CPU is fastest while they stay near its cache (16 MiB of float32); a GPU
 # with chunks (256 MiB) so large that adding up the weight's gradient is little beside the products.

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-from lunaris.layers import ModelShape, RMSNorm, compute_dtype
 from lunaris.model.attention import Attention, rope_tables
 from lunaris.model.block import Block
 from lunaris.model.cache import KVCache
 from lunaris.model.init import fill_normal
+from lunaris.model.layers import ModelShape, RMSNorm, compute_dtype
 from lunaris.model.loss import linear_cross_entropy
 
 _INIT_STD = 0.02

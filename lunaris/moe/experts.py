@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
-from lunaris.layers import compute_dtype, gated
+from lunaris.model.layers import compute_dtype, gated
 
 
 class Experts(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lunaris.layers import ModelShape, SwiGLU, swiglu_hidden
+from lunaris.model.layers import ModelShape, SwiGLU, swiglu_hidden
 from lunaris.moe.experts import Experts
 from lunaris.moe.layer import MoE
 from lunaris.moe.router import Router

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lunaris.layers import SwiGLU
+from lunaris.model.layers import SwiGLU
 from lunaris.moe.experts import Experts
 from lunaris.moe.router import Router, within_capacity
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lunaris import distributed
+from lunaris.distributed import session as distributed
 from lunaris.precision import Precision
 
 

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 
 from lunaris.errors import UserError
-from lunaris.layers import compute_dtype
+from lunaris.model.layers import compute_dtype
 
 
 def expert_modules(model: nn.Module) -> list[nn.Module]:

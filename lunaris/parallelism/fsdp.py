@@ -12,7 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from lunaris import distributed
+from lunaris.distributed import session as distributed
 from lunaris.errors import UserError
 from lunaris.parallelism.base import Parallelism, compile_blocks, materialize
 from lunaris.parallelism.expert import (

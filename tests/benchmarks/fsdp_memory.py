@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from lunaris import distributed
+from lunaris.distributed import session as distributed
 from lunaris.metrics.throughput import peak_memory_gb
 from lunaris.model.transformer import Transformer
 from lunaris.moe.factory import DenseFactory

@@ -15,7 +15,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from lunaris.layers import ModelShape
+from lunaris.model.layers import ModelShape
 from lunaris.moe.experts import Experts, _grouped, _one_by_one
 from lunaris.moe.factory import DenseFactory, MoEFactory
 

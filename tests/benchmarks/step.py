@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from lunaris import distributed
 from lunaris.config.compose import compose
+from lunaris.distributed import session as distributed
+from lunaris.distributed.signals import StopSignal
 from lunaris.parallelism.base import unwrap
 from lunaris.run import build
-from lunaris.rundir import create
-from lunaris.signals import StopSignal
+from lunaris.runs.run_dir import create
 from lunaris.train import train_step
 
 

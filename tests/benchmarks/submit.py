@@ -38,13 +38,13 @@ def timed(module, name, label):
         finally:
             spent[label] = spent.get(label, 0) + time.perf_counter() - start
     setattr(owner, last, call)
-import lunaris.launch.array
+import lunaris.launch.sweep.slurm_array
 timed("lunaris.config.compose", "Composer.compose", "compose and check")
-timed("lunaris.rundir", "create", "freeze folders")
+timed("lunaris.runs.run_dir", "create", "freeze folders")
 timed("lunaris.launch.snapshot", "take", "copy the code")
 timed("submitit.core.utils", "CommandFunction.__call__", "sbatch")
 timed("lunaris.launch.slurm", "_record_sending", "note in the folders")
-timed("lunaris.rundir", "RunDir.write_status", "of which status.json")
+timed("lunaris.runs.run_dir", "RunDir.write_status", "of which status.json")
 imported = time.perf_counter()
 from lunaris.__main__ import main
 with contextlib.redirect_stdout(sys.stderr):

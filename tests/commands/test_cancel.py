@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from lunaris.__main__ import main
-from lunaris.files import write_json
-from lunaris.rundir import RunDir
+from lunaris.atomic_files import write_json
+from lunaris.runs.run_dir import RunDir
 
 FAKE = "#!/bin/sh\n{said}\n"
 

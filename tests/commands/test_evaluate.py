@@ -11,7 +11,7 @@ import pytest
 from lunaris.commands.evaluate import main
 from lunaris.errors import UserError
 from lunaris.metrics.records import read_rows
-from lunaris.rundir import RunDir
+from lunaris.runs.run_dir import RunDir
 
 
 def test_the_loss_of_the_last_checkpoint_is_the_one_that_training_saw(

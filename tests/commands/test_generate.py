@@ -12,7 +12,7 @@ from lunaris.commands.generate import main
 from lunaris.data.text import TextData
 from lunaris.data.tokenizer import train_bpe
 from lunaris.errors import UserError
-from lunaris.rundir import RunDir
+from lunaris.runs.run_dir import RunDir
 
 
 @pytest.fixture

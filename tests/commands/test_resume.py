@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from lunaris.__main__ import main
-from lunaris.rundir import RunDir, create
+from lunaris.runs.run_dir import RunDir, create
 
 SMALL = [
     "data=synthetic", "data.n_tokens=20000", "data.vocab_size=64", "model.d_model=16",

@@ -14,7 +14,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from lunaris.__main__ import commands, main
-from lunaris.rundir import RunDir
+from lunaris.runs.run_dir import RunDir
 
 SMOKE = ["experiment=smoke", "moe=none", "trainer.max_steps=2", "data.n_tokens=5000", "name=x"]
 

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from lunaris.config.compose import compose
 from lunaris.config.options import EXPERIMENT, folders, options
-from lunaris.config.schema import SCHEMAS
+from lunaris.config.schema.root import SCHEMAS
 
 FOLDER = folders()[0]
 OPTIONS = [(group, option.name) for group in SCHEMAS for option in options(group)]

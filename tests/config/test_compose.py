@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from lunaris.config.compose import Composer, Source, compose, register_schemas
-from lunaris.config.names import join_names, point_name, run_name, sweep_name
+from lunaris.config.run_names import join_names, point_name, run_name, sweep_name
 from lunaris.errors import UserError
 
 

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from lunaris.data import prepare as preparation
-from lunaris.data import units
 from lunaris.data.hf import HFData, HFSource
 from lunaris.data.manifest import Manifest
+from lunaris.data.prepare import chunks as units
+from lunaris.data.prepare import pipeline as preparation
 from lunaris.data.text import TextData
 from lunaris.data.tokenizer import train_bpe
 from lunaris.errors import UserError

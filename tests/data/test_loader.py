@@ -12,8 +12,8 @@ import torch
 
 from lunaris.data.loader import Loader, split_documents
 from lunaris.data.shards import ShardsData
-from lunaris.data.stream import StreamSequences
 from lunaris.data.synthetic import ArrayStream
+from lunaris.data.token_stream import StreamSequences
 from lunaris.errors import UserError
 
 

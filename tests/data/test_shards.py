@@ -13,7 +13,7 @@ import pytest
 from lunaris.data import manifest as manifests
 from lunaris.data.manifest import Manifest, ShardEntry
 from lunaris.data.shards import ShardsData, inspect, verify
-from lunaris.data.stream import TokenStream
+from lunaris.data.token_stream import TokenStream
 from lunaris.errors import UserError
 
 
@@ -67,7 +67,7 @@ def test_integer_types_read_the_same(tmp_path: Path, dtype: str) -> None:
 
 
 def test_more_shards_than_open_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lunaris.data.stream._MOST_OPEN", 2)
+    monkeypatch.setattr("lunaris.data.token_stream._MOST_OPEN", 2)
     write_shards(tmp_path / "s", [10] * 6)
     stream = TokenStream(inspect(tmp_path / "s").train)
     out = np.empty(35, dtype=np.int64)

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from lunaris.data.prepare.chunks import FileSource
 from lunaris.data.text import expand, source_weights
-from lunaris.data.units import FileSource
 from lunaris.errors import UserError
 
 

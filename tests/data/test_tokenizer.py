@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from lunaris.data.cuts import split_bytes
+from lunaris.data.text_split import split_bytes
 from lunaris.data.tokenizer import TextTokenizer, byte_alphabet, train_bpe
 from lunaris.errors import UserError
 

@@ -57,7 +57,7 @@ def wait_for(condition: Callable[[], Any], launcher: subprocess.Popen[str]) -> A
 @contextmanager
 def started(cfg: Any, command: list[str] | None = None) -> Iterator[subprocess.Popen[str]]:
     """Freeze the run of a config and start its processes; end what is left of them."""
-    from lunaris.rundir import create
+    from lunaris.runs.run_dir import create
 
     run_dir = create(cfg, "test", [])
     process = subprocess.Popen(

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 
 from lunaris.__main__ import main
+from lunaris.atomic_files import read_json
+from lunaris.distributed.signals import StopSignal
 from lunaris.errors import UserError
-from lunaris.files import read_json
-from lunaris.launch import task
+from lunaris.launch import slurm_task as task
 from lunaris.launch.slurm import Slurm
-from lunaris.launch.task import Task
-from lunaris.rundir import RunDir, create
-from lunaris.signals import StopSignal
+from lunaris.launch.slurm_task import Task
+from lunaris.runs.run_dir import RunDir, create
 
 GOLDEN = Path(__file__).parent / "fsdp_4x8.sbatch"
 FAKE_CLIENT = """\

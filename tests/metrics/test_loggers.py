@@ -9,7 +9,7 @@ from lunaris.metrics.loggers import LocalLogger
 from lunaris.metrics.plot import plot_loss
 from lunaris.metrics.records import read_rows
 from lunaris.metrics.wandb_logger import WandbLogger
-from lunaris.rundir import RunDir
+from lunaris.runs.run_dir import RunDir
 
 CFG = OmegaConf.create({"name": "x", "trainer": {"max_steps": 4}})
 ROW = {"step": 2, "train/loss": 5.0, "perf/tokens_per_s": 1234.5, "moe/layer_00/load": [0.25, 0.75]}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lunaris.layers import ModelShape
+from lunaris.model.layers import ModelShape
 from lunaris.moe.factory import MoEFactory
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from lunaris.layers import ModelShape
+from lunaris.model.layers import ModelShape
 from lunaris.moe.factory import Dense, DenseFactory, MoEFactory
 from lunaris.moe.layer import MoE
 

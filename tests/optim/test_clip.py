@@ -10,7 +10,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from lunaris import distributed
+from lunaris.distributed import session as distributed
 from lunaris.optim.clip import clip_grad_norm
 
 

@@ -17,12 +17,12 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from lunaris import distributed
 from lunaris.data.loader import Loader, StepBatch
+from lunaris.distributed import session as distributed
+from lunaris.distributed.signals import StopSignal
 from lunaris.precision import Precision
 from lunaris.run import build
-from lunaris.rundir import RunDir
-from lunaris.signals import StopSignal
+from lunaris.runs.run_dir import RunDir
 from lunaris.train import Run, train
 
 

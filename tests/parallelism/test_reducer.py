@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lunaris import distributed
+from lunaris.distributed import session as distributed
 from lunaris.parallelism import reducer
 from lunaris.parallelism.reducer import Reducer
 

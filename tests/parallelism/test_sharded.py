@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
-from lunaris import distributed
+from lunaris.distributed import session as distributed
 from lunaris.errors import UserError
 from lunaris.optim.adamw import build_adamw
 from lunaris.optim.clip import clip_grad_norm

@@ -147,7 +147,7 @@ def write_run(folder: Path, model: str, setup: Setup) -> Path:
     """Freeze the config of a small run in `folder`."""
     from omegaconf import OmegaConf
 
-    from lunaris.rundir import RunDir
+    from lunaris.runs.run_dir import RunDir
 
     # Composed once a model and once a setup: what a setup says is in these groups alone.
     spread = _composed("moe.n_experts=4", *setup.overrides())

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lunaris import jobs
+from lunaris.runs import status as jobs
 
 _HERE = Path(__file__).parent
 _REST_S = 3

@@ -1,0 +1,48 @@
+"""The schemas of how processes share the work. No torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lunaris.config.schema.checks import within
+
+
+@dataclass
+class SingleConfig:
+    """One process."""
+
+    _target_: str = "lunaris.parallelism.single.Single"
+
+
+@dataclass
+class DDPConfig:
+    """The model replicated in every process; gradients averaged."""
+
+    _target_: str = "lunaris.parallelism.ddp.DDP"
+    # Processes that share one set of experts; divides the world and moe.n_experts.
+    expert_parallel: int = 1
+
+    def __post_init__(self) -> None:
+        within("parallelism.expert_parallel", self.expert_parallel, low=1)
+
+
+@dataclass
+class FSDPConfig(DDPConfig):
+    """Parameters, gradients and optimizer state sharded over all processes (ZeRO-3)."""
+
+    _target_: str = "lunaris.parallelism.fsdp.FSDP"
+    # Free a block's gathered parameters after its forward; false keeps them until its backward.
+    reshard_after_forward: bool = True
+
+
+@dataclass
+class HSDPConfig(FSDPConfig):
+    """Sharded within groups of `shard_size` processes, replicated across the groups."""
+
+    _target_: str = "lunaris.parallelism.fsdp.HSDP"
+    # Null: the processes of one node.
+    shard_size: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        within("parallelism.shard_size", self.shard_size, low=1)

@@ -1,0 +1,191 @@
+"""The work of one process of a preparation: a unit's documents become tokens in two files."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from dataclasses import dataclass, field
+from multiprocessing import connection, parent_process
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+from lunaris.data.prepare.chunks import Unit
+from lunaris.data.prepare.readers import Document, Problem, Reader
+from lunaris.data.text_split import PIECE_BYTES
+from lunaris.data.tokenizer import TextTokenizer
+
+_PARALLELISM = "TOKENIZERS_PARALLELISM"
+PARTS = ("train", "val")
+# Bytes of text encoded at once: enough to be fast, little enough to take little memory.
+_BATCH_BYTES = 16 * PIECE_BYTES
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a process needs to know for every unit."""
+
+    tokenizer: Path
+    eot: str | None
+    text_keys: tuple[str, ...]  # one a source
+    val_fraction: float
+    seed: int
+    folder: Path  # for the units' token files
+
+
+@dataclass
+class Encoded:
+    """What became of a unit. Its tokens lie in `KEY.train` and `KEY.val`, documents in order.
+
+    lengths: [D] int64 tokens of each document with its end of text; held_out: [D] bool. `open`: the
+    last one goes on in the next unit. text_bytes: of all documents; lines: lines or rows read.
+    """
+
+    lengths: np.ndarray
+    held_out: np.ndarray
+    open: bool
+    text_bytes: int
+    lines: int
+    problems: list[Problem] = field(default_factory=list)
+
+
+def unit_path(folder: Path, unit: Unit, part: str) -> Path:
+    """Return where a unit's tokens of one part are kept until they are in a shard."""
+    key = f"{unit.source}-{unit.cursor.file}-{unit.cursor.start}"
+    return folder / f"{key}.{part}"
+
+
+def is_held_out(head: bytes, fraction: float, seed: int) -> bool:
+    """Return whether the document that begins with `head` belongs to the validation part.
+
+    By contents: copies of a document are in the same part, wherever they stand.
+    """
+    if fraction == 0:
+        return False
+    key = seed.to_bytes(8, "little", signed=True)
+    digest = hashlib.blake2b(head, digest_size=8, key=key).digest()
+    return int.from_bytes(digest, "little") < fraction * 2**64
+
+
+class Encoder:
+    """Encodes units by one tokenizer."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._tokenizer = TextTokenizer(job.tokenizer, job.eot)
+        self._end = np.array([self._tokenizer.eot_id], dtype=self._tokenizer.dtype)
+
+    def __call__(self, unit: Unit) -> Encoded:
+        """Write a unit's tokens, whole or not at all, and say what they are."""
+        job = self._job
+        reader = Reader(unit, job.text_keys[unit.source])
+        out = Encoded(np.empty(0, np.int64), np.empty(0, bool), False, 0, 0)
+        lengths: list[int] = []
+        held_out: list[bool] = []
+        paths = [unit_path(job.folder, unit, part) for part in PARTS]
+        beside = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in paths]
+        with beside[0].open("wb") as train, beside[1].open("wb") as val:
+            for batch in _batches(reader, out.problems):
+                encoded = self._tokenizer.encode([document.text for document in batch])
+                for document, ids in zip(batch, encoded, strict=True):
+                    held = is_held_out(document.head, job.val_fraction, job.seed)
+                    lengths.append(self._write(val if held else train, ids, document.last))
+                    held_out.append(held)
+                    out.text_bytes += len(document.text)
+                    out.open = not document.last
+        for source, target in zip(beside, paths, strict=True):
+            source.replace(target)
+        out.lengths, out.held_out = np.array(lengths, np.int64), np.array(held_out, bool)
+        out.lines = reader.lines
+        return out
+
+    def _write(self, file: IO[bytes], ids: np.ndarray, last: bool) -> int:
+        file.write(ids.tobytes())
+        if not last:
+            return len(ids)
+        file.write(self._end.tobytes())
+        return len(ids) + 1
+
+
+def _batches(
+    documents: Iterator[Document | Problem] | Reader, problems: list[Problem]
+) -> Iterator[list[Document]]:
+    """Yield documents in groups of about `_BATCH_BYTES`; collect the problems."""
+    batch: list[Document] = []
+    size = 0
+    for document in documents:
+        if isinstance(document, Problem):
+            problems.append(document)
+            continue
+        batch.append(document)
+        size += len(document.text)
+        if size >= _BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def executor(processes: int, job: Job) -> Executor:
+    """Return what runs `encode_unit` in so many processes; for one, in this one."""
+    if processes == 1:
+        return _Inline(job)
+    return ProcessPoolExecutor(
+        processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        initializer=_start_process,
+        initargs=(job,),
+    )
+
+
+def encode_unit(unit: Unit) -> Encoded:
+    """Encode a unit where an `executor` runs it."""
+    assert _encoder is not None
+    return _encoder(unit)
+
+
+_encoder: Encoder | None = None
+
+
+def _start_process(job: Job) -> None:
+    """Set up a worker process: one thread of its own, no interrupts, an end with its parent."""
+    global _encoder
+    os.environ[_PARALLELISM] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    _encoder = Encoder(job)
+
+
+def _end_with_parent() -> None:
+    # A killed parent cannot tell its workers, which would wait for work for ever.
+    parent = parent_process()
+    if parent is not None:
+        connection.wait([parent.sentinel])
+        os._exit(1)
+
+
+class _Inline(Executor):
+    """Runs what is submitted at once, in this process, on one thread of the tokenizer's."""
+
+    def __init__(self, job: Job) -> None:
+        global _encoder
+        self._parallelism = os.environ.get(_PARALLELISM)
+        os.environ[_PARALLELISM] = "false"
+        _encoder = Encoder(job)
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        if self._parallelism is None:
+            os.environ.pop(_PARALLELISM, None)
+        else:
+            os.environ[_PARALLELISM] = self._parallelism

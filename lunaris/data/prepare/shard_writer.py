@@ -1,0 +1,147 @@
+"""Writing shards of a fixed number of tokens, so that a killed writer can go on."""
+
+from __future__ import annotations
+
+import io
+import os
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lunaris.atomic_files import sync_folder
+from lunaris.data.manifest import ShardEntry, sha256
+
+_HEADER_BYTES = 128
+
+
+class ShardWriter:
+    """Appends tokens to `PART_00000.npy`, `PART_00001.npy`, …, all but the last of one size.
+
+    The shard being written is `PART_NNNNN.npy.part`. `state()` makes what was appended durable and
+    returns what a later writer needs to go on from exactly there.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        part: str,
+        dtype: np.dtype,
+        shard_tokens: int,
+        state: dict[str, Any] | None = None,
+        *,
+        keep_open: bool = True,
+    ) -> None:
+        """state: of an earlier writer; whatever that one appended later is dropped.
+
+        keep_open: hold the file between appends. There may be more writers than open files.
+        """
+        self._folder, self._part = folder, part
+        self.dtype, self._shard_tokens = dtype, shard_tokens
+        state = state or {"entries": [], "tokens": 0}
+        self.entries = [ShardEntry(**entry) for entry in state["entries"]]
+        self._tokens: int = state["tokens"]
+        self._file: io.BufferedRandom | None = None
+        self._keep_open = keep_open
+        self._durable = True
+        self._reopen()
+
+    @property
+    def tokens(self) -> int:
+        """Return how many tokens were appended to all shards."""
+        return sum(entry.tokens for entry in self.entries) + self._tokens
+
+    def append(self, tokens: np.ndarray) -> None:
+        """Append tokens ([n] of the shards' type)."""
+        done = 0
+        while done < len(tokens):
+            taken = tokens[done : done + self._shard_tokens - self._tokens]
+            self._open().write(taken.data)
+            self._durable = False
+            self._tokens += len(taken)
+            done += len(taken)
+            if self._tokens == self._shard_tokens:
+                self._finish_shard()
+        if not self._keep_open:
+            self.close()
+
+    def state(self) -> dict[str, Any]:
+        if not self._durable:
+            file = self._open()
+            file.flush()
+            os.fsync(file.fileno())
+            self._durable = True
+            if not self._keep_open:
+                self.close()
+        return {"entries": [asdict(entry) for entry in self.entries], "tokens": self._tokens}
+
+    def finish(self) -> list[ShardEntry]:
+        """Finish the last shard, which may be a short one, and return all of them."""
+        if self._tokens:
+            self._finish_shard()
+        return self.entries
+
+    def close(self) -> None:
+        """Let go of the open file, as a killed writer would."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def _open(self) -> io.BufferedRandom:
+        """Return the file of the shard being written, at its end."""
+        if self._file is None and self._tokens:
+            self._file = self._beside().open("r+b")
+            self._file.seek(0, os.SEEK_END)
+        elif self._file is None:
+            self._file = self._beside().open("w+b")
+            self._file.write(bytes(_HEADER_BYTES))
+        return self._file
+
+    def _path(self, index: int) -> Path:
+        return self._folder / f"{self._part}_{index:05d}.npy"
+
+    def _beside(self) -> Path:
+        path = self._path(len(self.entries))
+        return path.with_name(f"{path.name}.part")
+
+    def _reopen(self) -> None:
+        """Put the files back to where the state says they were."""
+        current = self._path(len(self.entries))
+        # The shard may have been finished after the state was taken.
+        if current.is_file():
+            current.replace(self._beside())
+        for path in sorted(self._folder.glob(f"{self._part}_*.npy*")):
+            index = int(path.name.removeprefix(f"{self._part}_").partition(".")[0])
+            if index > len(self.entries) or (index == len(self.entries) and not self._tokens):
+                path.unlink()
+        if self._tokens:
+            with self._beside().open("r+b") as file:
+                file.truncate(_HEADER_BYTES + self._tokens * self.dtype.itemsize)
+
+    def _finish_shard(self) -> None:
+        file = self._open()
+        file.seek(0)
+        file.write(_header(self._tokens, self.dtype))
+        file.flush()
+        os.fsync(file.fileno())
+        self.close()
+        self._durable = True
+        path = self._path(len(self.entries))
+        self._beside().replace(path)
+        sync_folder(self._folder)
+        self.entries.append(ShardEntry(path.name, self._tokens, sha256(path)))
+        self._tokens = 0
+
+
+def _header(tokens: int, dtype: np.dtype) -> bytes:
+    """Return the head of a `.npy` file (format 1.0) of a one-dimensional array."""
+    header = io.BytesIO()
+    description = {
+        "descr": np.lib.format.dtype_to_descr(dtype),
+        "fortran_order": False,
+        "shape": (tokens,),
+    }
+    np.lib.format.write_array_header_1_0(header, description)
+    assert len(header.getvalue()) == _HEADER_BYTES
+    return header.getvalue()

@@ -1,0 +1,113 @@
+"""Many `.npy` files as one stream of tokens, and sequences cut from it."""
+
+from __future__ import annotations
+
+import bisect
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lunaris.data.shuffle import permute
+
+# A map keeps a file descriptor; past this many the least recently used one is closed.
+_MOST_OPEN = 256
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One `.npy` file of tokens: where its data begins (bytes), how many tokens, of which type."""
+
+    path: Path
+    offset: int
+    tokens: int
+    dtype: np.dtype
+
+
+class TokenStream:
+    """The tokens start … stop of several shards laid end to end, read through memory maps."""
+
+    def __init__(self, shards: list[Shard], start: int = 0, stop: int | None = None) -> None:
+        self._shards = [shard for shard in shards if shard.tokens]
+        ends = np.cumsum([shard.tokens for shard in self._shards], dtype=np.int64)
+        self._ends: list[int] = ends.tolist()
+        total = self._ends[-1] if self._ends else 0
+        self._start = start
+        self._stop = total if stop is None else stop
+        assert 0 <= self._start <= self._stop <= total
+        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
+
+    def __len__(self) -> int:
+        return self._stop - self._start
+
+    def read(self, position: int, out: np.ndarray) -> None:
+        """Write the tokens from `position` on to out ([n], any integer type)."""
+        done, at = 0, position + self._start
+        assert 0 <= position and at + len(out) <= self._stop
+        i = bisect.bisect_right(self._ends, at)
+        tokens = self._map(i)
+        begin = at - (self._ends[i] - len(tokens))
+        if begin + len(out) <= len(tokens):  # mostly it is all in one shard
+            out[:] = tokens[begin : begin + len(out)]
+            return
+        while done < len(out):
+            i = bisect.bisect_right(self._ends, at)
+            tokens = self._map(i)
+            begin = at - (self._ends[i] - len(tokens))
+            count = min(len(out) - done, len(tokens) - begin)
+            out[done : done + count] = tokens[begin : begin + count]
+            done += count
+            at += count
+
+    def path(self, position: int) -> Path:
+        """Return the shard that holds the token at `position`."""
+        return self._shards[bisect.bisect_right(self._ends, position + self._start)].path
+
+    def _map(self, i: int) -> np.ndarray:
+        tokens = self._open.get(i)
+        if tokens is not None:
+            self._open.move_to_end(i)
+            return tokens
+        shard = self._shards[i]
+        mapped = np.memmap(shard.path, shard.dtype, "r", shard.offset, (shard.tokens,))
+        tokens = self._open[i] = mapped.view(np.ndarray)
+        if len(self._open) > _MOST_OPEN:
+            self._open.popitem(last=False)
+        return tokens
+
+
+class StreamSequences:
+    """The sequences of L + 1 tokens at every L-th position of a stream.
+
+    N = (tokens − 1) // L of them; neighbours share one token, the target of the one and the input
+    of the other. With a seed, each epoch is a permutation keyed by (seed, epoch); without, every
+    epoch is in file order.
+    """
+
+    def __init__(self, stream: TokenStream, seq_len: int, seed: int | None, name: str) -> None:
+        """name: for messages; the folder of the shards."""
+        self._stream = stream
+        self.seq_len = seq_len
+        self._seed = seed
+        self._name = name
+
+    def __len__(self) -> int:
+        return max(0, len(self._stream) - 1) // self.seq_len
+
+    def place(self, n: np.ndarray) -> np.ndarray:
+        """Return where in file order the n-th sequences stand ([R] int64)."""
+        epoch, index = np.divmod(n, len(self))
+        return index if self._seed is None else permute(index, len(self), self._seed, epoch)
+
+    def gather(self, n: np.ndarray, out: np.ndarray) -> None:
+        read = self._stream.read
+        for row, start in zip(out, (self.place(n) * self.seq_len).tolist(), strict=True):
+            read(start, row)
+
+    def source(self, n: np.ndarray) -> np.ndarray | None:
+        return None
+
+    def describe(self, n: int) -> str:
+        place = int(self.place(np.array([n]))[0])
+        return str(self._stream.path(place * self.seq_len)) if len(self._stream) else self._name

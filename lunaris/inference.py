@@ -1,0 +1,121 @@
+"""What a finished or stopped run is good for: evaluating and sampling its checkpoints."""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from lunaris.checkpoint import load_weights, newest, saved_vocab_size
+from lunaris.data.tokenizer import TextTokenizer
+from lunaris.distributed import session as distributed
+from lunaris.errors import UserError
+from lunaris.model.generate import stream
+from lunaris.model.transformer import Transformer
+from lunaris.parallelism.base import unwrap
+from lunaris.parallelism.single import Single
+from lunaris.precision import Precision
+from lunaris.run import bare_model, component, evaluator_of
+from lunaris.runs.data_fingerprint import check_tokenizer
+from lunaris.runs.run_dir import RunDir
+
+
+def evaluate_checkpoint(
+    cfg: Any, run_dir: RunDir, *, step: int | None, most: int | None
+) -> dict[str, float]:
+    """Return the `val/` metrics of a checkpoint on `cfg.data`, and its `step`.
+
+    most: sequences of each source, None for all. Raises UserError when there is no checkpoint or
+    no validation part, or the data's ids do not fit the model's vocabulary.
+    """
+    with distributed.session(cfg.trainer.device, cfg.launch.collective_timeout_s):
+        data = component(cfg.data)
+        data.prepare()
+        check_tokenizer(data.tokenizer_path, run_dir)
+        model, at = load_trained(cfg, run_dir, step)
+        if data.vocab_size > model.vocab_size:
+            raise UserError(
+                f"data.dir={cfg.data.get('dir')}: its vocabulary of {data.vocab_size} is larger "
+                f"than the model's {model.vocab_size}"
+            )
+        single = Single()
+        with Precision(cfg.trainer.precision, single.device).autocast():
+            row = evaluator_of(cfg, data, single, most)(model)
+    if not row:
+        raise UserError(
+            f"{run_dir.path}: its data has no validation part; name shards with data.dir=FOLDER"
+        )
+    return {"step": at} | row
+
+
+def sample_texts(
+    cfg: Any,
+    run_dir: RunDir,
+    prompt: str,
+    *,
+    seeds: Iterable[int],
+    step: int | None,
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> Iterator[Iterator[str]]:
+    """Yield for each seed the pieces of a continuation of `prompt`, sampled as they are asked for.
+
+    Each ends at end-of-text or `max_new_tokens`, and is to be read before the next is taken. Raises
+    UserError, before the first piece, when the run has no tokenizer or checkpoint.
+    """
+    path = run_dir.tokenizer_path
+    if not path.is_file():
+        raise UserError(f"{path}: missing; a run on data without a tokenizer cannot generate text")
+    tokenizer = TextTokenizer(path, run_dir.noted("eot_id"))
+    ids = tokenizer.encode([prompt.encode()])[0].tolist()
+    if not ids:
+        raise UserError("--prompt: must hold at least one character")
+    with distributed.session(cfg.trainer.device, cfg.launch.collective_timeout_s):
+        model, _ = load_trained(cfg, run_dir, step)
+        prompt_ids = torch.tensor([ids], device=next(model.parameters()).device)
+        for seed in seeds:
+            tokens = stream(
+                model,
+                prompt_ids,
+                max_new_tokens,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=seed,
+                eot_id=tokenizer.eot_id,
+            )
+            yield _text(tokenizer, tokens)
+
+
+def _text(tokenizer: TextTokenizer, tokens: Iterable[Any]) -> Iterator[str]:
+    """Yield the text of tokens as they come, a character once all of its bytes are there."""
+    text = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    new: list[int] = []
+    shown = 0
+    for token in tokens:
+        new.append(int(token))
+        data = tokenizer.decode_bytes(new)
+        yield text.decode(data[shown:])
+        shown = len(data)
+
+
+def load_trained(cfg: Any, run_dir: RunDir, step: int | None) -> tuple[Transformer, int]:
+    """Return a run's model with the weights of a checkpoint, in eval mode, and its step.
+
+    One process. Raises UserError when there is no such checkpoint.
+    """
+    path = newest(run_dir.checkpoints, step)
+    single = Single()
+    model = single.wrap(
+        bare_model(cfg, saved_vocab_size(path)),
+        precision=Precision(cfg.trainer.precision, single.device),
+        seed=cfg.seed,
+        compile=False,
+    )
+    load_weights(path, model)
+    model.eval()
+    return unwrap(model), int(path.name.removeprefix("step_"))

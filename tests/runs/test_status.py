@@ -1,0 +1,172 @@
+"""Where runs stand: what their files and SLURM say, put together."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from lunaris.atomic_files import write_json
+from lunaris.runs import status as jobs
+from lunaris.runs.run_dir import RunDir
+from lunaris.runs.status import JobState, judge
+
+Clients = Callable[..., None]
+
+
+@pytest.fixture
+def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clients:
+    """Return a function that puts clients of SLURM in place, which print what it is given."""
+
+    def put(**outputs: str | None) -> None:
+        folder = tmp_path / "bin"
+        folder.mkdir(exist_ok=True)
+        for name in ("squeue", "sacct"):
+            text = outputs.get(name)
+            client = folder / name
+            # None: as they do without accounting, or when a job is forgotten.
+            said = "exit 1" if text is None else f"cat <<'END'\n{text}\nEND"
+            client.write_text(f"#!/bin/sh\n{said}\n")
+            client.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    return put
+
+
+def run(path: Path, **status: object) -> Path:
+    path.mkdir(parents=True, exist_ok=True)
+    RunDir(path).write_status(**status)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("own", "job", "expected"),
+    [
+        ("done", None, "done"),
+        ("done", "COMPLETING", "done"),
+        ("queued", "PENDING", "queued"),
+        ("queued", "CONFIGURING", "queued"),
+        ("queued", "RUNNING", "running"),
+        ("running", "RUNNING", "running"),
+        ("stopped", "PENDING", "queued"),
+        ("failed", "PENDING", "queued"),
+        ("failed", "FAILED", "failed"),
+        ("failed", "COMPLETING", "failed"),
+        ("failed", "NODE_FAIL", "node_fail"),
+        ("running", "NODE_FAIL", "node_fail"),
+        ("running", "OUT_OF_MEMORY", "out_of_memory"),
+        ("running", "TIMEOUT", "timeout"),
+        ("running", "PREEMPTED", "preempted"),
+        ("stopped", "CANCELLED", "cancelled"),
+        ("queued", "CANCELLED", "cancelled"),
+        ("queued", "FAILED", "failed"),
+        ("running", "COMPLETED", "failed"),
+        ("running", None, "failed"),
+        ("queued", None, "missing"),
+        ("stopped", None, "stopped"),
+    ],
+)
+def test_own_word_and_slurm_s_are_put_together(
+    tmp_path: Path, own: str, job: str | None, expected: str
+) -> None:
+    status = {"state": own, "job_id": "7"}
+    assert judge(tmp_path, status, JobState(job) if job else None).state == expected
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("*** JOB 3 ON n1 CANCELLED AT 2026-11-23T03:35:35 DUE TO TIME LIMIT ***", "timeout"),
+        ("*** JOB 3 ON n1 CANCELLED AT 2026-11-23T03:35:35 DUE TO NODE FAILURE ***", "node_fail"),
+        ("*** STEP 3.0 ON n1 CANCELLED AT 2026-11-23T03:35:35 DUE TO PREEMPTION ***", "preempted"),
+        ("*** JOB 3 ON n1 CANCELLED AT 2026-11-23T03:35:35 ***", "cancelled"),
+        ("slurmstepd: error: Detected 1 oom_kill event in StepId=3.0.", "out_of_memory"),
+        ("something else", "failed"),
+    ],
+)
+def test_where_slurm_has_forgotten_the_job_its_log_tells(
+    tmp_path: Path, line: str, expected: str
+) -> None:
+    log = tmp_path / "3_0_log.out"
+    log.write_text(f"submitit INFO - Starting with JobEnvironment(job_id=3)\n{line}\n")
+    status = {"state": "running", "job_id": "3", "job_log": str(log)}
+    assert judge(tmp_path, status, None).state == expected
+
+
+def test_what_ended_an_earlier_attempt_does_not_count(tmp_path: Path) -> None:
+    log = tmp_path / "log.out"
+    log.write_text("DUE TO PREEMPTION\nStarting with JobEnvironment(x)\nstep 1\n")
+    status = {"state": "running", "job_id": "3", "job_log": str(log)}
+    assert judge(tmp_path, status, None).state == "failed"
+
+
+def test_the_queue_is_asked_first_then_the_accounting(clients: Clients) -> None:
+    clients(squeue="1|RUNNING|None\n9_0|PENDING|Resources", sacct="1|FAILED|1:0\n2|TIMEOUT|0:0")
+    found = jobs.ask_slurm(["1", "2", "9_0", "5"])
+    assert found == {
+        "1": JobState("RUNNING"),
+        "2": JobState("TIMEOUT"),
+        "9_0": JobState("PENDING", "Resources"),
+    }
+
+
+def test_without_queue_and_accounting_nothing_is_known(clients: Clients) -> None:
+    clients()
+    assert jobs.ask_slurm(["1"]) == {}
+
+
+def test_records_of_many_elements_are_read(clients: Clients) -> None:
+    clients(squeue="7_[1-2,5%4]|PENDING|JobArrayTaskLimit\n8|CANCELLED|None")
+    found = jobs.ask_slurm(["7_1", "7_2", "7_3", "7_5", "8_4"])
+    assert {i: s.name for i, s in found.items()} == {
+        "7_1": "PENDING",
+        "7_2": "PENDING",
+        "7_5": "PENDING",
+        "8_4": "CANCELLED",
+    }
+
+
+def test_who_cancelled_is_not_part_of_the_state(clients: Clients) -> None:
+    clients(sacct="3|CANCELLED by 1000|0:0")
+    assert jobs.ask_slurm(["3"]) == {"3": JobState("CANCELLED")}
+
+
+def test_a_folder_without_a_status_is_missing(tmp_path: Path) -> None:
+    assert jobs.states([tmp_path / "nothing"])[0].state == "missing"
+
+
+def test_a_run_of_this_machine_runs_as_long_as_its_process(tmp_path: Path) -> None:
+    path = run(tmp_path / "run", state="running", job_id=None)
+    write_json(path / "provenance.json", {"attempts": [{"host": socket.gethostname()}]})
+    (path / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    assert jobs.states([path])[0].state == "running"
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (path / ".lock").write_text(f"process {ended.pid} on {socket.gethostname()}")
+    assert jobs.states([path])[0].state == "failed"
+
+
+def test_a_run_of_another_machine_is_believed(tmp_path: Path) -> None:
+    path = run(tmp_path / "run", state="running", job_id=None)
+    write_json(path / "provenance.json", {"attempts": [{"host": "elsewhere"}]})
+    assert jobs.states([path])[0].state == "running"
+
+
+def test_the_job_s_id_is_that_of_the_array_s_element(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
+    assert jobs.current_job_id() is None
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert jobs.current_job_id() == "12"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "10")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert jobs.current_job_id() == "10_2"
+
+
+def test_cancelling_a_local_job_ends_what_it_started(tmp_path: Path) -> None:
+    shell = subprocess.Popen(["sh", "-c", "sleep 60; true"])
+    jobs.cancel([f"{jobs.LOCAL}{shell.pid}"])
+    assert shell.wait(timeout=10) != 0
