@@ -1,6 +1,6 @@
-"""Batches of one optimizer step each, gathered by a thread ahead of the step.
+"""The batches of each optimizer step, which a thread gathers ahead of time.
 
-Shapes: A micro-steps, B sequences a process a micro-step, L tokens.
+Shapes: A micro-steps, B sequences per process and micro-step, L tokens.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lunaris.data.base import Sequences
 from lunaris.errors import UserError
 
 IGNORED = -100
-# Steps that are gathered ahead; each holds one buffer of A · B · (L + 1) int64.
+# How many steps are gathered ahead; each takes one buffer of A · B · (L + 1) int64.
 _AHEAD = 2
 
 
@@ -34,7 +34,7 @@ class Split(NamedTuple):
 
 @dataclass
 class StepBatch:
-    """What one process takes in one optimizer step, on the device.
+    """The part of one optimizer step's batch that one process trains on, on the device.
 
     tokens, targets: [A, B, L] int64, targets −100 where there is none; documents: [A, B, L] int64,
     the document's number within its sequence, or None without masking; n_targets: targets of this
@@ -48,10 +48,10 @@ class StepBatch:
 
 
 def split_documents(rows: Tensor, eot_id: int | None) -> Split:
-    """Cut rows ([..., L + 1] int64) into inputs and targets, apart at the end-of-text id if given.
+    """Split rows ([..., L + 1] int64) into inputs and targets, and documents if `eot_id` is given.
 
-    An end-of-text token belongs to the document it ends and is predicted; what follows it is
-    another document, whose first token is no target.
+    An end-of-text token belongs to the document that it ends, and is predicted. What follows it is
+    another document, whose first token is not a target.
     """
     tokens, targets = rows[..., :-1].clone(), rows[..., 1:].clone()
     if eot_id is None:
@@ -64,7 +64,7 @@ def split_documents(rows: Tensor, eot_id: int | None) -> Split:
 def check_ids(
     rows: np.ndarray, n: np.ndarray, sequences: Sequences, vocab_size: int | None
 ) -> None:
-    """Raise UserError for an id outside the vocabulary, before it is looked up on a device.
+    """Raise UserError for an id outside the vocabulary, before a device looks it up.
 
     rows: [R, L + 1] int64; n: [R], which sequence each row is.
     """
@@ -84,7 +84,7 @@ class Loader:
 
     Step s of a run that began at `start` takes the global sequences start + [s·G, (s+1)·G), with
     G = B · A · world_size; micro-step m of rank r takes B of them from (m · world_size + r) · B on.
-    So the set of sequences of a step is the same for every way to divide G.
+    So a step's set of sequences is the same for every way to divide G.
     """
 
     def __init__(
@@ -100,10 +100,10 @@ class Loader:
         vocab_size: int | None = None,
         eot_id: int | None = None,
     ) -> None:
-        """start: sequences already trained on; eot_id: given with document masking only.
+        """start: how many sequences were trained on already; eot_id: only with document masking.
 
-        Every id is checked against vocab_size; UserError names the file of the first that is not
-        below it. Errors of the thread are raised by the iterator.
+        Every id is checked against vocab_size; a UserError names the file of the first id that is
+        not below it. The iterator raises the errors of the thread.
         """
         self.wait_s = 0.0
         self._sequences = sequences
@@ -144,7 +144,7 @@ class Loader:
         filled = self._filled.get()
         self.wait_s = time.perf_counter() - began
         if isinstance(filled, BaseException):
-            # Kept for whoever asks again: the thread is gone.
+            # Kept for the next call, because the thread has ended.
             self._filled.put(filled)
             raise filled
         batch = filled.batch
@@ -173,11 +173,11 @@ class Loader:
                 check_ids(rows, n, self._sequences, self._vocab_size)
                 buffer.n_targets = self._count_targets(rows)
                 if not self._pinned:
-                    # Nothing has to be sent; a GPU's rows are split there.
+                    # Nothing is copied; the rows of a GPU are split on the GPU.
                     buffer.batch = self._batch(buffer.rows, buffer.n_targets)
                 self._filled.put(buffer)
                 step += 1
-        except BaseException as error:  # handed to the thread that trains
+        except BaseException as error:  # raised in the thread that trains
             self._filled.put(error)
 
     def _count_targets(self, rows: np.ndarray) -> int:
