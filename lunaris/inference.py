@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from lunaris.checkpoint import load_weights, newest, saved_vocab_size
+from lunaris.data.prepare.build import make_ready
 from lunaris.data.tokenizer import TextTokenizer
 from lunaris.distributed import session as distributed
 from lunaris.errors import UserError
@@ -32,7 +33,7 @@ def evaluate_checkpoint(
     """
     with distributed.session(cfg.trainer.device, cfg.launch.collective_timeout_s):
         data = component(cfg.data)
-        data.prepare()
+        make_ready(data)
         check_tokenizer(data.tokenizer_path, run_dir)
         model, at = load_trained(cfg, run_dir, step)
         if data.vocab_size > model.vocab_size:

@@ -17,6 +17,7 @@ from hydra.utils import instantiate
 from lunaris.checkpoint import Checkpoints, TrainState, complete
 from lunaris.config.instantiate import check_fit
 from lunaris.data.loader import Loader
+from lunaris.data.prepare.build import make_ready
 from lunaris.distributed import session as distributed
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import Stopped, UserError
@@ -149,8 +150,8 @@ def prepared_data(cfg: Any, run_dir: RunDir) -> Any:
     """Build the data component, made ready by rank 0 first, and hold the run to it."""
     data = component(cfg.data)
     with _memory_told(f"for the data, {cfg.data._target_}"):
-        distributed.on_rank_0(data.prepare)
-        data.prepare()
+        distributed.on_rank_0(lambda: make_ready(data))
+        data.ensure_ready()
     distributed.on_rank_0(lambda: keep(data, run_dir))
     vocab_size = cfg.model.vocab_size
     if vocab_size is not None and vocab_size < data.vocab_size:

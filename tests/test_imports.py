@@ -32,10 +32,8 @@ LAYERS: list[tuple[str, ...]] = [
     ("errors", "atomic_files", "conf"),
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-# Shards are looked at when a config is checked, without torch.
-ALLOWED = {
-    ("config/validate.py", f"lunaris.data.{name}") for name in ("shards", "manifest", "folders")
-}
+# The folders of shards are inspected when a config is checked, without torch.
+ALLOWED = {("config/validate.py", "lunaris.data.folders")}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -87,6 +85,19 @@ def test_imports_point_down(name: str, path: Path) -> None:
 def test_no_module_but_one_instantiates() -> None:
     callers = [name for name, path in modules() if "hydra.utils" in imported(path, deep=True)]
     assert callers == ["run.py"]
+
+
+def test_what_training_reads_imports_nothing_of_the_preparation() -> None:
+    importers = {
+        name
+        for name, path in modules()
+        if not name.startswith("data/prepare/")
+        and any(f"{m}.".startswith("lunaris.data.prepare.") for m in imported(path, deep=True))
+    }
+    # The commands, and the composition root, where data is built on first use.
+    assert importers == {
+        "commands/prepare.py", "commands/resume.py", "inference.py", "run.py"
+    }  # fmt: skip
 
 
 TORCH_FREE = ("config/", "commands/", "runs/", "errors.py", "__main__.py", "launch/sweep/")

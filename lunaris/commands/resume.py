@@ -82,6 +82,7 @@ def _hold(cfg: Any, folder: Path, looked_at: dict[str, Any]) -> None:
     from omegaconf import OmegaConf
 
     from lunaris.config.instantiate import build
+    from lunaris.data.prepare.build import make_ready
     from lunaris.runs.data_fingerprint import hold
 
     if cfg.data.get("dir") is None:
@@ -92,7 +93,7 @@ def _hold(cfg: Any, folder: Path, looked_at: dict[str, Any]) -> None:
     known = json.dumps(keys, sort_keys=True)
     if known not in looked_at:
         data = build("data._target_", keys.pop("_target_"), keys)
-        data.prepare()
+        make_ready(data)
         looked_at[known] = data
     hold(looked_at[known], RunDir(folder))
 

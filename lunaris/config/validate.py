@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
 
 from lunaris.config.identity import tasks_per_node, world_size
-from lunaris.config.messages import shown
 from lunaris.config.schema.data import (
     PreparedDataConfig,
     ShardsDataConfig,
@@ -163,49 +161,18 @@ def _check_vocabulary(cfg: DictConfig) -> None:
 
 
 def _check_shards(cfg: DictConfig) -> None:
-    prepared = _is(cfg, "data", PreparedDataConfig)
-    if not (prepared or _is(cfg, "data", ShardsDataConfig)):
-        return
-    from lunaris.data.folders import check_eot, check_together, folder_list
-    from lunaris.data.manifest import NAME
-    from lunaris.data.shards import inspect
+    """Check the folders of shards that the data names, against each other and the model."""
+    from lunaris.data.folders import inspect_folders, inspect_prepared
 
-    folders = folder_list(cfg.data.dir, "data.dir")
-    val_dir = cfg.data.get("val_dir")
-    val_folders = [] if val_dir is None else folder_list(val_dir, "data.val_dir")
-    if prepared and not (Path(folders[0]) / NAME).is_file():
-        raise UserError(
-            f"data.dir={folders[0]}: holds no prepared shards yet; make them by "
-            "`lunaris prepare` with the same data overrides"
-        )
-    weights = cfg.data.get("weights")
-    if not prepared and weights is not None and len(weights) != len(folders):
-        raise UserError(
-            f"data.weights={shown(list(weights))}: must be one weight for each folder of "
-            f"data.dir={shown(folders)}"
-        )
-    found = [inspect(folder) for folder in folders]
-    held_out = [inspect(folder, "data.val_dir") for folder in val_folders]
-    check_together([*found, *held_out])
-    check_eot(cfg.data.get("eot_id"), found[0])
-    if cfg.data.document_masking and cfg.data.get("eot_id") is None and found[0].eot_id is None:
-        raise UserError(
-            f"data.document_masking=true: needs data.eot_id, for data.dir={folders[0]} has no "
-            "manifest that names the end-of-text id"
-        )
-    named = [("data.dir", f) for f in folders] + [("data.val_dir", f) for f in val_folders]
-    for (dir_key, folder), info in zip(named, [*found, *held_out], strict=True):
-        sizes = {"model.vocab_size": cfg.model.vocab_size}
-        if not prepared:
-            sizes["data.vocab_size"] = cfg.data.get("vocab_size")
-        for key, size in sizes.items():
-            if size is not None and size < info.vocab_size:
-                raise UserError(
-                    f"{key}={size}: must be at least {info.vocab_size}, "
-                    f"for {dir_key}={folder} holds token ids up to {info.vocab_size - 1}"
-                )
-        if dir_key == "data.dir":
-            _check_length(cfg, f"{dir_key}={folder}", info.n_tokens)
+    if _is(cfg, "data", PreparedDataConfig):
+        found = inspect_prepared(cfg.data.dir, document_masking=cfg.data.document_masking)
+    elif _is(cfg, "data", ShardsDataConfig):
+        found = inspect_folders(cfg.data)
+    else:
+        return
+    found.check_vocab_size("model.vocab_size", cfg.model.vocab_size)
+    for info in found.train:
+        _check_length(cfg, f"data.dir={info.path}", info.n_tokens)
 
 
 def _check_length(cfg: DictConfig, key: str, n_tokens: int) -> None:

@@ -52,7 +52,7 @@ def test_an_id_outside_the_vocabulary_is_named(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run_dir = run_here(tiny())
-    monkeypatch.setattr("lunaris.data.shards._SCAN_BYTES", 2)  # sees the first id only
+    monkeypatch.setattr("lunaris.data.shard_folder._SCAN_BYTES", 2)  # sees the first id only
     Path("a").mkdir()
     np.save("a/all.npy", np.array([1] * 50 + [64] + [1] * 50, np.uint16))
     with pytest.raises(UserError, match="holds the id 64, outside the vocabulary of 64"):

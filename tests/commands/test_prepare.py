@@ -37,7 +37,7 @@ def test_from_files_to_sequences(capfd: pytest.CaptureFixture[str]) -> None:
     assert "out: 2 shards are as they were written" in capfd.readouterr().out
 
     data = ShardsData(dir="out")
-    data.prepare()
+    data.ensure_ready()
     assert data.vocab_size == 300 and data.tokenizer_path is not None
     val = data.val(seq_len=32)["out"]
     row = np.empty((1, 33), dtype=np.int64)

@@ -109,7 +109,7 @@ def test_an_id_outside_the_vocabulary_names_its_file(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.full(50, 3, np.uint16))
     np.save(tmp_path / "b.npy", np.full(50, 11, np.uint16))
     data = ShardsData(dir=str(tmp_path), val_fraction=0)
-    data.prepare()
+    data.ensure_ready()
     loader = Loader(data.train(4, 0), batch_size=24, vocab_size=11)
     with pytest.raises(UserError, match=r"b\.npy: holds the id 11, .*vocabulary of 11"):
         next(iter(loader))

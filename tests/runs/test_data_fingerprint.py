@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lunaris.__main__ import main
+from lunaris.data.prepare.build import build_shards
 from lunaris.data.shards import ShardsData
 from lunaris.data.text import TextData
 from lunaris.errors import UserError
@@ -63,7 +64,8 @@ def test_prepared_shards_are_known_by_their_checksums(
 ) -> None:
     def prepare(words: str) -> None:
         Path("text.txt").write_text(words * 300)
-        TextData(dir="made", files="text.txt", vocab_size=280, processes=1, val_fraction=0.0).make()
+        keys: dict[str, Any] = {"vocab_size": 280, "processes": 1, "val_fraction": 0.0}
+        build_shards(TextData(dir="made", files="text.txt", **keys))
 
     prepare("one two three ")
     cfg = tiny(*keys("made"))
@@ -91,7 +93,7 @@ def test_before_the_first_checkpoint_any_data_is_taken(
 
 def digest_of(folder: str) -> str:
     data = ShardsData(dir=folder)
-    data.prepare()
+    data.ensure_ready()
     return data.digests()[folder]
 
 

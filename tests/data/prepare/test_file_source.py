@@ -1,4 +1,4 @@
-"""Which files globs stand for, and the weights of named sources."""
+"""Which files globs name, and the weights of named sources."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from lunaris.data.prepare.chunks import FileSource
-from lunaris.data.text import expand, source_weights
+from lunaris.data.prepare.build import source_weights
+from lunaris.data.prepare.file_source import FileSource, expand
 from lunaris.errors import UserError
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from lunaris.data.hf import HFData, HFSource
+from lunaris.data.hf import HFData
 from lunaris.data.manifest import Manifest
-from lunaris.data.prepare import chunks as units
-from lunaris.data.prepare import pipeline as preparation
+from lunaris.data.prepare import chunks, pipeline
+from lunaris.data.prepare.build import build_shards
+from lunaris.data.prepare.folder_tokenizer import train_bpe
+from lunaris.data.prepare.hf_source import HFSource
 from lunaris.data.text import TextData
-from lunaris.data.tokenizer import train_bpe
 from lunaris.errors import UserError
 
 DOCUMENTS = {name: [f"{name} {i} " + "word " * (i % 40) for i in range(300)] for name in "ab"}
@@ -29,7 +30,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("datasets")  # now: it reads the environment when it is imported
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
-    monkeypatch.setattr(units, "UNIT_BYTES", 2000)
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2000)
     table = pyarrow.table({"id": list(range(300)), "text": DOCUMENTS["a"]})
     Path("a").mkdir()
     parquet.write_table(table, "a/train.parquet", row_group_size=50)
@@ -41,7 +42,7 @@ def offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 def make(folder: str, datasets: Any, /, **keys: Any) -> Manifest:
     defaults = {"tokenizer": "tokenizer.json", "processes": 1, "val_fraction": 0.1}
-    return HFData(**({"dir": folder, "datasets": datasets} | defaults | keys)).make()
+    return build_shards(HFData(**({"dir": folder, "datasets": datasets} | defaults | keys)))
 
 
 def shards(folder: str) -> dict[str, bytes]:
@@ -54,7 +55,7 @@ BOTH = {"a": "a", "b": {"path": "b", "text_key": "body"}}
 def test_a_dataset_as_the_same_files(tmp_path: Path) -> None:
     make("out", "a")
     keys: dict[str, Any] = {"tokenizer": "tokenizer.json", "processes": 1, "val_fraction": 0.1}
-    TextData(dir="files", files="a/*.parquet", **keys).make()
+    build_shards(TextData(dir="files", files="a/*.parquet", **keys))
     assert shards("out") == shards("files") != {}
 
 
@@ -65,7 +66,7 @@ def test_several_are_interleaved_and_processes_change_nothing() -> None:
     assert shards("one") == shards("two")
 
 
-def test_interrupted_goes_on_to_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_and_continued_gives_the_same_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     make("whole", BOTH, shard_tokens=700)
     for after in (3, 20, 40):
         interrupted(monkeypatch, "killed", BOTH, after, shard_tokens=700)
@@ -77,7 +78,7 @@ def interrupted(
     monkeypatch: pytest.MonkeyPatch, folder: str, datasets: Any, after: int, **keys: Any
 ) -> None:
     """Begin a preparation and break it off after so many appends to the shards."""
-    append, left = preparation.ShardWriter.append, [after]
+    append, left = pipeline.ShardWriter.append, [after]
 
     def failing(self: Any, tokens: Any) -> None:
         left[0] -= 1
@@ -86,8 +87,8 @@ def interrupted(
         append(self, tokens)
 
     with monkeypatch.context() as patch:
-        patch.setattr(preparation.ShardWriter, "append", failing)
-        patch.setattr(preparation, "NOTE_S", 0.0)
+        patch.setattr(pipeline.ShardWriter, "append", failing)
+        patch.setattr(pipeline, "NOTE_S", 0.0)
         with pytest.raises(KeyboardInterrupt):
             make(folder, datasets, **keys)
 
@@ -144,18 +145,20 @@ def test_what_cannot_be_loaded(datasets: Any, message: str) -> None:
     make("out", "a")
 
 
-def test_a_damaged_file_is_told_or_left_out(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_corrupt_file_is_reported_or_skipped(capfd: pytest.CaptureFixture[str]) -> None:
     Path("c").mkdir()
     Path("c/0.jsonl").write_text("\n".join(json.dumps({"text": t}) for t in DOCUMENTS["a"]))
     Path("c/1.jsonl").write_text('{"text": "one"}\n{broken\n')
-    with pytest.raises(UserError, match=r"c\[train\]:\d+: cannot be read on: \w+: JSON"):
+    with pytest.raises(UserError, match=r"c\[train\]:\d+: cannot be read further: \w+: JSON"):
         make("out", "c")
     manifest = make("out", "c", on_error="skip")
     assert "skipped c[train]:" in capfd.readouterr().err
     assert manifest.sources[0].documents >= 300 and manifest.sources[0].skipped == 1
 
 
-def test_a_network_fault_is_told_and_gone_on_after(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_fault_is_reported_and_the_work_continued(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     rows = HFSource._rows
 
     def failing(self: HFSource, cursor: Any) -> Any:
@@ -166,7 +169,9 @@ def test_a_network_fault_is_told_and_gone_on_after(monkeypatch: pytest.MonkeyPat
 
     with monkeypatch.context() as patch:
         patch.setattr(HFSource, "_rows", failing)
-        with pytest.raises(UserError, match="a cannot be read on after 200 documents: Connection"):
+        with pytest.raises(
+            UserError, match="a cannot be read further after 200 documents: Connection"
+        ):
             make("out", "a", on_error="skip")
     make("out", "a", on_error="skip")
     make("whole", "a", on_error="skip")
@@ -174,7 +179,7 @@ def test_a_network_fault_is_told_and_gone_on_after(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("where", ["load", "place"])
-def test_an_outage_on_the_way_back_ends_nothing(
+def test_an_outage_while_continuing_loses_nothing(
     monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     import datasets
