@@ -6,7 +6,6 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lunaris.atomic_files import write_durably
 from lunaris.errors import UserError
@@ -54,7 +53,7 @@ class Manifest:
     shards: dict[str, list[ShardEntry]]
     sources: list[SourceEntry] = field(default_factory=list)
     # What the shards' bytes depend on; preparing the folder with other settings is refused.
-    settings: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
         """Replace the folder's manifest; the last step of a preparation."""

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 from lunaris.config.schema.data import PreparedDataConfig
 from lunaris.data.folders import require_prepared
-from lunaris.data.shards import ShardsData
+from lunaris.data.shards import ShardsData, checked_keys
 from lunaris.errors import UserError
 
 
@@ -39,7 +39,7 @@ class PreparedData(PreparedFolder):
 
     def __init__(self, **keys: Any) -> None:
         """keys: of the schema. Raises UserError for one that is out of range."""
-        self.keys = self.schema(**keys)
+        self.keys = checked_keys(self.schema, keys)
         if not self.keys.dir.strip():
             raise UserError("data.dir=: must be the path of a folder")
         super().__init__(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from lunaris.config.schema.data import ShardsDataConfig
+from lunaris.config.schema.data import DataConfig, ShardsDataConfig
 from lunaris.data.base import Sequences
 from lunaris.data.folders import ShardFolders, folder_list, inspect_folders, short_names
 from lunaris.data.mixture import MixedSequences
@@ -15,6 +15,15 @@ from lunaris.data.token_stream import StreamSequences, TokenStream
 from lunaris.errors import UserError
 
 _log = logging.getLogger(__name__)
+Schema = TypeVar("Schema", bound=DataConfig)
+
+
+def checked_keys(schema: type[Schema], keys: dict[str, Any]) -> Schema:
+    """Return keys as the schema's dataclass, which checks them. Raises UserError for other keys."""
+    try:
+        return schema(**keys)
+    except TypeError as error:
+        raise UserError(f"data: its keys do not fit {schema.__name__}: {error}") from error
 
 
 class ShardsData:
@@ -22,7 +31,7 @@ class ShardsData:
 
     def __init__(self, **keys: Any) -> None:
         """keys: of `ShardsDataConfig`. Nothing is read before `ensure_ready`."""
-        self._shard_keys = ShardsDataConfig(**keys)
+        self._shard_keys = checked_keys(ShardsDataConfig, keys)
         self._opened: ShardFolders | None = None
 
     def ensure_ready(self) -> None:

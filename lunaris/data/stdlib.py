@@ -16,6 +16,7 @@ from typing import Any
 from lunaris.config.schema.data import StdlibDataConfig
 from lunaris.data import manifest as manifests
 from lunaris.data.prepared import PreparedFolder, cache_folder
+from lunaris.data.shards import checked_keys
 from lunaris.errors import UserError
 
 # Installed packages, and the library's tests, which are as long as the library itself.
@@ -29,7 +30,7 @@ class StdlibData(PreparedFolder):
 
     def __init__(self, **keys: Any) -> None:
         """keys: of `StdlibDataConfig`."""
-        self.keys = StdlibDataConfig(**keys)
+        self.keys = checked_keys(StdlibDataConfig, keys)
         super().__init__(
             Path(self.keys.dir) if self.keys.dir else default_folder(self.keys),
             document_masking=self.keys.document_masking,
@@ -42,7 +43,7 @@ class StdlibData(PreparedFolder):
             self._check_settings(made.settings)
         super().ensure_ready()
 
-    def _check_settings(self, found: dict[str, Any]) -> None:
+    def _check_settings(self, found: dict[str, object]) -> None:
         """Raise UserError when a folder holds something else, or what other keys made.
 
         Shards of another Python's library are accepted as they are.
@@ -74,7 +75,7 @@ def library_files() -> list[Path]:
     return sorted(files, key=lambda p: p.relative_to(root).as_posix())
 
 
-def settings(keys: StdlibDataConfig) -> dict[str, Any]:
+def settings(keys: StdlibDataConfig) -> dict[str, object]:
     """Return what the shards depend on besides the library's files, for the manifest."""
     return {
         "version": _VERSION,

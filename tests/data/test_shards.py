@@ -199,6 +199,11 @@ def test_folders_that_cannot_go_together(keys: dict[str, Any], message: str) -> 
         ShardsData(**keys).ensure_ready()
 
 
+def test_keys_of_another_kind_of_data_are_refused() -> None:
+    with pytest.raises(UserError, match="its keys do not fit ShardsDataConfig: .*'files'"):
+        ShardsData(dir="a", files="b")
+
+
 def test_the_vocabulary_holds_the_validation_folders_ids_too() -> None:
     write_shards(Path("2024"), [10])
     write_shards(Path("b"), [10], first=50)

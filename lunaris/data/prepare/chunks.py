@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from lunaris.data.prepare.decompress import CompressedFile, is_compressed
 from lunaris.data.text_split import cut
@@ -32,7 +32,7 @@ class Cursor:
 
     file: int = 0
     start: int = 0
-    place: dict[str, Any] | None = None
+    place: dict[str, object] | None = None
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Chunk:
     # Why what follows these documents cannot be read.
     problem: str = ""
     # The note by which a source that is read from its beginning finds `stop` again sooner.
-    after: dict[str, Any] | None = None
+    after: dict[str, object] | None = None
     # Whether its documents are held out for validation; None: the hash of each one's head decides.
     held_out: bool | None = None
 

@@ -23,9 +23,10 @@ _UNFIT = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeE
           TypeError, ValueError)  # fmt: skip
 _KEYS = ("path", "name", "split", "text_key", "data_files", "revision")
 _log = logging.getLogger(__name__)
+Row = dict[str, object]
 
 
-def hf_sources(datasets: Any, *, split: str, text_key: str) -> list[HFSource]:
+def hf_sources(datasets: object, *, split: str, text_key: str) -> list[HFSource]:
     """Return the sources of `data.datasets`: a path, a list, or source name -> path or `_KEYS`.
 
     split, text_key: of a dataset that names none. Raises UserError for a map of other keys, and
@@ -35,7 +36,7 @@ def hf_sources(datasets: Any, *, split: str, text_key: str) -> list[HFSource]:
     return [_source(name, what, split, text_key) for name, what in named(datasets).items()]
 
 
-def _source(name: str, what: Any, split: str, text_key: str) -> HFSource:
+def _source(name: str, what: object, split: str, text_key: str) -> HFSource:
     if not isinstance(what, str | dict):
         raise UserError(
             f"data.datasets.{name}={what}: must be a path, like owner/name, or a map of "
@@ -54,7 +55,7 @@ def _source(name: str, what: Any, split: str, text_key: str) -> HFSource:
     return HFSource(name, {"split": split} | keys, text_key)
 
 
-def named(datasets: Any) -> dict[str, Any]:
+def named(datasets: object) -> dict[str, object]:
     """Return source name -> path or map. Raises UserError when there is no dataset."""
     if isinstance(datasets, str):
         datasets = [datasets]
@@ -98,7 +99,7 @@ class HFSource:
             payload.append(_content(row, self.text_key))
             held += len(payload[-1]) if isinstance(payload[-1], bytes) else 0
             if full:
-                after = place and {"state": place, "last": _digest(payload[-1])}
+                after = {"state": place, "last": _digest(payload[-1])} if place else None
                 yield replace(self._chunk(index, at, payload, held), after=after)
                 at, payload, held, full = at + len(payload), [], 0, False
             elif held + len(payload) * _OBJECT_BYTES >= sizes.CHUNK_BYTES:
@@ -126,7 +127,7 @@ class HFSource:
         path, stop = f"{self.keys['path']}[{self.keys['split']}]", at + len(payload)
         return Chunk(index, Cursor(0, at), path, "documents", stop, held, payload, last=False)
 
-    def _next_row(self, rows: Iterator[Any], done: int) -> tuple[Any, str]:
+    def _next_row(self, rows: Iterator[Row], done: int) -> tuple[Row | None, str]:
         """Return the next row, None at the end, and why the rest cannot be read.
 
         done: how many documents were read. Raises UserError when the network fails.
@@ -144,7 +145,7 @@ class HFSource:
                 "continue"
             ) from error
 
-    def _rows(self, cursor: Cursor) -> Iterator[Any]:
+    def _rows(self, cursor: Cursor) -> Iterator[Row]:
         """Yield the rows from a cursor on; the dataset is loaded."""
         rows = None if cursor.place is None else self._rows_at(cursor.place)
         if rows is None:
@@ -154,21 +155,21 @@ class HFSource:
             rows = islice(self._dataset, cursor.start, None)
         yield from rows
 
-    def _rows_at(self, place: dict[str, Any]) -> Iterator[Any] | None:
+    def _rows_at(self, place: dict[str, object]) -> Iterator[Row] | None:
         """Return the rows after a noted place, or None when the library does not find it.
 
         Raises what the network raises, which is no reason to read all rows again.
         """
         try:
             self._dataset.load_state_dict(place["state"])
-            rows: Iterator[Any] = iter(self._dataset)
+            rows: Iterator[Row] = iter(self._dataset)
             found = _digest(_content(next(rows), self.text_key))
         except _UNFIT as error:
             _log.debug("%s: %r", self.name, error)
             return None
         return rows if found == place["last"] else None
 
-    def _place(self) -> Any:
+    def _place(self) -> object:
         """Return the stream's state, which JSON can hold, or None if it has none."""
         try:
             return json.loads(json.dumps(self._dataset.state_dict()))
@@ -196,7 +197,7 @@ class HFSource:
         return dataset
 
 
-def _content(row: Any, text_key: str) -> bytes | str:
+def _content(row: Row, text_key: str) -> bytes | str:
     """Return a row's document, or why it has none, as a str."""
     document = to_document(row, text_key, 1)
     return document.message if isinstance(document, Problem) else document.text

@@ -27,7 +27,7 @@ class Progress:
     start: int = 0  # of the chunk that is next or being merged
     documents_done: int = 0  # of that chunk
     open: bool = False  # whether the last merged document continues
-    place: dict[str, Any] | None = None  # the source's own note of `start`
+    place: dict[str, object] | None = None  # the source's own note of `start`
     first_line: int = 0  # lines of the chunk's file before the chunk
     taken: int = 0  # tokens
     documents: int = 0

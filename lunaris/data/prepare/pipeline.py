@@ -97,7 +97,7 @@ def _cleaned_up(folder: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         raise UserError(
-            f"data.dir={folder}: cannot be written: {error.strerror}; make room and run the same "
+            f"data.dir={folder}: cannot be written: {error.strerror}; correct that and run the same "
             "command to continue"
         ) from error
 

@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
 from lunaris.data.prepare.chunks import HEAD_BYTES, Chunk
 from lunaris.errors import did_you_mean, need
@@ -122,7 +122,7 @@ def complete(text: bytes) -> Document:
     return Document(text, text[:HEAD_BYTES])
 
 
-def to_document(record: dict[str, Any], key: str, line: int) -> Document | Problem:
+def to_document(record: dict[str, object], key: str, line: int) -> Document | Problem:
     """Return the document under `key` of a record, or why there is none."""
     if key not in record:
         hint = did_you_mean(key, record)

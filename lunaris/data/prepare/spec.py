@@ -29,7 +29,7 @@ class PrepareSpec:
     keys: PreparedDataConfig
     sources: Sequence[Source]
     weights: list[float]
-    settings: dict[str, Any]
+    settings: dict[str, object]
 
     @property
     def folder(self) -> Path:
@@ -39,7 +39,7 @@ class PrepareSpec:
 
 def settings_of(
     keys: PreparedDataConfig, sources: Sequence[Source], weights: list[float]
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return what the shards' bytes depend on: not `processes`, and not `on_error`."""
     return {
         "version": _VERSION,
@@ -72,7 +72,7 @@ def _sha256_of(tokenizer: str | None) -> str | None:
     return manifests.sha256(path) if path.is_file() else None
 
 
-def require_same(spec: PrepareSpec, made: dict[str, Any]) -> None:
+def require_same(spec: PrepareSpec, made: dict[str, object]) -> None:
     """Raise UserError with the differences unless a folder's settings are those of `spec`."""
     asked = spec.settings
     if made == asked:

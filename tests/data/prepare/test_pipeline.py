@@ -461,7 +461,7 @@ def test_a_full_disk_is_reported_and_the_work_continued(
     assert part("out") == [text.encode() for text in texts(300, 24)]
 
 
-def test_damaged_parquet(tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_corrupt_parquet(tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     documents = [random.Random(i).randbytes(40).hex() for i in range(400)]
