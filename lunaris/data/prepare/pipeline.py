@@ -97,8 +97,8 @@ def _cleaned_up(folder: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         raise UserError(
-            f"data.dir={folder}: cannot be written: {error.strerror}; correct that and run the same "
-            "command to continue"
+            f"data.dir={folder}: cannot be written: {error.strerror}; correct that and run the "
+            "same command to continue"
         ) from error
 
 
