@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lunaris.model.cache import LayerCache
 from lunaris.model.layers import RMSNorm
+from lunaris.model.roles import Role
 
 
 def rope_tables(length: int, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
@@ -89,6 +90,10 @@ class Attention(nn.Module):
             enable_gqa=grouped and in_kernel,
         )
         return self.out(y.transpose(1, 2).flatten(2))
+
+    def parameter_roles(self) -> dict[str, Role]:
+        """Return the roles of the projections; the norms declare their own."""
+        return {"qkv.weight": Role.MATRIX, "out.weight": Role.MATRIX | Role.RESIDUAL_OUTPUT}
 
     def _heads(self, x: Tensor, norm: RMSNorm) -> Tensor:
         """Normalise [B, L, n·K] over the norm's width and return [B, L, n, K]."""

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lunaris.model.roles import Role
+
 
 @dataclass(frozen=True)
 class ModelShape:
@@ -37,6 +39,10 @@ class RMSNorm(nn.Module):
         """Return [..., dim] in the dtype of x."""
         return F.rms_norm(x.float(), (self.dim,), self.weight.float(), self.eps).type_as(x)
 
+    def parameter_roles(self) -> dict[str, Role]:
+        """Return the scale's role."""
+        return {"weight": Role.NORM}
+
 
 class SwiGLU(nn.Module):
     """(silu(x W_gate) · x W_up) W_down with gate and up fused (arXiv 2002.05202, eq. 6)."""
@@ -50,6 +56,10 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., D] for [..., D]."""
         return self.dropout(self.down(gated(self.gate_up(x))))
+
+    def parameter_roles(self) -> dict[str, Role]:
+        """Return the roles of the two projections."""
+        return {"gate_up.weight": Role.MATRIX, "down.weight": Role.MATRIX | Role.RESIDUAL_OUTPUT}
 
 
 def gated(gate_up: Tensor) -> Tensor:

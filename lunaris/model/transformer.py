@@ -5,22 +5,19 @@ Shapes: B sequences, L positions, D model width, V vocabulary, E experts.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
 from lunaris.model.attention import Attention, rope_tables
 from lunaris.model.block import Block
 from lunaris.model.cache import KVCache
-from lunaris.model.init import fill_normal
+from lunaris.model.init import init_weights
 from lunaris.model.layers import ModelShape, RMSNorm, compute_dtype
 from lunaris.model.loss import linear_cross_entropy
-
-_INIT_STD = 0.02
+from lunaris.model.roles import Role
 
 
 class FeedForwardFactory(Protocol):
@@ -165,30 +162,19 @@ class Transformer(nn.Module):
             dtype=compute_dtype(self.embedding.weight),
         )
 
-    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Draw every parameter and fill every buffer; the same numbers wherever it runs.
+        """Draw every parameter and fill every buffer; the same numbers wherever it runs."""
+        init_weights(self, seed, self.n_layers)
 
-        A parameter's numbers depend on the seed and its name. One matrix is drawn at a time, on the
-        CPU; of stacked experts, those that this process holds a part of. Norms are 1; matrices
-        normal with standard deviation 0.02, or 0.02/√(2·layers) where they write to the residual
-        stream.
-        """
-        for name, parameter in self.named_parameters():
-            if parameter.ndim == 1:
-                local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-                local.fill_(1.0)
-                continue
-            leaf = name.removesuffix(".weight").rsplit(".", 1)[-1]
-            residual = leaf in ("out", "down")
-            std = _INIT_STD / math.sqrt(2 * self.n_layers) if residual else _INIT_STD
-            fill_normal(parameter, std, seed, name)
-        for name, buffer in self.named_buffers():
-            if name.endswith("balance_bias"):
-                buffer.zero_()
+    def reset_buffers(self) -> None:
+        """Fill the rotary tables."""
         cos, sin = rope_tables(self.max_seq_len, self.head_dim, self.rope_theta)
         self.rope_cos.copy_(cos)
         self.rope_sin.copy_(sin)
+
+    def parameter_roles(self) -> dict[str, Role]:
+        """Return the roles of the embedding and of an untied head."""
+        return {"embedding.weight": Role.EMBEDDING, "head.weight": Role.EMBEDDING}
 
     def moe_layers(self) -> list[int]:
         """Return the indices of the layers that route, in the order of `ModelOutput.load`."""

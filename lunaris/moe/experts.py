@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from lunaris.model.layers import compute_dtype, gated
+from lunaris.model.roles import Role
 
 
 class Experts(nn.Module):
@@ -36,6 +37,10 @@ class Experts(nn.Module):
             if grouped_mm_fits(x, dtype, *weights):
                 return _grouped(x.to(dtype), counts, *weights)
             return _one_by_one(x.to(dtype), counts, *weights)
+
+    def parameter_roles(self) -> dict[str, Role]:
+        """Return the roles of the stacked weights."""
+        return {"gate_up": Role.EXPERT, "down": Role.EXPERT | Role.RESIDUAL_OUTPUT}
 
 
 def own_experts(weight: Tensor) -> Tensor:

@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lunaris.model.roles import Role
+
 
 class Routing(NamedTuple):
     """What the router decided.
@@ -77,6 +79,14 @@ class Router(nn.Module):
             if self.aux_loss_weight:
                 loss = loss + self.aux_loss_weight * balance_loss(probs, counts)
         return Routing(experts, gates, loss, counts.sum(dim=0))
+
+    def parameter_roles(self) -> dict[str, Role]:
+        """Return the role of the gate's weights."""
+        return {"weight": Role.ROUTER}
+
+    def reset_buffers(self) -> None:
+        """Set the bias to its initial zeros."""
+        self.balance_bias.zero_()
 
     def _counts(self, experts: Tensor) -> Tensor:
         """Return how many assignments each sequence makes to each expert ([B, E] float32)."""

@@ -19,16 +19,12 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lunaris.errors import UserError
 from lunaris.model.layers import compute_dtype
+from lunaris.model.roles import Role, modules_with
 
 
 def expert_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that hold stacked experts (attribute `experts`), in the model's order."""
-    return [m for name, m in model.named_modules() if name.rpartition(".")[2] == "experts"]
-
-
-def router_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that hold a router's weights (attribute `router`), in order."""
-    return [m for name, m in model.named_modules() if name.rpartition(".")[2] == "router"]
+    """Return the modules that hold stacked experts, in the model's order."""
+    return modules_with(model, Role.EXPERT)
 
 
 def check_degree(degree: int, processes: int, within: str) -> None:

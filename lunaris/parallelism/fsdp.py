@@ -14,11 +14,11 @@ from torch.distributed.tensor import Shard
 
 from lunaris.distributed import session as distributed
 from lunaris.errors import UserError
+from lunaris.model.roles import Role, parameters_in
 from lunaris.parallelism.base import Parallelism, compile_blocks, materialize
 from lunaris.parallelism.expert import (
     check_degree,
     expert_modules,
-    router_modules,
     scale_expert_grads,
     spread_experts,
 )
@@ -176,8 +176,7 @@ def _shard(
 
 def _read_exactly(blocks: nn.Module) -> list[nn.Parameter]:
     """Return the parameters of the blocks' routers and norms."""
-    routers = {p for module in router_modules(blocks) for p in module.parameters()}
-    return [p for p in blocks.parameters() if p.ndim < 2 or p in routers]
+    return parameters_in(blocks, Role.ROUTER | Role.NORM)
 
 
 @torch.no_grad()

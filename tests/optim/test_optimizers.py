@@ -4,23 +4,33 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lunaris.model.roles import Role
 from lunaris.optim.adamw import build_adamw
-from lunaris.optim.groups import roles, set_learning_rate
+from lunaris.optim.groups import group_by_role, set_learning_rate
 from lunaris.optim.muon import build_muon, orthogonalize
 
 ADAM = {"learning_rate": 0.01, "weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-8}
 
 
 class Toy(nn.Module):
-    """One parameter of each role, named as the transformer names them."""
+    """One parameter of each role, under names that say nothing."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(7, 4)
-        self.up = nn.Linear(4, 6, bias=False)
-        self.experts = nn.Parameter(torch.randn(3, 4, 6))
-        self.router = nn.Linear(4, 3, bias=False)
-        self.norm = nn.Parameter(torch.ones(4))
+        self.a = nn.Embedding(7, 4)
+        self.b = nn.Linear(4, 6, bias=False)
+        self.c = nn.Parameter(torch.randn(3, 4, 6))
+        self.d = nn.Linear(4, 3, bias=False)
+        self.e = nn.Parameter(torch.ones(4))
+
+    def parameter_roles(self) -> dict[str, Role]:
+        return {
+            "a.weight": Role.EMBEDDING,
+            "b.weight": Role.MATRIX,
+            "c": Role.EXPERT | Role.RESIDUAL_OUTPUT,
+            "d.weight": Role.ROUTER,
+            "e": Role.NORM,
+        }
 
     def loss(self) -> Tensor:
         return sum((p * torch.arange(p.numel()).view_as(p).cos()).sum() for p in self.parameters())
@@ -28,11 +38,11 @@ class Toy(nn.Module):
 
 def test_each_parameter_has_one_role() -> None:
     model = Toy()
-    found = roles(model)
-    assert [id(p) for p in found.matrices] == [id(model.experts), id(model.up.weight)]
-    assert [id(p) for p in found.embeddings] == [id(model.embedding.weight)]
-    assert [id(p) for p in found.routers] == [id(model.router.weight)]
-    assert [id(p) for p in found.vectors] == [id(model.norm)]
+    found = group_by_role(model)
+    assert [id(p) for p in found.matrices] == [id(model.c), id(model.b.weight)]
+    assert [id(p) for p in found.embeddings] == [id(model.a.weight)]
+    assert [id(p) for p in found.routers] == [id(model.d.weight)]
+    assert [id(p) for p in found.norms] == [id(model.e)]
 
 
 @pytest.mark.parametrize(
@@ -42,12 +52,12 @@ def test_stacked_experts_decay_norms_do_not_and_the_router_keeps_its_scale(build
     model = Toy()
     optimizer = build(model, **ADAM, router_lr_scale=0.5)
     by_parameter = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-    assert by_parameter[id(model.experts)]["weight_decay"] == 0.1
-    assert by_parameter[id(model.norm)]["weight_decay"] == 0.0
+    assert by_parameter[id(model.c)]["weight_decay"] == 0.1
+    assert by_parameter[id(model.e)]["weight_decay"] == 0.0
     for multiplier in (0.1, 1.0, 0.3):
         set_learning_rate(optimizer.param_groups, multiplier)
-        assert by_parameter[id(model.up.weight)]["lr"] == pytest.approx(0.01 * multiplier)
-        assert by_parameter[id(model.router.weight)]["lr"] == pytest.approx(0.005 * multiplier)
+        assert by_parameter[id(model.b.weight)]["lr"] == pytest.approx(0.01 * multiplier)
+        assert by_parameter[id(model.d.weight)]["lr"] == pytest.approx(0.005 * multiplier)
 
 
 def test_muon_steps_its_adamw_groups_as_torch_does() -> None:
@@ -61,9 +71,9 @@ def test_muon_steps_its_adamw_groups_as_torch_does() -> None:
             model.loss().backward()
             optimizer.step()
             optimizer.zero_grad()
-    for name in ("embedding.weight", "router.weight", "norm"):
+    for name in ("a.weight", "d.weight", "e"):
         torch.testing.assert_close(ours.get_parameter(name), theirs.get_parameter(name))
-    assert not torch.allclose(ours.up.weight, theirs.up.weight)
+    assert not torch.allclose(ours.b.weight, theirs.b.weight)
 
 
 def test_orthogonalize_pulls_every_singular_value_near_one() -> None:

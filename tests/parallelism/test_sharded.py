@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from lunaris.distributed import session as distributed
 from lunaris.errors import UserError
+from lunaris.model.roles import Role
 from lunaris.optim.adamw import build_adamw
 from lunaris.optim.clip import clip_grad_norm
 from lunaris.parallelism.base import Parallelism, unwrap
@@ -156,6 +157,9 @@ class Doubled(nn.Module):
     def __init__(self, weights: list[float]) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(weights))
+
+    def parameter_roles(self) -> dict[str, Role]:
+        return {"weight": Role.EXPERT}
 
     def forward(self, x: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Return each row times its expert's weight."""
