@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from shlex import quote
 from typing import Any
@@ -25,6 +25,8 @@ from lunaris.metrics.loggers import Logger
 from lunaris.metrics.plot import plot_loss
 from lunaris.metrics.records import read_rows
 from lunaris.metrics.throughput import Meter, peak_flops
+from lunaris.model.attention.gqa import GQAFactory
+from lunaris.model.layers import ModelShape
 from lunaris.model.transformer import Transformer
 from lunaris.parallelism.base import Parallelism, unwrap
 from lunaris.precision import Precision
@@ -163,10 +165,13 @@ def prepared_data(cfg: Any, run_dir: RunDir) -> Any:
 
 def bare_model(cfg: Any, data_vocab_size: int) -> Transformer:
     """Return the model on the meta device: shapes, no memory, no values."""
-    keys = dict(cfg.model) | {"vocab_size": cfg.model.vocab_size or data_vocab_size}
+    shape = ModelShape(**{key.name: getattr(cfg.model, key.name) for key in fields(ModelShape)})
     with torch.device("meta"):
         return Transformer(
-            **keys,
+            shape,
+            vocab_size=cfg.model.vocab_size or data_vocab_size,
+            tie_embeddings=cfg.model.tie_embeddings,
+            attention=GQAFactory(),  # until the config has the group `attention`
             feed_forward=component(cfg.moe),
             activation_checkpointing=cfg.trainer.activation_checkpointing,
         )

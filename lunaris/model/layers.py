@@ -15,15 +15,20 @@ from torch import Tensor, nn
 from lunaris.model.roles import Role
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What a feed-forward factory knows of the model it builds for."""
+    """The keys of the `model` group from which factories build the parts of each layer."""
 
     d_model: int
     n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    max_seq_len: int
+    rope_theta: float
+    dropout: float
     ffn_hidden_multiplier: float
     multiple_of: int
-    dropout: float
+    norm: str
 
 
 class RMSNorm(nn.Module):

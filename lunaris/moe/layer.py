@@ -7,29 +7,18 @@ assignments.
 from __future__ import annotations
 
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lunaris.model.feed_forward import RoutedFeedForward, RoutingStats
 from lunaris.model.layers import SwiGLU
 from lunaris.moe.experts import Experts
 from lunaris.moe.router import Router, within_capacity
 
 
-class RoutingStats(NamedTuple):
-    """What one call tells about its routing; returned, so that a recomputed forward counts once.
-
-    loss: [] float32, weighted, with a gradient. load: [E] float32, tokens sent to each expert
-    before drops; dropped: [] float32, assignments dropped by capacity; both without a gradient.
-    """
-
-    loss: Tensor
-    load: Tensor
-    dropped: Tensor
-
-
-class MoE(nn.Module):
+class MoE(RoutedFeedForward):
     """Routed experts, each output scaled by its gate, plus experts that every token takes.
 
     The gate lets the language-model loss reach the router. Capacity drops in training alone;
@@ -89,6 +78,10 @@ class MoE(nn.Module):
         """Return how many parameters of the experts a token does not pass through."""
         total = sum(p.numel() for p in self.experts.parameters())
         return total - total // self.n_experts * self.router.k
+
+    def update_balance(self, load: Tensor) -> None:
+        """Let the router move its bias; load: [E], of the whole step."""
+        self.router.update_balance(load)
 
 
 class _Dispatch(torch.autograd.Function):

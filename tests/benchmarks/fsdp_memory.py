@@ -26,6 +26,8 @@ from torch.distributed.tensor import DTensor
 
 from lunaris.distributed import session as distributed
 from lunaris.metrics.throughput import peak_memory_gb
+from lunaris.model.attention.gqa import GQAFactory
+from lunaris.model.layers import ModelShape
 from lunaris.model.transformer import Transformer
 from lunaris.moe.factory import DenseFactory
 from lunaris.optim.adamw import build_adamw
@@ -98,11 +100,14 @@ def _train(parallelism: Parallelism, args: argparse.Namespace) -> dict[str, floa
     device = parallelism.device
     gc.collect()
     before = _now_mib(device)
+    shape = ModelShape(
+        d_model=args.width, n_layers=args.layers, n_heads=8, n_kv_heads=8, max_seq_len=_SEQ_LEN,
+        rope_theta=1e4, dropout=0.0, ffn_hidden_multiplier=4.0, multiple_of=32, norm="pre",
+    )  # fmt: skip
     with torch.device("meta"):
         bare = Transformer(
-            vocab_size=_VOCAB, d_model=args.width, n_layers=args.layers, n_heads=8, n_kv_heads=8,
-            max_seq_len=_SEQ_LEN, rope_theta=1e4, dropout=0.0, ffn_hidden_multiplier=4.0,
-            multiple_of=32, tie_embeddings=True, norm="pre", feed_forward=DenseFactory(),
+            shape, vocab_size=_VOCAB, tie_embeddings=True, attention=GQAFactory(),
+            feed_forward=DenseFactory(),
         )  # fmt: skip
     model = parallelism.wrap(bare, precision=Precision("fp32", device), seed=0, compile=False)
     optimizer = build_adamw(

@@ -48,7 +48,10 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"threads {torch.get_num_threads()}, {args.tokens} tokens, float32")
     for d_model in args.d_model:
-        shape = ModelShape(d_model, 4, 4.0, 32, 0.0)
+        shape = ModelShape(
+            d_model=d_model, n_layers=4, n_heads=4, n_kv_heads=4, max_seq_len=256, rope_theta=1e4,
+            dropout=0.0, ffn_hidden_multiplier=4.0, multiple_of=32, norm="pre",
+        )  # fmt: skip
         dense = layer_step(DenseFactory()(0, shape), d_model, args.tokens)
         for name, (keys, width) in CASES.items():
             factory = MoEFactory(**keys, expert_hidden_multiplier=4.0 * width)

@@ -8,7 +8,18 @@ from lunaris.model.layers import ModelShape
 from lunaris.moe.factory import Dense, DenseFactory, MoEFactory
 from lunaris.moe.layer import MoE
 
-SHAPE = ModelShape(d_model=12, n_layers=3, ffn_hidden_multiplier=4.0, multiple_of=8, dropout=0.0)
+SHAPE = ModelShape(
+    d_model=12,
+    n_layers=3,
+    n_heads=2,
+    n_kv_heads=2,
+    max_seq_len=64,
+    rope_theta=10000.0,
+    dropout=0.0,
+    ffn_hidden_multiplier=4.0,
+    multiple_of=8,
+    norm="pre",
+)
 
 
 def test_the_first_layers_are_dense() -> None:

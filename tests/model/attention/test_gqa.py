@@ -6,7 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from lunaris.model.attention import Attention, rope_tables, rotate
+from lunaris.model.attention.gqa import GroupedQueryAttention, RotaryInputs
+from lunaris.model.attention.rotary import rope_tables, rotate
+from lunaris.model.layers import ModelShape
 
 
 def test_rotated_products_depend_on_the_distance_alone() -> None:
@@ -34,7 +36,20 @@ def test_rotation_keeps_lengths_and_position_zero() -> None:
 def test_attention_equals_its_formula_in_float64(norm: str) -> None:
     torch.manual_seed(0)
     d, heads, groups, width, length = 24, 6, 2, 4, 5
-    attention = Attention(d, heads, groups, norm=norm, dropout=0.0)
+    attention = GroupedQueryAttention(
+        ModelShape(
+            d_model=d,
+            n_layers=1,
+            n_heads=heads,
+            n_kv_heads=groups,
+            max_seq_len=length,
+            rope_theta=10.0,
+            dropout=0.0,
+            ffn_hidden_multiplier=1.0,
+            multiple_of=1,
+            norm=norm,
+        )
+    )
     torch.nn.init.normal_(attention.q_norm.weight)
     torch.nn.init.normal_(attention.k_norm.weight)
     x = torch.randn(2, length, d)
@@ -63,5 +78,5 @@ def test_attention_equals_its_formula_in_float64(norm: str) -> None:
                 scores = k[b, : i + 1, group] @ q[b, i, h] / width**0.5
                 out[b, i, h * width : (h + 1) * width] = scores.softmax(0) @ v[b, : i + 1, group]
     want = F.linear(out, attention.out.weight.double())
-    got = attention(x, cos, sin)
+    got = attention(x, RotaryInputs(cos, sin, None))
     torch.testing.assert_close(got, want, check_dtype=False, rtol=1e-4, atol=1e-5)
