@@ -28,6 +28,7 @@ from lunaris.metrics.throughput import Meter, peak_flops
 from lunaris.model.attention.gqa import GQAFactory
 from lunaris.model.layers import ModelShape
 from lunaris.model.transformer import Transformer
+from lunaris.moe.router.softmax import SoftmaxRouterFactory
 from lunaris.parallelism.base import Parallelism, unwrap
 from lunaris.precision import Precision
 from lunaris.runs.data_fingerprint import keep
@@ -172,9 +173,14 @@ def bare_model(cfg: Any, data_vocab_size: int) -> Transformer:
             vocab_size=cfg.model.vocab_size or data_vocab_size,
             tie_embeddings=cfg.model.tie_embeddings,
             attention=GQAFactory(),  # until the config has the group `attention`
-            feed_forward=component(cfg.moe),
+            feed_forward=component(cfg.moe, **_router(cfg)),
             activation_checkpointing=cfg.trainer.activation_checkpointing,
         )
+
+
+def _router(cfg: Any) -> dict[str, Any]:
+    """Return the router of a Mixture of Experts, until the config has the group `moe/router`."""
+    return {"router": SoftmaxRouterFactory()} if hasattr(cfg.moe, "n_experts") else {}
 
 
 def loader_of(cfg: Any, data: Any, parallelism: Parallelism, start: int) -> Loader:

@@ -18,6 +18,7 @@ from torch import nn
 from lunaris.model.layers import ModelShape
 from lunaris.moe.experts import Experts, _grouped, _one_by_one
 from lunaris.moe.factory import DenseFactory, MoEFactory
+from lunaris.moe.router.softmax import SoftmaxRouterFactory
 
 CASES = {
     "switch, 8 experts": ({"n_experts": 8, "n_experts_per_token": 1}, 1.0),
@@ -54,7 +55,9 @@ def main() -> None:
         )  # fmt: skip
         dense = layer_step(DenseFactory()(0, shape), d_model, args.tokens)
         for name, (keys, width) in CASES.items():
-            factory = MoEFactory(**keys, expert_hidden_multiplier=4.0 * width)
+            factory = MoEFactory(
+                router=SoftmaxRouterFactory(), **keys, expert_hidden_multiplier=4.0 * width
+            )
             ours, reference = best(
                 layer_step(factory(0, shape), d_model, args.tokens), dense, args.rounds
             )

@@ -12,6 +12,7 @@ from lunaris.model.attention.gqa import GQAFactory
 from lunaris.model.layers import ModelShape
 from lunaris.model.transformer import Transformer
 from lunaris.moe.factory import DenseFactory, MoEFactory
+from lunaris.moe.router.softmax import SoftmaxRouterFactory
 
 SHAPE = ModelShape(
     d_model=16,
@@ -35,7 +36,11 @@ def make_model() -> Callable[..., Transformer]:
         moe: dict[str, Any] | None = None, *, seed: int | None = 0, **keys: Any
     ) -> Transformer:
         routed = {"n_experts": 4, "n_experts_per_token": 2} | (moe or {})
-        factory = MoEFactory(**routed) if moe is not None else DenseFactory()
+        factory = (
+            MoEFactory(router=SoftmaxRouterFactory(), **routed)
+            if moe is not None
+            else DenseFactory()
+        )
         parts = {
             "vocab_size": 40,
             "tie_embeddings": True,

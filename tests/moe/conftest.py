@@ -11,6 +11,7 @@ from torch import nn
 
 from lunaris.model.layers import ModelShape
 from lunaris.moe.factory import MoEFactory
+from lunaris.moe.router.softmax import SoftmaxRouterFactory
 
 SHAPE = ModelShape(
     d_model=8,
@@ -32,7 +33,7 @@ def make_layer() -> Callable[..., nn.Module]:
 
     def make(**keys: Any) -> nn.Module:
         torch.manual_seed(0)
-        keys = {"n_experts": 4, "n_experts_per_token": 1} | keys
+        keys = {"router": SoftmaxRouterFactory(), "n_experts": 4, "n_experts_per_token": 1} | keys
         layer = MoEFactory(**keys)(0, SHAPE)
         for parameter in layer.parameters():
             nn.init.normal_(parameter, std=0.5)

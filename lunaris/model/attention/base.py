@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from lunaris.model.layers import ModelShape
-from lunaris.model.roles import Role
 
 T = TypeVar("T")
 
@@ -43,7 +42,8 @@ class Positions:
 class Attention(nn.Module):
     """Base of every attention: mixes positions, [B, L, D] to [B, L, D].
 
-    Random numbers (dropout) are drawn only where the model's `dropout` is above 0.
+    It declares its parameters in `parameter_roles` (`lunaris.model.roles`). It draws random numbers
+    (dropout) only where the model's `dropout` is above 0.
     """
 
     def prepare(self, positions: Positions) -> Any:
@@ -73,10 +73,6 @@ class Attention(nn.Module):
 
     def flops_per_token(self, seq_len: int) -> float:
         """Return the FLOPs of forward and backward a token, the products with parameters aside."""
-        raise NotImplementedError
-
-    def parameter_roles(self) -> dict[str, Role]:
-        """Return the roles of the parameters, as `lunaris.model.roles` reads them."""
         raise NotImplementedError
 
 
