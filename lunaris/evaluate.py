@@ -9,12 +9,13 @@ import torch
 from torch import nn
 
 from lunaris.data.base import Sequences
-from lunaris.data.loader import check_ids, split_documents
+from lunaris.data.loader import IGNORED, check_ids, split_documents
+from lunaris.objective.base import Objective
 from lunaris.parallelism.base import Parallelism, unwrap
 
 
 class Evaluator:
-    """Mean cross-entropy of a model over sequences spread evenly over each validation source.
+    """Mean main loss of an objective over sequences spread evenly over each validation source.
 
     Which sequences count does not depend on how many processes share them, so the figure is the
     same at every world size to float tolerance.
@@ -24,6 +25,7 @@ class Evaluator:
         self,
         sources: dict[str, Sequences],
         *,
+        objective: Objective,
         parallelism: Parallelism,
         seq_len: int,
         batch_size: int,
@@ -32,6 +34,7 @@ class Evaluator:
     ) -> None:
         """max_sequences: of each source; None: all. eot_id: given with document masking only."""
         self._sources = sources
+        self._objective = objective
         self._parallelism = parallelism
         self._seq_len = seq_len
         self._batch_size = batch_size
@@ -75,13 +78,10 @@ class Evaluator:
             picked = np.minimum(wanted, count - 1) * len(source) // count
             source.gather(picked, rows)
             check_ids(rows, picked, source, unwrap(model).vocab_size)
-            tokens, targets, documents = split_documents(torch.from_numpy(rows), self._eot_id)
-            targets[torch.from_numpy(wanted >= count)] = -100
-            out = model(
-                tokens.to(device),
-                targets.to(device),
-                documents=None if documents is None else documents.to(device),
-            )
-            n_targets = (targets >= 0).sum().to(device)
-            total += torch.stack([out.main_loss.double() * n_targets, n_targets.double()])
+            batch = split_documents(torch.from_numpy(rows), self._eot_id)
+            batch["targets"][torch.from_numpy(wanted >= count)] = IGNORED
+            batch = {name: part.to(device) for name, part in batch.items()}
+            main = self._objective(model, batch).losses["main"].value
+            n_targets = self._objective.count_targets(batch)
+            total += torch.stack([main.double() * n_targets, n_targets.double()])
         return self._parallelism.sum(total).tolist()

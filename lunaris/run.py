@@ -29,6 +29,8 @@ from lunaris.model.attention.gqa import GQAFactory
 from lunaris.model.layers import ModelShape
 from lunaris.model.transformer import Transformer
 from lunaris.moe.router.softmax import SoftmaxRouterFactory
+from lunaris.objective.base import Objective
+from lunaris.objective.next_token import NextToken
 from lunaris.parallelism.base import Parallelism, unwrap
 from lunaris.precision import Precision
 from lunaris.runs.data_fingerprint import keep
@@ -133,6 +135,7 @@ def build(cfg: Any, run_dir: RunDir, stop: StopSignal) -> Run:
         parallelism=parallelism,
         precision=precision,
         model=model,
+        objective=objective_of(cfg),
         optimizer=optimizer,
         schedule=schedule,
         loader=loader,
@@ -200,10 +203,16 @@ def loader_of(cfg: Any, data: Any, parallelism: Parallelism, start: int) -> Load
         )
 
 
+def objective_of(cfg: Any) -> Objective:
+    """Return the objective."""
+    return NextToken()  # until the config has the group `objective`
+
+
 def evaluator_of(cfg: Any, data: Any, parallelism: Parallelism, most: int | None) -> Evaluator:
     """Return the evaluator over the validation part; most: sequences of each source, or None."""
     return Evaluator(
         data.val(cfg.model.max_seq_len),
+        objective=objective_of(cfg),
         parallelism=parallelism,
         seq_len=cfg.model.max_seq_len,
         batch_size=cfg.trainer.batch_size,

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lunaris.checkpoint import Checkpoints, TrainState
-from lunaris.data.loader import Loader, StepBatch
+from lunaris.data.loader import Loader
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import Stopped
 from lunaris.evaluate import Evaluator
 from lunaris.metrics.loggers import Logger
 from lunaris.metrics.throughput import Meter, peak_memory_gb
+from lunaris.objective.base import Batch, Objective
 from lunaris.optim.clip import clip_grad_norm
 from lunaris.optim.groups import set_learning_rate
 from lunaris.optim.schedule import Constant
@@ -36,6 +37,7 @@ class Run:
     parallelism: Parallelism
     precision: Precision
     model: nn.Module
+    objective: Objective
     optimizer: torch.optim.Optimizer
     schedule: Constant
     loader: Loader
@@ -52,12 +54,13 @@ class Run:
 class StepStats:
     """What one optimizer step measured, over all processes and micro-steps; on the device.
 
-    main_loss, aux_loss: [] mean over the global batch (nats a token); grad_norm: [] before
-    clipping; load: [n_moe_layers, n_experts] tokens routed; dropped: [n_moe_layers] assignments.
+    losses: each [] mean over the global batch; weights: their factors in the loss that is
+    minimised; grad_norm: [] before clipping; load: [n_moe_layers, n_experts] tokens routed;
+    dropped: [n_moe_layers] assignments.
     """
 
-    main_loss: Tensor
-    aux_loss: Tensor
+    losses: dict[str, Tensor]
+    weights: dict[str, float]
     grad_norm: Tensor
     load: Tensor
     dropped: Tensor
@@ -97,28 +100,24 @@ def train(run: Run) -> None:
     run.checkpoints.settle()
 
 
-def train_step(run: Run, batch: StepBatch) -> StepStats:
+def train_step(run: Run, batch: Batch) -> StepStats:
     """Take one optimizer step on a process's part of the global batch ([A, B, L] tokens)."""
     # All randomness of a step (dropout) is a function of seed, step and rank: nothing to restore.
     torch.manual_seed(_mix(run.cfg.seed, run.state.step, run.parallelism.rank))
     set_learning_rate(run.optimizer.param_groups, run.schedule(run.state.step))
     run.model.train()
     weights = micro_step_weights(run, batch)
-    micro_steps = len(batch.tokens)
+    micro_steps = len(batch["tokens"])
     totals: dict[str, Tensor] = {}
     for i in range(micro_steps):
-        documents = None if batch.documents is None else batch.documents[i]
         with run.parallelism.micro_step(run.model, last=i == micro_steps - 1):
             with run.precision.autocast():
-                out = run.model(batch.tokens[i], batch.targets[i], documents=documents)
-                loss = out.main_loss * weights[i] + out.aux_loss / micro_steps
+                out = run.objective(run.model, {name: part[i] for name, part in batch.items()})
+                out = out.scaled(weights[i], micro_steps)
+                loss = out.total
             run.precision.scaler.scale(loss).backward()
-        for name, value in (
-            ("main_loss", out.main_loss * weights[i]),
-            ("aux_loss", out.aux_loss / micro_steps),
-            ("load", out.load),
-            ("dropped", out.dropped),
-        ):
+        values = {f"{name}_loss": loss.value for name, loss in out.losses.items()}
+        for name, value in {**values, "load": out.load, "dropped": out.dropped}.items():
             totals[name] = totals.get(name, 0) + value.detach().double()
     run.precision.scaler.unscale_(run.optimizer)
     grad_norm = clip_grad_norm(run.model.parameters(), run.cfg.trainer.grad_clip)
@@ -126,23 +125,27 @@ def train_step(run: Run, batch: StepBatch) -> StepStats:
     run.precision.scaler.update()
     run.optimizer.zero_grad()
 
-    main_loss, aux_loss, load, dropped = _sum_over_ranks(run.parallelism, totals)
-    unwrap(run.model).update_balance(load)
-    world = run.parallelism.world_size
-    return StepStats(main_loss / world, aux_loss / world, grad_norm, load, dropped)
+    totals = _sum_over_ranks(run.parallelism, totals)
+    unwrap(run.model).update_balance(totals["load"])
+    return StepStats(
+        {name: totals[f"{name}_loss"] / run.parallelism.world_size for name in out.losses},
+        {name: loss.weight for name, loss in out.losses.items()},
+        grad_norm,
+        totals["load"],
+        totals["dropped"],
+    )
 
 
-def micro_step_weights(run: Run, batch: StepBatch) -> Tensor | list[float]:
+def micro_step_weights(run: Run, batch: Batch) -> Tensor | list[float]:
     """Return each micro-step's weight ([A]), so that every target of the global batch counts alike.
 
-    Without document masking all micro-steps have as many targets: 1 / A. With it, a micro-step
-    weighs by its share of the global batch's targets, times the processes over which gradients
-    are averaged.
+    Where all micro-steps have equally many targets it is 1 / A. Otherwise a micro-step weighs by
+    its share of the global batch's targets, times the processes over which gradients are averaged.
     """
-    micro_steps = len(batch.tokens)
-    if batch.documents is None:
+    micro_steps = len(batch["tokens"])
+    if not run.objective.targets_vary(batch):
         return [1 / micro_steps] * micro_steps
-    counts = (batch.targets >= 0).sum(dim=(1, 2)).double()
+    counts = run.objective.count_targets(batch).double()
     total = run.parallelism.sum(counts.sum()).clamp_min(1)
     return (counts * run.parallelism.world_size / total).float()
 
@@ -152,14 +155,14 @@ def step_row(run: Run, stats: StepStats) -> dict[str, Any]:
 
     Raises RuntimeError when the loss is not finite, before such weights can be saved.
     """
-    main_loss, aux_loss = require_finite(run, stats), stats.aux_loss.item()
+    require_finite(run, stats)
+    losses = {name: loss.item() for name, loss in stats.losses.items()}
     memory = torch.zeros(run.parallelism.world_size, device=run.parallelism.device)
     memory[run.parallelism.rank] = peak_memory_gb(run.parallelism.device)
     row: dict[str, Any] = {
-        "train/loss": main_loss + aux_loss,
-        "train/main_loss": main_loss,
-        "train/aux_loss": aux_loss,
-        "train/perplexity": math.exp(min(main_loss, 700.0)),
+        "train/loss": sum(stats.weights[name] * loss for name, loss in losses.items()),
+        **{f"train/{name}_loss": loss for name, loss in losses.items()},
+        "train/perplexity": math.exp(min(losses["main"], 700.0)),
         "train/lr": run.optimizer.param_groups[0]["lr"],
         "train/grad_norm": stats.grad_norm.item(),
         "train/sequences": run.state.sequences,
@@ -210,13 +213,11 @@ def save(run: Run, stats: StepStats) -> None:
     write_progress(run)
 
 
-def require_finite(run: Run, stats: StepStats) -> float:
-    """Return the step's main loss. Raises RuntimeError unless it and the gradients are finite."""
-    loss = stats.main_loss.item()
-    _require_finite(run, "train/main_loss", loss)
+def require_finite(run: Run, stats: StepStats) -> None:
+    """Raise RuntimeError unless the step's main loss and gradients are finite."""
+    _require_finite(run, "train/main_loss", stats.losses["main"].item())
     if not run.precision.scaler.is_enabled():  # A scaler looks for overflow and skips the step.
         _require_finite(run, "train/grad_norm", stats.grad_norm.item())
-    return loss
 
 
 def _require_finite(run: Run, name: str, value: float) -> None:
@@ -233,12 +234,11 @@ def write_progress(run: Run) -> None:
         run.dir.write_status(step=run.state.step, best_val_loss=run.state.best_val_loss)
 
 
-def _sum_over_ranks(parallelism: Parallelism, totals: dict[str, Tensor]) -> list[Tensor]:
+def _sum_over_ranks(parallelism: Parallelism, totals: dict[str, Tensor]) -> dict[str, Tensor]:
     """Sum all totals over the processes in one collective."""
-    parts = [totals[name] for name in ("main_loss", "aux_loss", "load", "dropped")]
-    flat = parallelism.sum(torch.cat([part.reshape(-1) for part in parts]))
-    sizes = [part.numel() for part in parts]
-    return [x.view_as(p) for x, p in zip(flat.split(sizes), parts, strict=True)]
+    flat = parallelism.sum(torch.cat([part.reshape(-1) for part in totals.values()]))
+    sums = flat.split([part.numel() for part in totals.values()])
+    return {name: x.view_as(totals[name]) for name, x in zip(totals, sums, strict=True)}
 
 
 def _mix(*numbers: int) -> int:

@@ -23,7 +23,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("run",),
     ("train",),
     ("evaluate",),
-    ("moe", "data", "optim", "parallelism", "metrics", "checkpoint"),
+    ("moe", "objective", "data", "optim", "parallelism", "metrics", "checkpoint"),
     ("model",),
     ("precision",),
     ("runs",),

@@ -9,8 +9,6 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,41 +22,20 @@ IGNORED = -100
 _AHEAD = 2
 
 
-class Split(NamedTuple):
-    """Inputs, targets (−100: none) and documents of rows of L + 1 tokens; all [..., L] int64."""
+def split_documents(rows: Tensor, eot_id: int | None) -> dict[str, Tensor]:
+    """Split rows ([..., L + 1] int64) into `tokens` and `targets`, and `documents` with an eot_id.
 
-    tokens: Tensor
-    targets: Tensor
-    documents: Tensor | None
-
-
-@dataclass
-class StepBatch:
-    """What one process takes in one optimizer step, on the device.
-
-    tokens, targets: [A, B, L] int64, targets −100 where there is none; documents: [A, B, L] int64,
-    the document's number within its sequence, or None without masking; n_targets: targets of this
-    process that count.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    documents: Tensor | None
-    n_targets: int
-
-
-def split_documents(rows: Tensor, eot_id: int | None) -> Split:
-    """Cut rows ([..., L + 1] int64) into inputs and targets, apart at the end-of-text id if given.
-
-    An end-of-text token belongs to the document it ends and is predicted; what follows it is
-    another document, whose first token is no target.
+    All are [..., L] int64; targets are −100 where there is none, and documents are numbered within
+    their sequence. An end-of-text token belongs to the document it ends and is predicted; what
+    follows it is another document, whose first token is no target.
     """
     tokens, targets = rows[..., :-1].clone(), rows[..., 1:].clone()
     if eot_id is None:
-        return Split(tokens, targets, None)
+        return {"tokens": tokens, "targets": targets}
     ends = tokens == eot_id
     documents = ends.cumsum(-1) - ends.long()
-    return Split(tokens, targets.masked_fill_(ends, IGNORED), documents)
+    targets.masked_fill_(ends, IGNORED)
+    return {"tokens": tokens, "targets": targets, "documents": documents}
 
 
 def check_ids(
@@ -123,7 +100,8 @@ class Loader:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def __iter__(self) -> Iterator[StepBatch]:
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Yield each step's batch on the device: [A, B, L] tensors, see `split_documents`."""
         if self._thread is None:
             for _ in range(_AHEAD + 1):
                 self._free.put(_Buffer(self._shape, self._pinned))
@@ -139,7 +117,7 @@ class Loader:
             self._thread.join()
             self._thread = None
 
-    def _next(self) -> StepBatch:
+    def _next(self) -> dict[str, Tensor]:
         began = time.perf_counter()
         filled = self._filled.get()
         self.wait_s = time.perf_counter() - began
@@ -149,14 +127,11 @@ class Loader:
             raise filled
         batch = filled.batch
         if batch is None:
-            batch = self._batch(filled.rows.to(self._device, non_blocking=True), filled.n_targets)
+            rows = filled.rows.to(self._device, non_blocking=True)
+            batch = split_documents(rows, self._eot_id)
             filled.sent()
         self._free.put(filled)
         return batch
-
-    def _batch(self, rows: Tensor, n_targets: int) -> StepBatch:
-        split = split_documents(rows, self._eot_id)
-        return StepBatch(split.tokens, split.targets, split.documents, n_targets)
 
     def _fill(self) -> None:
         step = 0
@@ -171,20 +146,13 @@ class Loader:
                 rows = buffer.rows.view(len(n), -1).numpy()
                 self._sequences.gather(n, rows)
                 check_ids(rows, n, self._sequences, self._vocab_size)
-                buffer.n_targets = self._count_targets(rows)
                 if not self._pinned:
                     # Nothing has to be sent; a GPU's rows are split there.
-                    buffer.batch = self._batch(buffer.rows, buffer.n_targets)
+                    buffer.batch = split_documents(buffer.rows, self._eot_id)
                 self._filled.put(buffer)
                 step += 1
         except BaseException as error:  # handed to the thread that trains
             self._filled.put(error)
-
-    def _count_targets(self, rows: np.ndarray) -> int:
-        count = rows[:, 1:].size
-        if self._eot_id is not None:
-            count -= int(np.count_nonzero(rows[:, :-1] == self._eot_id))
-        return count
 
 
 class _Buffer:
@@ -192,8 +160,7 @@ class _Buffer:
 
     def __init__(self, shape: tuple[int, ...], pinned: bool) -> None:
         self.rows = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
-        self.n_targets = 0
-        self.batch: StepBatch | None = None
+        self.batch: dict[str, Tensor] | None = None
         self._copied = torch.cuda.Event() if pinned else None
         self._used = False
 

@@ -6,7 +6,7 @@ Shapes: B sequences, L positions, D model width, V vocabulary, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,20 +18,25 @@ from lunaris.model.cache import KVCache
 from lunaris.model.feed_forward import FeedForwardFactory, RoutedFeedForward, RoutingStats
 from lunaris.model.init import init_weights
 from lunaris.model.layers import ModelShape, RMSNorm, compute_dtype
-from lunaris.model.loss import linear_cross_entropy
 from lunaris.model.roles import Role
 
 
-class ModelOutput(NamedTuple):
-    """What a training forward returns.
+class Head(Protocol):
+    """Computes from the last hidden states what a caller wants of a forward."""
 
-    loss: [] main_loss + aux_loss. main_loss: [] mean cross-entropy (nats a target). aux_loss: []
-    weighted routing losses, summed over layers. load: [n_moe_layers, E] tokens sent to each expert;
-    dropped: [n_moe_layers] assignments that capacity dropped; both float32 without a gradient.
+    def __call__(self, hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """Return named tensors; hidden: [B, L, D]; weight: [V, D], the vocabulary projection."""
+
+
+class ModelOutput(NamedTuple):
+    """What a forward returns.
+
+    outputs: the result of its head. aux_loss: [] float32, weighted routing losses, summed over
+    layers. load: [n_moe_layers, E] tokens sent to each expert; dropped: [n_moe_layers] assignments
+    that capacity dropped; both float32 without a gradient.
     """
 
-    loss: Tensor
-    main_loss: Tensor
+    outputs: dict[str, Tensor]
     aux_loss: Tensor
     load: Tensor
     dropped: Tensor
@@ -42,6 +47,11 @@ class ParameterCount(NamedTuple):
 
     total: int
     active: int
+
+
+def vocabulary_logits(hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
+    """Return `logits` ([B, L, V] float32); the product runs in the dtype of hidden."""
+    return {"logits": (hidden @ weight.to(hidden.dtype).mT).float()}
 
 
 class Transformer(nn.Module):
@@ -78,16 +88,15 @@ class Transformer(nn.Module):
     def forward(
         self,
         tokens: Tensor,
-        targets: Tensor | None = None,
         *,
+        head: Head = vocabulary_logits,
         documents: Tensor | None = None,
         cache: KVCache | None = None,
-    ) -> ModelOutput | Tensor:
-        """Return the losses with targets, else logits ([B, L, V] float32).
+    ) -> ModelOutput:
+        """Run the blocks and then `head`, which may read the parameters: FSDP gathers them here.
 
-        tokens: [B, L] int64. targets: [B, L] int64, negative where there is none. documents: [B, L]
-        int, the document of each position; attention stays within one. cache: earlier positions;
-        extended by these.
+        tokens: [B, L] int64. documents: [B, L] int64, the document of each position; attention
+        stays within one. cache: the earlier positions, to which this call adds these.
         """
         start = 0 if cache is None else cache.length
         end = start + tokens.size(1)
@@ -104,9 +113,14 @@ class Transformer(nn.Module):
             cache.length = end
         x = self.norm(x)
         weight = self.embedding.weight if self.head is None else self.head.weight
-        if targets is None:
-            return (x @ weight.to(x.dtype).mT).float()
-        return _output(linear_cross_entropy(x, weight, targets), stats)
+        return _output(head(x, weight), stats)
+
+    def logits(
+        self, tokens: Tensor, *, documents: Tensor | None = None, cache: KVCache | None = None
+    ) -> Tensor:
+        """Return the logits ([B, L, V] float32) of the next tokens; arguments as of `forward`."""
+        out: ModelOutput = self(tokens, documents=documents, cache=cache)
+        return out.outputs["logits"]
 
     def _run(
         self, block: Block, x: Tensor, positions: Positions, cache: Any
@@ -186,15 +200,13 @@ class Transformer(nn.Module):
         return 6.0 * active + attention
 
 
-def _output(main_loss: Tensor, stats: list[RoutingStats]) -> ModelOutput:
-    zero = torch.zeros((), device=main_loss.device)
+def _output(outputs: dict[str, Tensor], stats: list[RoutingStats]) -> ModelOutput:
     if not stats:
-        return ModelOutput(main_loss, main_loss, zero, zero.new_zeros(0, 0), zero.new_zeros(0))
-    aux_loss = torch.stack([s.loss for s in stats]).sum()
+        zero = torch.zeros((), device=next(iter(outputs.values())).device)
+        return ModelOutput(outputs, zero, zero.new_zeros(0, 0), zero.new_zeros(0))
     return ModelOutput(
-        loss=main_loss + aux_loss,
-        main_loss=main_loss,
-        aux_loss=aux_loss,
+        outputs,
+        aux_loss=torch.stack([s.loss for s in stats]).sum(),
         load=torch.stack([s.load for s in stats]),
         dropped=torch.stack([s.dropped for s in stats]),
     )

@@ -30,6 +30,7 @@ from lunaris.model.attention.gqa import GQAFactory
 from lunaris.model.layers import ModelShape
 from lunaris.model.transformer import Transformer
 from lunaris.moe.factory import DenseFactory
+from lunaris.objective.next_token import NextToken
 from lunaris.optim.adamw import build_adamw
 from lunaris.optim.clip import clip_grad_norm
 from lunaris.parallelism.base import Parallelism
@@ -114,10 +115,11 @@ def _train(parallelism: Parallelism, args: argparse.Namespace) -> dict[str, floa
         model, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8
     )
     tokens = torch.randint(_VOCAB, (1, _SEQ_LEN + 1), device=device)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
     for _ in range(_STEPS):
         optimizer.zero_grad()
         with parallelism.micro_step(model, last=True):
-            model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
+            NextToken()(model, batch).total.backward()
         clip_grad_norm(model.parameters(), 1.0)
         optimizer.step()
     held = [value for state in optimizer.state.values() for value in state.values()]

@@ -97,7 +97,7 @@ def test_same_order_after_resume_and_at_another_world_size(tmp_path: Path) -> No
             for r in range(world_size)
         ]
         try:
-            batches = [[next(iter(loader)).tokens for loader in loaders] for _ in range(count)]
+            batches = [[next(iter(loader))["tokens"] for loader in loaders] for _ in range(count)]
         finally:
             for loader in loaders:
                 loader.close()

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from lunaris.data.loader import Loader, StepBatch
+from lunaris.data.loader import Loader
 from lunaris.distributed import session as distributed
 from lunaris.distributed.signals import StopSignal
+from lunaris.objective.base import Batch
 from lunaris.precision import Precision
 from lunaris.run import build
 from lunaris.runs.run_dir import RunDir
@@ -37,10 +38,10 @@ class Recorded:
     def wait_s(self) -> float:
         return self._loader.wait_s
 
-    def __iter__(self) -> Iterator[StepBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
             # [W][A, B, L] → [A, W, B, L]: micro-step m of rank r has sequences (m · W + r) · B on.
-            parts = distributed.gather_objects(torch.stack([batch.tokens, batch.targets]))
+            parts = distributed.gather_objects(torch.stack([batch["tokens"], batch["targets"]]))
             whole = torch.stack(parts, dim=2).contiguous()
             self.hashes.append(hashlib.sha256(whole.numpy().tobytes()).hexdigest())
             yield batch

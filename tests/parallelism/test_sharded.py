@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from lunaris.distributed import session as distributed
 from lunaris.errors import UserError
 from lunaris.model.roles import Role
+from lunaris.objective.next_token import NextToken
 from lunaris.optim.adamw import build_adamw
 from lunaris.optim.clip import clip_grad_norm
 from lunaris.parallelism.base import Parallelism, unwrap
@@ -50,14 +51,14 @@ def steps(tiny: Callable[..., Any]) -> Callable[..., list[tuple[float, float]]]:
             tokens = torch.randint(64, (4, 17), generator=torch.Generator().manual_seed(step))
             with parallelism.micro_step(model, last=True):
                 with kind.autocast():
-                    out = model(tokens[:, :-1], tokens[:, 1:])
-                kind.scaler.scale(out.loss).backward()
+                    out = NextToken()(model, {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]})
+                kind.scaler.scale(out.total).backward()
             kind.scaler.unscale_(optimizer)
             norm = clip_grad_norm(model.parameters(), 1.0)
             kind.scaler.step(optimizer)
             kind.scaler.update()
             optimizer.zero_grad()
-            found.append((out.loss.item(), norm.item()))
+            found.append((out.total.item(), norm.item()))
         return found
 
     return take
@@ -93,7 +94,7 @@ def test_half_is_gathered_and_float32_kept(tiny: Callable[..., Any]) -> None:
         module.register_forward_pre_hook(lambda m, _, n=name: seen.update({n: m.weight.dtype}))
     tokens = torch.zeros(1, 8, dtype=torch.int64)
     with torch.autocast("cpu", torch.bfloat16):
-        model(tokens, tokens)
+        model(tokens)
     assert seen["attention.qkv"] == torch.bfloat16
     assert seen["feed_forward.router"] == seen["feed_forward_norm"] == torch.float32
 

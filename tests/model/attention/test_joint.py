@@ -14,6 +14,7 @@ from lunaris.config.instantiate import build
 from lunaris.model.attention.base import Positions, causal_mask
 from lunaris.model.attention.gqa import GroupedQueryAttention
 from lunaris.model.transformer import Transformer
+from lunaris.objective.next_token import NextToken
 
 Make = Callable[..., Transformer]
 TOY = '''
@@ -91,15 +92,17 @@ def test_layers_differ_and_each_brings_its_cache(make_model: Make, toy: Any) -> 
     assert kinds == ["WindowMean", "GroupedQueryAttention", "WindowMean"]
     cache = model.new_cache(2)
     with torch.no_grad():
-        parts = [model(part, cache=cache) for part in tokens().split([5, 1, 6], dim=1)]
-        torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens()), rtol=1e-5, atol=1e-5)
+        parts = [model.logits(part, cache=cache) for part in tokens().split([5, 1, 6], dim=1)]
+        torch.testing.assert_close(
+            torch.cat(parts, dim=1), model.logits(tokens()), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_a_token_reaches_only_as_far_as_the_windows(make_model: Make, toy: Any) -> None:
     model = make_model(None, attention=toy, n_layers=1).eval()
     other = tokens().clone()
     other[:, 4] = (other[:, 4] + 1) % 40
-    changed = (model(tokens()) != model(other)).any(-1).any(0)
+    changed = (model.logits(tokens()) != model.logits(other)).any(-1).any(0)
     assert changed.tolist() == [position in (4, 5, 6) for position in range(12)]
 
 
@@ -108,13 +111,14 @@ def test_it_trains_recomputed_and_stays_within_documents(make_model: Make, toy: 
     found = []
     for recompute in (False, True):
         model = make_model({}, attention=toy, activation_checkpointing=recompute).train()
-        model(tokens(), tokens(), documents=documents).loss.backward()
+        batch = {"tokens": tokens(), "targets": tokens(), "documents": documents}
+        NextToken()(model, batch).total.backward()
         assert all(p.grad is not None and p.grad.any() for p in model.parameters())
         found.append(model.blocks[0].attention.mix.weight.grad)
     torch.testing.assert_close(*found)
     model.eval()
-    packed = model(tokens(), documents=documents)[:, :5]
-    torch.testing.assert_close(packed, model(tokens()[:, :5]), rtol=1e-5, atol=1e-5)
+    packed = model.logits(tokens(), documents=documents)[:, :5]
+    torch.testing.assert_close(packed, model.logits(tokens()[:, :5]), rtol=1e-5, atol=1e-5)
 
 
 def test_its_roles_and_flops_count(make_model: Make, toy: Any) -> None:
@@ -132,7 +136,7 @@ def test_positions_are_prepared_once_a_forward_and_not_once_a_layer(
     model = make_model(None, attention=toy, n_layers=6)
     kind = type(model.blocks[0].attention)
     for forwards in (1, 2):
-        model(tokens())
+        model.logits(tokens())
         assert kind.prepared == forwards
     shared = Positions(0, 6, torch.device("cpu"), torch.zeros(1, 6, dtype=torch.int64))
     a, b = (model.blocks[layer].attention.prepare(shared) for layer in (1, 3))
