@@ -84,3 +84,51 @@ def test_orthogonalize_pulls_every_singular_value_near_one() -> None:
     assert values.min() > 0.6 and values.max() < 1.3
     for one, alone in zip(result, stacked, strict=True):
         torch.testing.assert_close(one, orthogonalize(alone, steps=8))
+
+
+def reference_muon(weight: Tensor, grads: list[Tensor], rate: float, decay: float) -> Tensor:
+    """Return a matrix after Muon steps in float64, written as its papers do.
+
+    Newton-Schulz keeps the singular vectors, so it is a polynomial of the singular values.
+    """
+    weight, momentum = weight.double(), torch.zeros_like(weight, dtype=torch.float64)
+    for grad in grads:
+        momentum = 0.9 * momentum + 0.1 * grad
+        u, values, v = torch.linalg.svd(0.1 * grad + 0.9 * momentum, full_matrices=False)
+        values = values / values.norm(dim=-1, keepdim=True)
+        for _ in range(5):
+            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+        update = u @ torch.diag_embed(values) @ v
+        scale = 0.2 * max(weight.shape[-2:]) ** 0.5
+        weight = weight - rate * decay * weight - rate * scale * update
+    return weight
+
+
+@pytest.mark.parametrize("name", ["b.weight", "c"])
+def test_muon_steps_matrices_by_its_formula(name: str) -> None:
+    torch.manual_seed(0)
+    model = Toy()
+    parameter = model.get_parameter(name)
+    begin = parameter.detach().clone()
+    grads = [torch.randn(begin.shape, dtype=torch.float64) for _ in range(3)]
+    optimizer = build_muon(model, momentum=0.9, ns_steps=5, **ADAM)
+    for grad in grads:
+        parameter.grad = grad.float()
+        optimizer.step()
+    want = reference_muon(begin, grads, rate=0.01, decay=0.1)
+    torch.testing.assert_close(
+        parameter - begin, want - begin, check_dtype=False, rtol=1e-3, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (32, 128), (4, 96, 48)], ids=str)
+def test_muons_update_is_as_large_as_adamws(shape: tuple[int, ...]) -> None:
+    """The root mean square of a step without decay is about 0.2 of the rate (arXiv 2502.16982)."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(shape))
+    model.parameter_roles = lambda: {"weight": Role.MATRIX}
+    optimizer = build_muon(model, momentum=0.9, ns_steps=5, **ADAM | {"learning_rate": 1.0})
+    model.weight.grad = torch.randn(shape)
+    optimizer.step()
+    assert 0.16 < model.weight.square().mean().sqrt().item() < 0.24
