@@ -64,7 +64,7 @@ def sample(
     top_p: float | None,
     generator: torch.Generator,
 ) -> Tensor:
-    """Return one token a row ([B] int64) of logits ([B, V] float32).
+    """Sample one token for each row of logits ([B, V] float32); return [B] int64.
 
     top_k: among the k likeliest; top_p: among the fewest whose mass reaches p (arXiv 1904.09751).
     """
@@ -77,7 +77,7 @@ def sample(
     if top_p is not None:
         ordered, index = logits.sort(dim=-1, descending=True)
         probs = ordered.softmax(dim=-1)
-        # Cut what comes after the mass is reached; the likeliest always stays.
+        # Remove the tokens after the mass is reached; the likeliest always remains.
         beyond = probs.cumsum(dim=-1) - probs >= top_p
         logits = logits.masked_fill(beyond.gather(1, index.argsort(dim=-1)), -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)

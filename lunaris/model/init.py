@@ -1,4 +1,4 @@
-"""Initial weights: drawn by name, so that each process draws the same numbers for its shards."""
+"""Initial weights, drawn by parameter name, so that they do not depend on the sharding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that the model and its feed-forwards share.
+"""The layers, and the shape of a model, that attention and feed-forwards share.
 
 Shapes: B sequences, L positions, D model width, H hidden width.
 """

@@ -75,7 +75,7 @@ class MoEFactory:
         hidden = swiglu_hidden(shape.d_model, multiplier, shape.multiple_of)
         shared = None
         if self._n_shared:
-            # Experts that every token takes are one wider SwiGLU.
+            # The shared experts together are one wider SwiGLU.
             shared = SwiGLU(shape.d_model, self._n_shared * hidden, shape.dropout)
         return MoE(
             self._router(layer, shape, self._spec),

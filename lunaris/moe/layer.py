@@ -20,7 +20,7 @@ from lunaris.moe.router.base import Router, RoutingSpec
 
 
 class MoE(RoutedFeedForward):
-    """Routed experts, each output scaled by its gate, plus experts that every token takes.
+    """Routed experts, each output scaled by its gate, plus shared experts that process every token.
 
     The gate lets the language-model loss reach the router. Capacity drops assignments in
     training only; evaluation and generation never drop any.
@@ -82,7 +82,7 @@ class MoE(RoutedFeedForward):
         return total - total // self.n_experts * self.k
 
     def update_balance(self, load: Tensor) -> None:
-        """Let the router move its bias; load: [E], of the whole step."""
+        """Pass the load of a step on to the router."""
         self.router.update_balance(load)
 
 

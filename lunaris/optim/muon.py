@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from lunaris.optim.groups import group_by_role
 
-# Quintic whose iterates pull every singular value in (0, 1] towards 1 (Muon's post, "3 tuned").
+# The quintic polynomial that moves all singular values in (0, 1] towards 1 (Muon's post).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
@@ -73,7 +73,7 @@ class Muon(torch.optim.Optimizer):
         update = orthogonalize(full, group["ns_steps"])
         scale = 0.2 * max(full.shape[-2:]) ** 0.5
         if isinstance(nesterov, DTensor):
-            # Every process holds the same full update: cut its shard, exchange nothing.
+            # All processes have the same full update, so each takes its shard without an exchange.
             update = distribute_tensor(
                 update, nesterov.device_mesh, nesterov.placements, src_data_rank=None
             )

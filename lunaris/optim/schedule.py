@@ -1,4 +1,4 @@
-"""Learning-rate schedules as pure functions of the step: nothing of them is saved or restored.
+"""Learning-rate schedules as pure functions of the step: they have no state to save.
 
 Each is called with the index of the step about to be taken (0 for the first) and returns the
 multiplier of every group's peak rate.

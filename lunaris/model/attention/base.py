@@ -86,8 +86,8 @@ class AttentionFactory(Protocol):
 def causal_mask(positions: Positions) -> Tensor | None:
     """Return which positions are attended (bool, broadcastable to [B, H, L, S]).
 
-    None where all positions up to one's own are, and a kernel needs no mask to know it: whole
-    sequences of one document, or one new position.
+    None where a kernel needs no mask: sequences of one document from position 0 on, or one new
+    position, attend all positions up to themselves.
     """
 
     def make() -> Tensor | None:

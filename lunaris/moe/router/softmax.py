@@ -45,7 +45,7 @@ class SoftmaxRouter(Router):
         self.aux_loss_weight = spec.aux_loss_weight if spec.balancing == "aux_loss" else 0.0
 
     def forward(self, x: Tensor) -> Routing:
-        """Route x ([B, L, D]); float32 whatever autocast says."""
+        """Route x ([B, L, D]); in float32, also under autocast."""
         spec = self.spec
         with torch.autocast(x.device.type, enabled=False):
             logits = F.linear(x.float(), self.weight.float())
