@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from lunaris.errors import Stopped, UserError
+from lunaris.torch_internals import ElasticAgent
 
 _WRONG_INPUT, _STOPPED = UserError.exit_code, Stopped.exit_code
 # Workers that survive a failed one are told to end, and killed after this time (an eighth of the
@@ -94,10 +91,8 @@ def _time(failure: ProcessFailure) -> float:
     return float(extra.get("time", failure.timestamp))
 
 
-class _Agent(LocalElasticAgent):
+class _Agent(ElasticAgent):
     """torch's agent, which also passes signals on and knows which failures are final."""
-
-    PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(
         self, path: Path, processes: int, max_restarts: int, timeout_s: float, errors: str
@@ -125,49 +120,28 @@ class _Agent(LocalElasticAgent):
         self._signals = 0
         self._grace_s = min(_GRACE_S, timeout_s / 8)
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        # The agent sets handlers of its own here, which would kill the workers.
-        started = super()._start_workers(worker_group)
-        for number in self.PASSED_ON:
-            signal.signal(number, self._pass_on)
-        # The agent ends the survivors of a failure as soon as it sees it, with its own patience.
-        assert self._pcontext is not None
-        self._pcontext._close = partial(self._end, self._pcontext._close)  # type: ignore[method-assign]
-        return started
+    def ending(self, exit_codes: set[int | None]) -> tuple[signal.Signals, float]:
+        """Let workers that end together finish; end the survivors of a failure soon."""
+        if exit_codes & {_WRONG_INPUT, _STOPPED}:
+            return signal.SIGCONT, _FINISH_S
+        return signal.SIGTERM, self._grace_s
 
-    def _end(self, close: Callable[..., None], death_sig: signal.Signals, timeout: int = 0) -> None:
-        handlers = self._pcontext.subprocess_handlers.values()  # type: ignore[union-attr]
-        if {handler.proc.poll() for handler in handlers} & {_WRONG_INPUT, _STOPPED}:
-            close(death_sig=signal.SIGCONT, timeout=_FINISH_S)
-        else:
-            close(death_sig=signal.SIGTERM, timeout=self._grace_s)
+    def may_restart(self, failed: RunResult, restarts_left: int) -> bool:
+        """Restart after a failure that is neither wrong input nor a signal, and print it."""
+        failures = list(failed.failures.values())
+        if self._signals or exit_code(f.exitcode for f in failures) != 1:
+            return False
+        if restarts_left > 0:
+            print(
+                f"{describe(failures, self._path)}\nthe group starts again from the newest "
+                f"checkpoint ({restarts_left} restarts left)",
+                file=sys.stderr,
+                flush=True,
+            )
+        return True
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        result = super()._monitor_workers(worker_group)
-        if result.is_failed():
-            failures = list(result.failures.values())
-            final = self._signals or exit_code(f.exitcode for f in failures) != 1
-            if final:
-                self._remaining_restarts = 0
-            elif self._remaining_restarts > 0:
-                print(
-                    f"{describe(failures, self._path)}\nthe group starts again from the newest "
-                    f"checkpoint ({self._remaining_restarts} restarts left)",
-                    file=sys.stderr,
-                    flush=True,
-                )
-        return result
-
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Pass the signal on, so that the workers save and stop; a second SIGINT kills them."""
         self._signals += 1
         again = number == signal.SIGINT and self._signals > 1
-        if self._pcontext is not None:
-            for pid in self._pcontext.pids().values():
-                _send(pid, signal.SIGKILL if again else signal.SIGTERM)
-
-
-def _send(pid: int, number: signal.Signals) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass  # It has ended already.
+        self.send(signal.SIGKILL if again else signal.SIGTERM)

@@ -29,7 +29,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("runs",),
     ("distributed",),
     ("config",),
-    ("errors", "atomic_files", "conf"),
+    ("errors", "atomic_files", "torch_internals", "conf"),
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # Shards are looked at when a config is checked, without torch.
