@@ -10,7 +10,7 @@ import torch
 
 from lunaris.checkpoint import load_weights, newest, saved_vocab_size
 from lunaris.data.tokenizer import TextTokenizer
-from lunaris.distributed import session as distributed
+from lunaris.distributed import session
 from lunaris.errors import UserError
 from lunaris.model.generate import stream
 from lunaris.model.transformer import Transformer
@@ -30,7 +30,7 @@ def evaluate_checkpoint(
     most: sequences of each source, None for all. Raises UserError when there is no checkpoint or
     no validation part, or the data's ids do not fit the model's vocabulary.
     """
-    with distributed.session(cfg.trainer.device, cfg.launch.collective_timeout_s):
+    with session.join(cfg.trainer.device, cfg.launch.collective_timeout_s):
         data = component(cfg.data)
         data.prepare()
         check_tokenizer(data.tokenizer_path, run_dir)
@@ -74,7 +74,7 @@ def sample_texts(
     ids = tokenizer.encode([prompt.encode()])[0].tolist()
     if not ids:
         raise UserError("--prompt: must hold at least one character")
-    with distributed.session(cfg.trainer.device, cfg.launch.collective_timeout_s):
+    with session.join(cfg.trainer.device, cfg.launch.collective_timeout_s):
         model, _ = load_trained(cfg, run_dir, step)
         prompt_ids = torch.tensor([ids], device=next(model.parameters()).device)
         for seed in seeds:

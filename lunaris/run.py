@@ -17,7 +17,7 @@ from hydra.utils import instantiate
 from lunaris.checkpoint import Checkpoints, TrainState, complete
 from lunaris.config.instantiate import check_fit
 from lunaris.data.loader import Loader
-from lunaris.distributed import session as distributed
+from lunaris.distributed import collectives, session
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import Stopped, UserError
 from lunaris.evaluate import Evaluator
@@ -51,9 +51,7 @@ def execute(cfg: Any, path: str | Path) -> RunResult:
     run_dir = RunDir(path)
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        stack.enter_context(
-            distributed.session(cfg.trainer.device, cfg.launch.collective_timeout_s)
-        )
+        stack.enter_context(session.join(cfg.trainer.device, cfg.launch.collective_timeout_s))
         stack.enter_context(_held(run_dir))
         stack.enter_context(_recorded(run_dir))
         run = build(cfg, run_dir, stop)
@@ -61,7 +59,7 @@ def execute(cfg: Any, path: str | Path) -> RunResult:
         stack.callback(run.logger.finish)
         with _memory_told(_step_advice(cfg)):
             train(run)
-        if run.parallelism.rank == 0:
+        if run.parallelism.is_writer:
             plot_loss(run_dir.metrics_path, run_dir.path / "loss.png")
             if cfg.checkpoint.consolidated:
                 run.checkpoints.consolidate(run.state.step)
@@ -114,7 +112,8 @@ def build(cfg: Any, run_dir: RunDir, stop: StopSignal) -> Run:
         precision.scaler.load_state_dict(state.scaler)
 
     seq_len, trainer = cfg.model.max_seq_len, cfg.trainer
-    global_batch = trainer.batch_size * trainer.gradient_accumulation_steps * parallelism.world_size
+    per_rank = trainer.batch_size * trainer.gradient_accumulation_steps
+    global_batch = per_rank * parallelism.data_world_size
     loader = loader_of(cfg, data, parallelism, start=state.sequences)
     evaluator = evaluator_of(
         cfg,
@@ -122,7 +121,7 @@ def build(cfg: Any, run_dir: RunDir, stop: StopSignal) -> Run:
         parallelism,
         most=trainer.eval_steps and trainer.eval_steps * global_batch,
     )
-    logger: Logger = component(cfg.logger) if parallelism.rank == 0 else Logger()
+    logger: Logger = component(cfg.logger) if parallelism.is_writer else Logger()
     logger.start(run_dir, cfg, state.step)
     run = Run(
         cfg=cfg,
@@ -149,9 +148,9 @@ def prepared_data(cfg: Any, run_dir: RunDir) -> Any:
     """Build the data component, made ready by rank 0 first, and hold the run to it."""
     data = component(cfg.data)
     with _memory_told(f"for the data, {cfg.data._target_}"):
-        distributed.on_rank_0(data.prepare)
+        collectives.on_rank_0(data.prepare)
         data.prepare()
-    distributed.on_rank_0(lambda: keep(data, run_dir))
+    collectives.on_rank_0(lambda: keep(data, run_dir))
     vocab_size = cfg.model.vocab_size
     if vocab_size is not None and vocab_size < data.vocab_size:
         raise UserError(
@@ -180,8 +179,8 @@ def loader_of(cfg: Any, data: Any, parallelism: Parallelism, start: int) -> Load
             sequences,
             batch_size=cfg.trainer.batch_size,
             accumulation=cfg.trainer.gradient_accumulation_steps,
-            rank=parallelism.rank,
-            world_size=parallelism.world_size,
+            rank=parallelism.data_rank,
+            world_size=parallelism.data_world_size,
             start=start,
             device=parallelism.device,
             vocab_size=cfg.model.vocab_size or data.vocab_size,
@@ -217,7 +216,7 @@ def describe(run: Run) -> str:
         f"model      {count.total:,} parameters, {count.active:,} active a token",
         f"batch      {run.global_batch} sequences of {seq_len} = {run.global_batch * seq_len:,} "
         f"tokens a step ({trainer.batch_size} a process × {trainer.gradient_accumulation_steps} "
-        f"micro-steps × {run.parallelism.world_size} processes)",
+        f"micro-steps × {run.parallelism.data_world_size} processes)",
         f"training   {trainer.max_steps:,} steps = "
         f"{trainer.max_steps * run.global_batch * seq_len:,} tokens, {trainer.precision} on "
         f"{run.parallelism.device.type}",
@@ -267,18 +266,18 @@ def _meter(model: Transformer, parallelism: Parallelism, seq_len: int, global_ba
 def _held(run_dir: RunDir) -> Iterator[None]:
     """Hold the folder's lock on rank 0; every process learns when another job has it."""
     with ExitStack() as stack:
-        distributed.on_rank_0(lambda: stack.enter_context(run_dir.lock()))
+        collectives.on_rank_0(lambda: stack.enter_context(run_dir.lock()))
         yield
 
 
 @contextmanager
 def _recorded(run_dir: RunDir) -> Iterator[None]:
     """Keep status.json (rank 0): running now, then done, stopped or failed with the error."""
-    if distributed.rank() != 0:
+    if session.rank() != 0:
         yield
         return
     was_done = run_dir.read_status().get("state") == "done"
-    attempts = run_dir.record_attempt(distributed.world_size())
+    attempts = run_dir.record_attempt(session.world_size())
     run_dir.write_status(
         state="running",
         attempts=attempts,

@@ -45,7 +45,7 @@ class Run:
     meter: Meter
     stop: StopSignal
     state: TrainState
-    global_batch: int  # sequences an optimizer step, of all processes
+    global_batch: int  # sequences an optimizer step, of all data ranks
 
 
 @dataclass
@@ -89,18 +89,19 @@ def train(run: Run) -> None:
                 run.logger.log({"step": state.step} | row)
             if last or stop or state.step % run.cfg.checkpoint.save_interval == 0:
                 save(run, stats)
-            run.checkpoints.poll()
+            run.checkpoints.try_finalize()
         if stop and not last:
-            run.checkpoints.settle()
+            run.checkpoints.wait_pending()
             reason = run.stop.received.name if run.stop.received else "a signal to another process"
             raise Stopped(f"stopped by {reason} at step {state.step}; a checkpoint is saved")
-    run.checkpoints.settle()
+    run.checkpoints.wait_pending()
 
 
 def train_step(run: Run, batch: StepBatch) -> StepStats:
     """Take one optimizer step on a process's part of the global batch ([A, B, L] tokens)."""
-    # All randomness of a step (dropout) is a function of seed, step and rank: nothing to restore.
-    torch.manual_seed(_mix(run.cfg.seed, run.state.step, run.parallelism.rank))
+    # All randomness of a step (dropout) is a function of seed, step and data rank, so that a
+    # resumed run has nothing to restore.
+    torch.manual_seed(_mix(run.cfg.seed, run.state.step, run.parallelism.data_rank))
     set_learning_rate(run.optimizer.param_groups, run.schedule(run.state.step))
     run.model.train()
     weights = micro_step_weights(run, batch)
@@ -128,7 +129,7 @@ def train_step(run: Run, batch: StepBatch) -> StepStats:
 
     main_loss, aux_loss, load, dropped = _sum_over_ranks(run.parallelism, totals)
     unwrap(run.model).update_balance(load)
-    world = run.parallelism.world_size
+    world = run.parallelism.data_world_size
     return StepStats(main_loss / world, aux_loss / world, grad_norm, load, dropped)
 
 
@@ -136,7 +137,7 @@ def micro_step_weights(run: Run, batch: StepBatch) -> Tensor | list[float]:
     """Return each micro-step's weight ([A]), so that every target of the global batch counts alike.
 
     Without document masking all micro-steps have as many targets: 1 / A. With it, a micro-step
-    weighs by its share of the global batch's targets, times the processes over which gradients
+    weighs by its share of the global batch's targets, times the data ranks over which gradients
     are averaged.
     """
     micro_steps = len(batch.tokens)
@@ -144,7 +145,7 @@ def micro_step_weights(run: Run, batch: StepBatch) -> Tensor | list[float]:
         return [1 / micro_steps] * micro_steps
     counts = (batch.targets >= 0).sum(dim=(1, 2)).double()
     total = run.parallelism.sum(counts.sum()).clamp_min(1)
-    return (counts * run.parallelism.world_size / total).float()
+    return (counts * run.parallelism.data_world_size / total).float()
 
 
 def step_row(run: Run, stats: StepStats) -> dict[str, Any]:
@@ -153,8 +154,6 @@ def step_row(run: Run, stats: StepStats) -> dict[str, Any]:
     Raises RuntimeError when the loss is not finite, before such weights can be saved.
     """
     main_loss, aux_loss = require_finite(run, stats), stats.aux_loss.item()
-    memory = torch.zeros(run.parallelism.world_size, device=run.parallelism.device)
-    memory[run.parallelism.rank] = peak_memory_gb(run.parallelism.device)
     row: dict[str, Any] = {
         "train/loss": main_loss + aux_loss,
         "train/main_loss": main_loss,
@@ -168,7 +167,8 @@ def step_row(run: Run, stats: StepStats) -> dict[str, Any]:
         row["train/loss_scale"] = run.precision.scaler.get_scale()
     row |= moe_row(unwrap(run.model).moe_layers(), stats)
     row |= run.meter.row()
-    row["perf/peak_memory_gb"] = run.parallelism.sum(memory).tolist()
+    peak_gb = peak_memory_gb(run.parallelism.device)
+    row["perf/peak_memory_gb"] = run.parallelism.gather(peak_gb)
     write_progress(run)
     return row
 
@@ -228,13 +228,13 @@ def _require_finite(run: Run, name: str, value: float) -> None:
 
 
 def write_progress(run: Run) -> None:
-    """Put the step and the best validation loss into status.json (rank 0)."""
-    if run.parallelism.rank == 0:
+    """Write the step and the best validation loss to status.json."""
+    if run.parallelism.is_writer:
         run.dir.write_status(step=run.state.step, best_val_loss=run.state.best_val_loss)
 
 
 def _sum_over_ranks(parallelism: Parallelism, totals: dict[str, Tensor]) -> list[Tensor]:
-    """Sum all totals over the processes in one collective."""
+    """Sum all totals over the data ranks in one collective."""
     parts = [totals[name] for name in ("main_loss", "aux_loss", "load", "dropped")]
     flat = parallelism.sum(torch.cat([part.reshape(-1) for part in parts]))
     sizes = [part.numel() for part in parts]

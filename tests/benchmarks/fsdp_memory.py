@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from lunaris.distributed import session as distributed
+from lunaris.distributed import collectives, session
 from lunaris.metrics.throughput import peak_memory_gb
 from lunaris.model.transformer import Transformer
 from lunaris.moe.factory import DenseFactory
@@ -86,10 +86,10 @@ def _measure(parallelism: str, processes: int, args: argparse.Namespace) -> list
 
 
 def _worker(args: argparse.Namespace) -> None:
-    with distributed.session(args.device or None, 600.0):
+    with session.join(args.device or None, 600.0):
         parallelism: Parallelism = FSDP() if args.worker == "fsdp" else DDP()
         result = _train(parallelism, args)
-        found = distributed.gather_objects(result)
+        found = collectives.gather_objects(result)
         if parallelism.rank == 0:
             print(json.dumps(found))
 

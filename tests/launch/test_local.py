@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from lunaris.checkpoint import damage
+from lunaris.checkpoint import find_corruption
 from lunaris.launch.elastic import exit_code
 from lunaris.launch.local import Local
 
@@ -157,7 +157,7 @@ def test_saving_in_the_background_disturbs_nothing(
         folder = Path(cfg.out_dir)
         steps = sorted(path.name for path in (folder / "checkpoints").iterdir())
         assert steps == [f"step_{step:08d}" for step in range(1, 9)]
-        assert all(damage(folder / "checkpoints" / step) is None for step in steps)
+        assert all(find_corruption(folder / "checkpoints" / step) is None for step in steps)
         weights[background] = torch.load(folder / "model.pt", weights_only=True)
     assert weights["true"].keys() == weights["false"].keys()
     assert all(
@@ -194,7 +194,7 @@ def test_stopped_worker_is_named(tiny: Callable[..., Any]) -> None:
         took = time.monotonic() - began
         assert not hung.is_running()
     assert launcher.returncode == 1
-    assert "rank 1 gave no sign of life" in err
+    assert "rank 1 has sent no heartbeat" in err
     # The promise is the timeout; a machine busy with other tests gets as much again.
     assert took < 2 * timeout_s
 

@@ -10,15 +10,15 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from lunaris.distributed import session as distributed
+from lunaris.distributed import session
 from lunaris.optim.clip import clip_grad_norm
 
 
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
     """Yield a 1 × 1 mesh of this process; what several processes do is in test_spread."""
-    with distributed.session("cpu", 60.0):
-        distributed.ensure_group()
+    with session.join("cpu", 60.0):
+        session.ensure_group()
         yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("replica", "shard"))
 
 
