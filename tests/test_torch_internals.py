@@ -5,8 +5,11 @@ When a test fails here after an update of torch, `lunaris/torch_internals.py` is
 
 from __future__ import annotations
 
+import ast
 import inspect
+from collections.abc import Iterator
 from functools import reduce
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,11 @@ import torch.distributed.distributed_c10d  # noqa: F401 - reached by name below
 from torch.distributed.elastic.agent.server.api import SimpleElasticAgent
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import PContext, SubprocessContext
+
+import lunaris
+
+PACKAGE = Path(lunaris.__file__).parent
+FILES = [*PACKAGE.rglob("*.py"), *PACKAGE.parent.glob("launch/**/*.py")]
 
 _C10D = "torch.distributed.distributed_c10d"
 _CHANGED = f"torch {torch.__version__} has changed {{}}: adapt lunaris/torch_internals.py"
@@ -83,3 +91,20 @@ def test_elastic_agent_can_be_overridden(name: str) -> None:
 @pytest.mark.parametrize("name", ATTRIBUTES)
 def test_elastic_agent_has_the_known_state(name: str) -> None:
     assert name in ATTRIBUTES[name].__init__.__code__.co_names, _CHANGED.format(name)
+
+
+def private_names(path: Path) -> Iterator[str]:
+    """Yield what a file reaches of torch's private names; `torch._foreach_*` have no other name."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        reached = ""
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            reached = f"{node.module}." + ".".join(alias.name for alias in node.names)
+        elif isinstance(node, ast.Attribute):
+            reached = ast.unparse(node)
+        if reached.startswith(("torch.", "dist.")) and "._" in reached.replace("._foreach_", "."):
+            yield reached
+
+
+def test_only_one_file_uses_private_names() -> None:
+    found = {path.name: [*private_names(path)] for path in FILES if [*private_names(path)]}
+    assert found.keys() == {"torch_internals.py"}, found
