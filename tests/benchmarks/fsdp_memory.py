@@ -4,7 +4,7 @@
     python tests/benchmarks/fsdp_memory.py --processes 1 2 4 8 --layers 24
     python tests/benchmarks/fsdp_memory.py --device cuda --processes 1 2 4 8
 
-Trains three steps of a dense model in float32. State is what a process holds of parameters,
+Trains three steps of a dense model in float32. State is a process's part of parameters,
 gradients and AdamW's moments; peak is the resident set (CPU) or the allocator's peak (CUDA) above
 what the process took before the model was built; the ratio is against one process, replicated.
 """
