@@ -49,7 +49,7 @@ class TrainState:
     step: int = 0
     sequences: int = 0
     best_val_loss: float | None = None
-    scaler: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, float] = field(default_factory=dict)
 
 
 class Checkpoints:
@@ -59,7 +59,7 @@ class Checkpoints:
         self._folder = folder
         self._keep_last = keep_last
         self._async = async_save
-        self._pending: tuple[Path, Future[Any]] | None = None
+        self._pending: tuple[Path, Future[object]] | None = None
         self._corrupt: list[Path] = []
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
@@ -69,31 +69,31 @@ class Checkpoints:
         """
         self.wait_pending()
         target = self._folder / f"step_{state.step:08d}"
-        beside = self._folder / f".tmp-{target.name}"
+        temporary = self._folder / f".tmp-{target.name}"
         if session.rank() == 0:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            write_json(beside / "train_state.json", asdict(state))
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write_json(temporary / "train_state.json", asdict(state))
         collectives.barrier()
         model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
         tree = {"model": model_state, "optimizer": optimizer_state}
         if self._async:
             # The thread that saves runs collectives, in a group that the main thread never uses.
             group = session.background_group()
-            future = dcp.async_save(tree, checkpoint_id=beside, **_processes(group))
+            future = dcp.async_save(tree, checkpoint_id=temporary, **_processes(group))
             assert isinstance(future, Future)
-            self._pending = (beside, future)
+            self._pending = (temporary, future)
             return
-        dcp.save(tree, checkpoint_id=beside, **_processes(session.cpu_group()))
-        self._commit(beside)
+        dcp.save(tree, checkpoint_id=temporary, **_processes(session.cpu_group()))
+        self._commit(temporary)
 
     def wait_pending(self) -> None:
         """Wait for an asynchronous save and complete it; every process calls this."""
         if self._pending is not None:
-            beside, future = self._pending
+            temporary, future = self._pending
             self._pending = None
             future.result()
-            self._commit(beside)
+            self._commit(temporary)
 
     def try_finalize(self) -> None:
         """Complete an asynchronous save if every process has written its part; all call this."""
@@ -133,22 +133,22 @@ class Checkpoints:
         full.replace(target)
         return target
 
-    def _commit(self, beside: Path) -> None:
+    def _commit(self, temporary: Path) -> None:
         # Each process sums its own files, so that the time does not grow with the world size.
         rank = session.rank()
-        mine = {p.name: _sums(p) for p in beside.glob(f"__{rank}_*")}
+        mine = {p.name: _sums(p) for p in temporary.glob(f"__{rank}_*")}
         if rank == 0:
-            mine |= {name: _sums(beside / name) for name in (".metadata", "train_state.json")}
-        sums: dict[str, Any] = {}
+            mine |= {name: _sums(temporary / name) for name in (".metadata", "train_state.json")}
+        sums: dict[str, list[int]] = {}
         for part in collectives.gather_objects(mine):
             sums |= part
         if rank == 0:
-            write_json(beside / "files.json", sums)
-            sync_folder(beside)
-            target = self._folder / beside.name.removeprefix(".tmp-")
+            write_json(temporary / "files.json", sums)
+            sync_folder(temporary)
+            target = self._folder / temporary.name.removeprefix(".tmp-")
             # A step that is saved again was corrupt, or the run would have resumed from it.
             shutil.rmtree(target, ignore_errors=True)
-            beside.rename(target)
+            temporary.rename(target)
             self._corrupt = [path for path in self._corrupt if path != target]
             sync_folder(self._folder)
             self._prune()

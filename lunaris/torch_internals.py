@@ -53,8 +53,8 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
 class AgreedGradScaler(torch.amp.GradScaler):
     """torch's gradient scaler for plain and sharded gradients; all processes skip a step together.
 
-    A process that holds other shards, or other experts, than the one that overflowed must skip
-    the step too, or the weights of the processes differ from then on.
+    When a gradient overflows in one process, those with other shards or other experts must skip the
+    step too, or the weights no longer fit together.
     """
 
     def _unscale_grads_(
@@ -103,7 +103,7 @@ class ElasticAgent(LocalElasticAgent, ABC):
                 pass  # It has ended already.
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, int]:
-        # The agent sets handlers of its own in here.
+        # torch's agent sets its handlers in this call.
         started = super()._start_workers(worker_group)
         for number in self.PASSED_ON:
             signal.signal(number, self.on_signal)

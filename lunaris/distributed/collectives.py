@@ -85,7 +85,7 @@ def on_rank_0(action: Callable[[], T]) -> T | None:
 
 
 def _wait_for_readers(store: dist.Store, key: str) -> None:
-    """Wait up to ten seconds until all others have read `key`: rank 0 may hold the store."""
+    """Wait up to ten seconds until all others have read `key`: rank 0 may serve the store."""
     until = time.monotonic() + _READERS_S
     while store.add(f"{key}/read", 0) < world_size() - 1 and time.monotonic() < until:
         time.sleep(0.05)

@@ -76,7 +76,7 @@ class Heartbeat:
         try:
             self._store.set(str(self._rank), "done")
         except RuntimeError:
-            pass  # The process that held the store has ended already.
+            pass  # The process that serves the store has ended already.
 
     def set_phase(self, phase: str) -> None:
         """Record what the main thread begins to do."""

@@ -48,10 +48,10 @@ class Mesh:
         Raises UserError if `shard_size` does not divide `processes`, or `expert_parallel` does not
         divide `shard_size`.
         """
-        whole = "the number of processes" if shard_size is None else "parallelism.shard_size"
+        divided = "the number of processes" if shard_size is None else "parallelism.shard_size"
         size = processes if shard_size is None else shard_size
         _check_divides("parallelism.shard_size", size, "the number of processes", processes)
-        _check_divides("parallelism.expert_parallel", expert_parallel, whole, size)
+        _check_divides("parallelism.expert_parallel", expert_parallel, divided, size)
         return cls(processes // size, size // expert_parallel, expert_parallel)
 
     @property
@@ -107,6 +107,6 @@ class ShardedMeshes:
     within_expert: DeviceMesh
 
 
-def _check_divides(key: str, value: int, whole: str, size: int) -> None:
+def _check_divides(key: str, value: int, divided: str, size: int) -> None:
     if size % value:
-        raise UserError(f"{key}={value}: must divide {whole}, which is {size}")
+        raise UserError(f"{key}={value}: must divide {divided}, which is {size}")

@@ -72,7 +72,7 @@ def choose_device(name: str | None) -> torch.device:
     if not torch.cuda.is_available():
         raise UserError("trainer.device=cuda: torch sees no CUDA device here; allowed is cpu")
     count = torch.cuda.device_count()
-    # SLURM may show each task a single device, its own.
+    # SLURM may show each task only the device that it assigned to the task.
     index = 0 if count == 1 and local_world_size() > 1 and _one_device_each() else local_rank()
     if index >= count:
         raise UserError(

@@ -30,14 +30,14 @@ class Parallelism:
     whether this process writes what a run has once (logger, status, plot).
     """
 
-    def __init__(self, mesh: Mesh) -> None:
-        """mesh: the run's processes; its size is that of the session."""
+    def __init__(self, mesh: Mesh | None = None) -> None:
+        """mesh: all processes of the run; None makes each of them a replica."""
         rank = session.rank()
-        self.mesh = mesh
+        self.mesh = mesh or Mesh(replicate=session.world_size())
         self.device = session.device()
-        self.world_size = mesh.world_size
-        self.data_rank = mesh.data_rank(rank)
-        self.data_world_size = mesh.data_world_size
+        self.world_size = self.mesh.world_size
+        self.data_rank = self.mesh.data_rank(rank)
+        self.data_world_size = self.mesh.data_world_size
         self.is_writer = rank == 0
 
     def wrap(

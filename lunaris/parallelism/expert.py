@@ -59,8 +59,8 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, compile: bool) -> None:
 def scale_expert_grads(model: nn.Module, factor: float) -> None:
     """Scale the gradients of sharded experts in place.
 
-    An expert's gradient sums over the tokens of a whole expert group, any other over those of one
-    process. So what averages the others leaves the experts' too large; `factor` corrects that.
+    The gradient of an expert sums over the tokens of all processes of its group, other gradients
+    over those of one process; `factor` turns such sums into the average over the data ranks.
     """
     grads = expert_grads(model)
     if grads:

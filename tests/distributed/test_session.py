@@ -38,7 +38,7 @@ def test_each_process_takes_its_own_device(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("LOCAL_RANK", "2")
     with pytest.raises(UserError, match="at most one process a device"):
         session.choose_device(None)
-    # SLURM may show a task its own device alone.
+    # SLURM may show a task only the device that it assigned to the task.
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     monkeypatch.setenv("SLURM_PROCID", "2")
     assert session.choose_device(None) == torch.device("cuda", 0)
