@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from shlex import quote
 from typing import Any
 
 import torch
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from lunaris.checkpoint import Checkpoints, TrainState, complete
+from lunaris.checkpoint import Checkpoints, TrainState
 from lunaris.config.instantiate import check_fit
 from lunaris.data.loader import Loader
 from lunaris.distributed import session as distributed
@@ -23,14 +21,14 @@ from lunaris.errors import Stopped, UserError
 from lunaris.evaluate import Evaluator
 from lunaris.metrics.loggers import Logger
 from lunaris.metrics.plot import plot_loss
-from lunaris.metrics.records import read_rows
 from lunaris.metrics.throughput import Meter, peak_flops
 from lunaris.model.transformer import Transformer
 from lunaris.parallelism.base import Parallelism, unwrap
 from lunaris.precision import Precision
-from lunaris.runs.data_fingerprint import keep
+from lunaris.run_summary import conclude, describe
+from lunaris.runs.data_fingerprint import save_data_fingerprint
 from lunaris.runs.run_dir import RunDir
-from lunaris.runs.status import current_job_id
+from lunaris.runs.slurm_client import current_job_id
 from lunaris.train import Run, train
 
 
@@ -54,12 +52,12 @@ def execute(cfg: Any, path: str | Path) -> RunResult:
         stack.enter_context(
             distributed.session(cfg.trainer.device, cfg.launch.collective_timeout_s)
         )
-        stack.enter_context(_held(run_dir))
-        stack.enter_context(_recorded(run_dir))
+        stack.enter_context(run_lock(run_dir))
+        stack.enter_context(track_status(run_dir))
         run = build(cfg, run_dir, stop)
         stack.callback(run.loader.close)
         stack.callback(run.logger.finish)
-        with _memory_told(_step_advice(cfg)):
+        with explain_out_of_memory(_step_advice(cfg)):
             train(run)
         if run.parallelism.rank == 0:
             plot_loss(run_dir.metrics_path, run_dir.path / "loss.png")
@@ -91,7 +89,7 @@ def build(cfg: Any, run_dir: RunDir, stop: StopSignal) -> Run:
     data = prepared_data(cfg, run_dir)
     parallelism: Parallelism = component(cfg.parallelism)
     precision = Precision(cfg.trainer.precision, parallelism.device)
-    with _memory_told(
+    with explain_out_of_memory(
         "for the weights; a smaller model, or parallelism=fsdp over more processes, takes less"
     ):
         model = parallelism.wrap(
@@ -146,12 +144,12 @@ def build(cfg: Any, run_dir: RunDir, stop: StopSignal) -> Run:
 
 
 def prepared_data(cfg: Any, run_dir: RunDir) -> Any:
-    """Build the data component, made ready by rank 0 first, and hold the run to it."""
+    """Build the data component, prepared by rank 0 first, and check the run's fingerprint of it."""
     data = component(cfg.data)
-    with _memory_told(f"for the data, {cfg.data._target_}"):
+    with explain_out_of_memory(f"for the data, {cfg.data._target_}"):
         distributed.on_rank_0(data.prepare)
         data.prepare()
-    distributed.on_rank_0(lambda: keep(data, run_dir))
+    distributed.on_rank_0(lambda: save_data_fingerprint(data, run_dir))
     vocab_size = cfg.model.vocab_size
     if vocab_size is not None and vocab_size < data.vocab_size:
         raise UserError(
@@ -175,7 +173,7 @@ def bare_model(cfg: Any, data_vocab_size: int) -> Transformer:
 def loader_of(cfg: Any, data: Any, parallelism: Parallelism, start: int) -> Loader:
     """Return the loader of this process's part of every batch from sequence `start` on."""
     sequences = data.train(cfg.model.max_seq_len, cfg.seed)
-    with _memory_told(_step_advice(cfg)):
+    with explain_out_of_memory(_step_advice(cfg)):
         return Loader(
             sequences,
             batch_size=cfg.trainer.batch_size,
@@ -207,53 +205,6 @@ def _masked_id(cfg: Any, data: Any) -> int | None:
     return eot_id if cfg.data.document_masking else None
 
 
-def describe(run: Run) -> str:
-    """Return the derived quantities a person wants to see before the first step."""
-    count = unwrap(run.model).count_parameters()
-    trainer = run.cfg.trainer
-    seq_len = run.cfg.model.max_seq_len
-    lines = [
-        f"run        {run.dir.path}",
-        f"model      {count.total:,} parameters, {count.active:,} active a token",
-        f"batch      {run.global_batch} sequences of {seq_len} = {run.global_batch * seq_len:,} "
-        f"tokens a step ({trainer.batch_size} a process × {trainer.gradient_accumulation_steps} "
-        f"micro-steps × {run.parallelism.world_size} processes)",
-        f"training   {trainer.max_steps:,} steps = "
-        f"{trainer.max_steps * run.global_batch * seq_len:,} tokens, {trainer.precision} on "
-        f"{run.parallelism.device.type}",
-    ]
-    if run.precision.emulated:
-        lines.append(
-            f"note       this processor only emulates trainer.precision={trainer.precision}; "
-            "fp32 is many times as fast here"
-        )
-    if run.state.step:
-        lines.append(f"resumed    after step {run.state.step}")
-    return "\n".join(lines)
-
-
-def conclude(run: Run) -> str:
-    """Return how the run ended, where its results are, and what to do with them."""
-    folder = run.dir.path
-    losses = [row["val/loss"] for row in read_rows(run.dir.metrics_path) if row.get("val/loss")]
-    lines = []
-    if losses:
-        lines.append(
-            f"validation {losses[-1]:.4f} nats a token (perplexity {math.exp(losses[-1]):.1f}), "
-            f"from {losses[0]:.4f} at the start"
-        )
-    lines += [
-        f"checkpoint {complete(run.dir.checkpoints)[0]}",
-        f"plot       {folder / 'loss.png'}",
-        f"next       lunaris evaluate {quote(str(folder))}",
-    ]
-    if run.dir.tokenizer_path.is_file():
-        prompt = "def main(" if "stdlib" in run.cfg.data._target_ else "The"
-        lines.append(f"           lunaris generate {quote(str(folder))} --prompt '{prompt}'")
-    lines.append("           lunaris train -m moe.n_experts=4,8 trainer.max_steps=100")
-    return "\n".join(lines)
-
-
 def _meter(model: Transformer, parallelism: Parallelism, seq_len: int, global_batch: int) -> Meter:
     peak = peak_flops(parallelism.device)
     return Meter(
@@ -264,16 +215,16 @@ def _meter(model: Transformer, parallelism: Parallelism, seq_len: int, global_ba
 
 
 @contextmanager
-def _held(run_dir: RunDir) -> Iterator[None]:
-    """Hold the folder's lock on rank 0; every process learns when another job has it."""
+def run_lock(run_dir: RunDir) -> Iterator[None]:
+    """Lock the folder on rank 0. Every process raises UserError when another job has the lock."""
     with ExitStack() as stack:
         distributed.on_rank_0(lambda: stack.enter_context(run_dir.lock()))
         yield
 
 
 @contextmanager
-def _recorded(run_dir: RunDir) -> Iterator[None]:
-    """Keep status.json (rank 0): running now, then done, stopped or failed with the error."""
+def track_status(run_dir: RunDir) -> Iterator[None]:
+    """Write the state to status.json on rank 0: running, then done, stopped or failed."""
     if distributed.rank() != 0:
         yield
         return
@@ -291,7 +242,7 @@ def _recorded(run_dir: RunDir) -> Iterator[None]:
         run_dir.write_status(state="stopped")
         raise
     except BaseException as error:
-        # What hinders a run that had ended, a folder that moved, say, takes nothing from it.
+        # A run that was done stays done when it cannot start again, because its data moved say.
         state = "done" if was_done and isinstance(error, UserError) else "failed"
         run_dir.write_status(state=state, last_error=f"{type(error).__name__}: {error}")
         raise
@@ -299,8 +250,8 @@ def _recorded(run_dir: RunDir) -> Iterator[None]:
 
 
 @contextmanager
-def _memory_told(advice: str) -> Iterator[None]:
-    """Say what to change where memory, the device's or the host's, is too small."""
+def explain_out_of_memory(advice: str) -> Iterator[None]:
+    """Raise UserError with advice where the memory of the device or the host is too small."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError

@@ -21,6 +21,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("launch",),
     ("inference",),
     ("run",),
+    ("run_summary",),
     ("train",),
     ("evaluate",),
     ("moe", "data", "optim", "parallelism", "metrics", "checkpoint"),

@@ -11,7 +11,7 @@ from lunaris.config.schema.trainer import TrainerConfig
 from lunaris.errors import UserError, did_you_mean
 from lunaris.runs.run_dir import RunDir
 
-HELP = "loss and perplexity of a run's checkpoint, on its own validation part or any shards"
+HELP = "loss and perplexity of a run's checkpoint, on its validation data or on any shards"
 _KEYS = ("data.dir", "trainer.batch_size", "trainer.precision", "trainer.device")
 
 
@@ -24,7 +24,7 @@ def main(argv: list[str]) -> int:
     for override in args.overrides:
         _apply(cfg, override)
 
-    # torch only from here on: `--help` and a wrong key answer at once.
+    # Imports torch, which `--help` and a wrong key do not need.
     from lunaris.inference import evaluate_checkpoint
 
     result = evaluate_checkpoint(cfg, RunDir(args.dir), step=args.step, most=args.max_sequences)
@@ -45,10 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("dir", help="the run's folder")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help=f"of the run's config: {', '.join(_KEYS)}"
+        "overrides", nargs="*", metavar="KEY=VALUE", help=f"keys to override: {', '.join(_KEYS)}"
     )
     parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest)")
-    parser.add_argument("--max-sequences", type=int, help="of each source (default: all)")
+    parser.add_argument(
+        "--max-sequences", type=int, help="at most so many of each source (default: all)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
@@ -57,7 +59,7 @@ def _apply(cfg: Any, override: str) -> None:
     key, equals, value = override.partition("=")
     if key not in _KEYS or not equals:
         raise UserError(
-            f"{override}: not something evaluate can override; "
+            f"{override}: evaluate cannot override this; "
             f"allowed are {', '.join(_KEYS)}{did_you_mean(key, _KEYS)}"
         )
     if key == "data.dir":
@@ -81,7 +83,7 @@ def _apply(cfg: Any, override: str) -> None:
 
 
 def _folders(override: str) -> str | list[str]:
-    """Return the folder, or the folders of a list, that `data.dir=…` gives."""
+    """Return the folder, or the list of folders, that `data.dir=…` gives."""
     value = override.partition("=")[2]
     if "${" in value or value == "???":
         raise UserError(f"{override}: must be a folder, or a list of folders")

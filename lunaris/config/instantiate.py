@@ -5,9 +5,21 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
-from typing import Any
+from dataclasses import is_dataclass
+from typing import Any, cast
 
 from lunaris.errors import UserError
+
+
+def group_keys(group: Any) -> dict[str, Any]:
+    """Return the keys of a config group that its class takes: all but `_target_`."""
+    if is_dataclass(group):
+        keys = vars(group)
+    else:
+        from omegaconf import OmegaConf
+
+        keys = cast("dict[str, Any]", OmegaConf.to_container(group, resolve=True))
+    return {key: value for key, value in keys.items() if key != "_target_"}
 
 
 def build(key: str, dotted: str, keys: dict[str, Any]) -> Any:

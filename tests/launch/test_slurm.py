@@ -16,7 +16,7 @@ from lunaris.__main__ import main
 from lunaris.atomic_files import read_json
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import UserError
-from lunaris.launch import slurm_task as task
+from lunaris.launch import slurm_task
 from lunaris.launch.slurm import Slurm
 from lunaris.launch.slurm_task import Task
 from lunaris.runs.run_dir import RunDir, create
@@ -149,7 +149,7 @@ def test_a_refused_requeue_is_told(tiny: Any, scontrol: Any) -> None:
     [("00:01:05", 65), ("1-02:00:00", 93600), ("05:00", 300), ("UNLIMITED", None), (None, None)],
 )
 def test_slurm_s_times_are_read(text: str | None, seconds: int | None) -> None:
-    assert task._seconds(text) == seconds
+    assert slurm_task._seconds(text) == seconds
 
 
 def test_the_error_of_the_rank_that_failed_first_is_kept(
@@ -160,7 +160,7 @@ def test_the_error_of_the_rank_that_failed_first_is_kept(
     for rank, at in ((0, 20.0), (2, 10.0)):
         text = f'{{"message": {{"message": "fault {rank}", "extraInfo": {{"time": {at}}}}}}}'
         (run_dir.logs / f".error_{rank}.json").write_text(text)
-    task._record_failure(run_dir, 0)
+    slurm_task._record_failure(run_dir, 0)
     assert run_dir.read_status()["last_error"] == "rank 2: fault 2"
 
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 
 from lunaris.atomic_files import write_json
-from lunaris.runs import status as jobs
 from lunaris.runs.run_dir import RunDir
-from lunaris.runs.status import JobState, judge
+from lunaris.runs.slurm_client import LOCAL, JobState, ask_slurm, cancel_jobs, current_job_id
+from lunaris.runs.status import resolve_state, resolve_states
 
 Clients = Callable[..., None]
 
@@ -74,7 +74,7 @@ def test_own_word_and_slurm_s_are_put_together(
     tmp_path: Path, own: str, job: str | None, expected: str
 ) -> None:
     status = {"state": own, "job_id": "7"}
-    assert judge(tmp_path, status, JobState(job) if job else None).state == expected
+    assert resolve_state(tmp_path, status, JobState(job) if job else None).state == expected
 
 
 @pytest.mark.parametrize(
@@ -94,19 +94,19 @@ def test_where_slurm_has_forgotten_the_job_its_log_tells(
     log = tmp_path / "3_0_log.out"
     log.write_text(f"submitit INFO - Starting with JobEnvironment(job_id=3)\n{line}\n")
     status = {"state": "running", "job_id": "3", "job_log": str(log)}
-    assert judge(tmp_path, status, None).state == expected
+    assert resolve_state(tmp_path, status, None).state == expected
 
 
 def test_what_ended_an_earlier_attempt_does_not_count(tmp_path: Path) -> None:
     log = tmp_path / "log.out"
     log.write_text("DUE TO PREEMPTION\nStarting with JobEnvironment(x)\nstep 1\n")
     status = {"state": "running", "job_id": "3", "job_log": str(log)}
-    assert judge(tmp_path, status, None).state == "failed"
+    assert resolve_state(tmp_path, status, None).state == "failed"
 
 
 def test_the_queue_is_asked_first_then_the_accounting(clients: Clients) -> None:
     clients(squeue="1|RUNNING|None\n9_0|PENDING|Resources", sacct="1|FAILED|1:0\n2|TIMEOUT|0:0")
-    found = jobs.ask_slurm(["1", "2", "9_0", "5"])
+    found = ask_slurm(["1", "2", "9_0", "5"])
     assert found == {
         "1": JobState("RUNNING"),
         "2": JobState("TIMEOUT"),
@@ -116,12 +116,12 @@ def test_the_queue_is_asked_first_then_the_accounting(clients: Clients) -> None:
 
 def test_without_queue_and_accounting_nothing_is_known(clients: Clients) -> None:
     clients()
-    assert jobs.ask_slurm(["1"]) == {}
+    assert ask_slurm(["1"]) == {}
 
 
 def test_records_of_many_elements_are_read(clients: Clients) -> None:
     clients(squeue="7_[1-2,5%4]|PENDING|JobArrayTaskLimit\n8|CANCELLED|None")
-    found = jobs.ask_slurm(["7_1", "7_2", "7_3", "7_5", "8_4"])
+    found = ask_slurm(["7_1", "7_2", "7_3", "7_5", "8_4"])
     assert {i: s.name for i, s in found.items()} == {
         "7_1": "PENDING",
         "7_2": "PENDING",
@@ -132,41 +132,41 @@ def test_records_of_many_elements_are_read(clients: Clients) -> None:
 
 def test_who_cancelled_is_not_part_of_the_state(clients: Clients) -> None:
     clients(sacct="3|CANCELLED by 1000|0:0")
-    assert jobs.ask_slurm(["3"]) == {"3": JobState("CANCELLED")}
+    assert ask_slurm(["3"]) == {"3": JobState("CANCELLED")}
 
 
 def test_a_folder_without_a_status_is_missing(tmp_path: Path) -> None:
-    assert jobs.states([tmp_path / "nothing"])[0].state == "missing"
+    assert resolve_states([tmp_path / "nothing"])[0].state == "missing"
 
 
 def test_a_run_of_this_machine_runs_as_long_as_its_process(tmp_path: Path) -> None:
     path = run(tmp_path / "run", state="running", job_id=None)
     write_json(path / "provenance.json", {"attempts": [{"host": socket.gethostname()}]})
     (path / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}")
-    assert jobs.states([path])[0].state == "running"
+    assert resolve_states([path])[0].state == "running"
     ended = subprocess.Popen(["true"])
     ended.wait()
     (path / ".lock").write_text(f"process {ended.pid} on {socket.gethostname()}")
-    assert jobs.states([path])[0].state == "failed"
+    assert resolve_states([path])[0].state == "failed"
 
 
 def test_a_run_of_another_machine_is_believed(tmp_path: Path) -> None:
     path = run(tmp_path / "run", state="running", job_id=None)
     write_json(path / "provenance.json", {"attempts": [{"host": "elsewhere"}]})
-    assert jobs.states([path])[0].state == "running"
+    assert resolve_states([path])[0].state == "running"
 
 
 def test_the_job_s_id_is_that_of_the_array_s_element(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
-    assert jobs.current_job_id() is None
+    assert current_job_id() is None
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    assert jobs.current_job_id() == "12"
+    assert current_job_id() == "12"
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "10")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-    assert jobs.current_job_id() == "10_2"
+    assert current_job_id() == "10_2"
 
 
 def test_cancelling_a_local_job_ends_what_it_started(tmp_path: Path) -> None:
     shell = subprocess.Popen(["sh", "-c", "sleep 60; true"])
-    jobs.cancel([f"{jobs.LOCAL}{shell.pid}"])
+    cancel_jobs([f"{LOCAL}{shell.pid}"])
     assert shell.wait(timeout=10) != 0

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hydra.core.plugins import Plugins
 
 from lunaris.__main__ import main
 from lunaris.config.identity import identity
-from lunaris.launch.sweep import sweeper as sweeps
-from lunaris.launch.sweep.points import read_manifest
+from lunaris.config.overrides import parse
+from lunaris.launch.sweep import run_points
+from lunaris.launch.sweep.expand import expand
 from lunaris.runs.run_dir import RunDir
+from lunaris.runs.sweep_manifest import read_manifest
 
 TINY = [
     "data=synthetic",
@@ -52,12 +55,12 @@ status = {"state": "done", "step": 2, "best_val_loss": cfg["optimizer"]["learnin
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """Replace the training of a point by a script that takes a tenth of a second."""
-    monkeypatch.setattr(sweeps, "_POLL_S", 0.02)
+    monkeypatch.setattr(run_points, "_POLL_S", 0.02)
 
     def command(path: Path) -> list[str]:
         return [sys.executable, "-I", "-c", WORKER, str(path)]
 
-    monkeypatch.setattr(sweeps, "worker_command", command)
+    monkeypatch.setattr(run_points, "worker_command", command)
 
 
 def starts(folder: Path) -> int:
@@ -83,16 +86,16 @@ def test_every_point_has_its_folder_and_the_manifest_names_them(
         for r in ("0.001", "0.0001")
     }
     manifest = read_manifest(Path("sweeps/s"))
-    assert manifest["name"] == "s"
-    assert manifest["command"].startswith("lunaris train -m data=synthetic")
-    assert {point["name"] for point in manifest["points"]} == names
-    for point in manifest["points"]:
-        run_dir = RunDir(Path("sweeps/s") / point["dir"])
+    assert manifest.name == "s"
+    assert manifest.command.startswith("lunaris train -m data=synthetic")
+    assert {point.name for point in manifest.points} == names
+    for point in manifest.points:
+        run_dir = RunDir(Path("sweeps/s") / point.dir)
         cfg = run_dir.read_config()
         assert run_dir.read_status()["state"] == "done"
-        assert point["identity"] == json.loads(json.dumps(identity(cfg)))
-        assert (cfg.name, cfg.out_dir) == (point["name"], f"sweeps/s/{point['name']}")
-        assert f"moe.n_experts={cfg.moe.n_experts}" in point["overrides"]
+        assert point.identity == json.loads(json.dumps(identity(cfg)))
+        assert (cfg.name, cfg.out_dir) == (point.name, f"sweeps/s/{point.name}")
+        assert f"moe.n_experts={cfg.moe.n_experts}" in point.overrides
         assert "hello from" in (run_dir.logs / "console.log").read_text()
     printed = capsys.readouterr().out
     assert "[1/4] moe.n_experts=4,optimizer.learning_rate=0.001: done in " in printed
@@ -126,7 +129,7 @@ def test_the_same_command_runs_only_what_is_not_done() -> None:
     argv[-2] = "seed=1,2"
     assert main(argv) == 0
     assert starts(Path("sweeps/s/seed=1")) == 1
-    names = [point["name"] for point in read_manifest(Path("sweeps/s"))["points"]]
+    names = [point.name for point in read_manifest(Path("sweeps/s")).points]
     assert names == ["seed=1", "seed=13", "seed=2"]
 
 
@@ -155,7 +158,7 @@ def test_a_folder_of_another_config_is_refused_before_any_point_starts(
         (["seed=1,2", "trainer.max_steps=[1"], "the value cannot be read"),
         (["optimizer.learning_rate=interval(0,1)"], "values one by one, not an interval"),
         (["hydra/launcher=foo", "seed=1,2"], "hydra/launcher=foo: no such option"),
-        (["hydra.foo=1,2"], "hydra.foo=1,2"),
+        (["hydra.foo=1,2"], "hydra.foo=1,2: a key of Hydra's own cannot be swept"),
         (["seed=1,2", "experiment=smoke,smok"], "did you mean smoke?"),
     ],
     ids=lambda value: value if isinstance(value, str) else " ".join(value),
@@ -170,7 +173,6 @@ def test_one_wrong_point_stops_the_sweep_before_anything_is_written(
     assert os.listdir() == []
 
 
-@pytest.mark.usefixtures("quick")
 @pytest.mark.usefixtures("quick")
 def test_a_swept_name_stands_before_what_else_is_swept() -> None:
     assert main(["train", "-m", *TINY, "name=x,y", "seed=1,2"]) == 0
@@ -228,11 +230,13 @@ def test_another_sweeper_gets_each_points_validation_loss(
     def search(self: Any, arguments: list[str]) -> None:
         # As Optuna's does: batch by batch, each after the results of the one before.
         for batch, first in ((["seed=1", "seed=13"], 0), (["seed=2"], 2)):
-            results = self._launcher.launch([[*arguments, text] for text in batch], first)
+            results = self.launcher.launch([[*arguments, text] for text in batch], first)
             seen.extend((result.status.name, result._return_value) for result in results)
 
-    monkeypatch.setattr(sweeps.Product, "sweep", search)
-    assert main(["train", "-m", *TINY, "name=s", "optimizer.learning_rate=0.5"]) == 1
+    basic = "hydra._internal.core_plugins.basic_sweeper.BasicSweeper"
+    monkeypatch.setattr(Plugins.instance().class_name_to_class[basic], "sweep", search)
+    argv = [*TINY, "name=s", "hydra/sweeper=basic", "optimizer.learning_rate=0.5"]
+    assert main(["train", "-m", *argv]) == 1
     assert seen[0] == ("COMPLETED", 0.5) and seen[2] == ("COMPLETED", 0.5)
     assert seen[1][0] == "FAILED" and "exit code 1" in str(seen[1][1])
 
@@ -255,7 +259,7 @@ def test_hydras_own_launcher_starts_nothing_when_a_point_is_wrong(
 
 
 def test_expand_takes_ranges_and_choices_and_the_last_of_two() -> None:
-    points = sweeps.expand(["seed=1", "moe=none,top2", "model.n_layers=range(1,3)", "seed=5"])
+    points = expand(parse(["seed=1", "moe=none,top2", "model.n_layers=range(1,3)", "seed=5"]))
     assert points == [
         [moe, layers, "seed=5"]
         for moe in ("moe=none", "moe=top2")
@@ -304,7 +308,7 @@ def test_a_signal_saves_the_point_and_ends_the_sweep(number: signal.Signals) -> 
         process.send_signal(number)
         _, error = process.communicate(timeout=60)
     assert process.returncode == 3
-    assert "stopped: at sweeps/s/seed=1; the same command goes on" in error
+    assert "stopped: at sweeps/s/seed=1; run the same command to continue" in error
     assert RunDir("sweeps/s/seed=1").read_status()["state"] == "stopped"
     assert RunDir("sweeps/s/seed=2").read_status()["state"] == "queued"
 
@@ -325,7 +329,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 60) -> None:
 @pytest.mark.usefixtures("quick")
 def test_a_glob_stands_for_the_options_that_match() -> None:
     assert main(["train", "-m", *TINY, "name=s", "schedule=glob([c*,w*],exclude=wsd)"]) == 0
-    points = [row["name"] for row in read_manifest(Path("sweeps/s"))["points"]]
+    points = [row.name for row in read_manifest(Path("sweeps/s")).points]
     assert points == ["schedule=constant", "schedule=cosine"]
 
 
@@ -333,7 +337,10 @@ def test_a_glob_stands_for_the_options_that_match() -> None:
     ("overrides", "message"),
     [
         (["seed=range(3,1)"], "seed=range(3,1): stands for no value"),
-        (["seed=1,2", "out_dir=sw_${seed}"], "out_dir=sw_${seed}: of a sweep, ${name} alone"),
+        (
+            ["seed=1,2", "out_dir=sw_${seed}"],
+            "out_dir=sw_${seed}: in the out_dir of a sweep only ${name}",
+        ),
     ],
 )
 def test_a_sweep_that_cannot_be_is_refused(
