@@ -24,21 +24,21 @@ from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 from lunaris.errors import Stopped, UserError
 
 _WRONG_INPUT, _STOPPED = UserError.exit_code, Stopped.exit_code
-# Workers that survive a failed one are told to end, and killed after this time (an eighth of the
-# collectives' timeout if that is less); those that end together, for wrong input or a signal, may
-# still have a log to upload.
+# Workers that survive a failed one get SIGTERM, and SIGKILL after this time (at most an eighth of
+# the timeout of collectives). Workers that end together, after wrong input or a signal, get longer,
+# because they may still upload a log.
 _GRACE_S, _FINISH_S = 5, 60
 
 
 def run_group(path: Path, processes: int, max_restarts: int, timeout_s: float) -> int:
     """Train the run in folder `path` with several workers; return the exit code.
 
-    The group of a worker that died starts again, from the newest checkpoint, up to `max_restarts`
-    times; not after wrong input or a signal. SIGTERM and SIGINT are passed on to the workers,
-    which save and stop; a second SIGINT kills them. timeout_s: `launch.collective_timeout_s`,
-    within which a group with a hung worker has ended.
+    When a worker dies, the group starts again from the newest checkpoint, up to `max_restarts`
+    times, but not after wrong input or a signal. SIGTERM and SIGINT are forwarded to the workers,
+    which save and stop; a second SIGINT kills them. timeout_s: `launch.collective_timeout_s`, the
+    seconds within which a group with a hung worker ends.
     """
-    # The agent's own account of a failure is a page long and names none of our files.
+    # The agent's report of a failure is a page long and names no file of the run.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     before = {number: signal.getsignal(number) for number in _Agent.PASSED_ON}
     with tempfile.TemporaryDirectory(prefix="lunaris-") as errors:
@@ -64,18 +64,18 @@ def exit_code(codes: Iterable[int]) -> int:
 
 
 def describe(failures: list[ProcessFailure], path: Path) -> str:
-    """Return one message for a group's failure: what the worker that failed first says."""
-    told = [f for f in failures if f.exitcode in (_WRONG_INPUT, _STOPPED)]
-    first = min(told or failures, key=_time)
+    """Return one message for the failure of a group: the error of the worker that failed first."""
+    expected = [f for f in failures if f.exitcode in (_WRONG_INPUT, _STOPPED)]
+    first = min(expected or failures, key=_time)
     if first.exitcode in (_WRONG_INPUT, _STOPPED):
         return f"{'error' if first.exitcode == _WRONG_INPUT else 'stopped'}: {_reason(first)}"
-    # One machine: a worker's number on it is its rank.
+    # All workers are on this machine, so that the local rank is the rank.
     log = rank_log(path, first.local_rank)
     return f"rank {first.local_rank} failed: {_reason(first)}; see {log}"
 
 
 def rank_log(path: Path, rank: int) -> Path:
-    """Return where a worker's output and traceback are."""
+    """Return the path of the log with a worker's output and traceback."""
     return path / "logs" / f"rank_{rank}.log"
 
 

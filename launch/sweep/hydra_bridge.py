@@ -1,4 +1,4 @@
-"""The bridge to Hydra: its own flags, and sweepers and launchers that are not ours.
+"""The bridge to Hydra: its flags, and sweepers and launchers that are not ours.
 
 `hydra.main` serves `hydra/sweeper=optuna`, `hydra/launcher=submitit_slurm` and the like. Our
 sweeper and launchers are plugins here, so that each can be combined with one of Hydra's.

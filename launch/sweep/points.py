@@ -1,4 +1,4 @@
-"""The points of a sweep: composed and checked together, then frozen, each in its own folder."""
+"""The points of a sweep: composed and checked together, then frozen in one folder each."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from lunaris.runs.run_dir import (
 from lunaris.runs.status import last_line
 from lunaris.runs.sweep_manifest import ManifestPoint, read_points, write_points
 
-# Checking more points takes so long that the user is told.
+# A sweep of more points prints that it checks them, because that takes seconds.
 _MANY = 20
 
 

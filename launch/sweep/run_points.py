@@ -87,7 +87,7 @@ def _run_worker(point: Point, run_dir: RunDir, show: Callable[[str], None]) -> t
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            # A group of its own, so that a signal reaches it once, through this process.
+            # In a new process group, so that a signal reaches it once, through this process.
             process_group=0,
         )
         signals.child = worker
