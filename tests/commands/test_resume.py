@@ -1,4 +1,4 @@
-"""`lunaris resume`: what is not done goes on, as it was launched."""
+"""`lunaris resume`: what is not done is continued, as it was launched."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines]
 
 
-def test_a_run_goes_on_from_its_checkpoint(tiny: Callable[..., Any]) -> None:
+def test_a_run_continues_from_its_checkpoint(tiny: Callable[..., Any]) -> None:
     cfg = tiny("trainer.max_steps=4", "checkpoint.save_interval=1")
     run_dir = create(cfg, "lunaris train", ["seed=1"])
     assert main(["resume", str(run_dir.path)]) == 0
@@ -77,7 +77,7 @@ def test_a_point_with_another_config_than_the_manifest_s_is_refused(
     assert "seed: 2 → 5" in capsys.readouterr().err
 
 
-def test_a_point_whose_data_is_gone_keeps_no_other_from_going_on(
+def test_a_point_whose_data_is_gone_does_not_stop_the_others(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     shards("k1", 1)

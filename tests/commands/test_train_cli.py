@@ -1,4 +1,4 @@
-"""`lunaris train` as a person types it: exit codes, what is printed, what is left on the disk."""
+"""`lunaris train` as a user types it: exit codes, what is printed, what is left on the disk."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_bad_input_ends_with_2_and_one_message(
     assert os.listdir() == []
 
 
-def test_a_run_leaves_its_folder_and_goes_on_from_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_leaves_its_folder_and_continues_from_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *SMOKE]) == 0
     run_dir = RunDir("runs/x")
     assert run_dir.read_status()["state"] == "done"
@@ -125,7 +125,7 @@ def test_cfg_shows_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown == "# @package moe\n_target_: lunaris.moe.factory.DenseFactory\n"
     assert main(["train", "--cfg", "job", "-p", "model.d_model"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "128"
-    # What has to be given still is shown.
+    # A key without a value is shown too.
     for part, value in (("data.dir", "???"), ("model.vocab_size", "null")):
         assert main(["train", "--cfg", "job", "data=shards", "-p", part]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == value

@@ -1,4 +1,4 @@
-"""Runs started on this machine: several workers, and what may happen to them."""
+"""Runs on this machine with several workers, and the failures of workers."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_torchrun_is_the_same(tiny: Callable[..., Any], run_here: Any, tmp_path:
 def test_saving_in_the_background_disturbs_nothing(
     tiny: Callable[..., Any], parallelism: str
 ) -> None:
-    # A save under way at every step, whose collectives must not meet those of training.
+    # One save runs at every step; its collectives must not mix with those of training.
     keys = [*_TWO, f"parallelism={parallelism}", "checkpoint.save_interval=1"]
     keys += ["checkpoint.consolidated=true", "checkpoint.keep_last=null", "trainer.eval_interval=2"]
     weights = {}

@@ -1,4 +1,4 @@
-"""What is sent to SLURM, without a SLURM: the script, the environment, the way back."""
+"""What is sent to SLURM, tested without one: the script, the environment, the requeue."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def test_what_slurm_requeued_or_someone_cancelled_is_left_alone(
     assert "requeue 7" not in calls()
 
 
-def test_a_refused_requeue_is_told(tiny: Any, scontrol: Any) -> None:
+def test_a_refused_requeue_is_reported(tiny: Any, scontrol: Any) -> None:
     scontrol(code=1)
     code, status = after_stop(tiny)
     assert (code, status["state"]) == (3, "stopped")
@@ -177,7 +177,7 @@ def test_a_submission_is_rehearsed_on_this_machine(tiny: Callable[..., Any]) -> 
         "launch=slurm", "launch.cluster=local", "launch.tasks_per_node=2", "parallelism=ddp",
         "launch.wait=true",
     )  # fmt: skip
-    # A process of its own: its job is a child, of which Python would warn here.
+    # In a separate process: the job is a child process, about which Python would warn here.
     code = f"import sys; from lunaris.launch.slurm import Slurm; from lunaris.config.compose \
 import compose; cfg = compose({_overrides(cfg)!r}); sys.exit(Slurm.of(cfg).submit(cfg, 'x', []))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)

@@ -1,4 +1,4 @@
-"""Where runs stand: what their files and SLURM say, put together."""
+"""The states of runs, from their files and from SLURM."""
 
 from __future__ import annotations
 
@@ -12,8 +12,15 @@ import pytest
 
 from lunaris.atomic_files import write_json
 from lunaris.runs.run_dir import RunDir
-from lunaris.runs.slurm_client import LOCAL, JobState, ask_slurm, cancel_jobs, current_job_id
-from lunaris.runs.status import resolve_state, resolve_states
+from lunaris.runs.slurm_client import (
+    LOCAL,
+    JobState,
+    ask_slurm,
+    cancel_jobs,
+    current_job_id,
+    is_process,
+)
+from lunaris.runs.status import last_line, logs_of, resolve_state, resolve_states
 
 Clients = Callable[..., None]
 
@@ -28,9 +35,9 @@ def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clients:
         for name in ("squeue", "sacct"):
             text = outputs.get(name)
             client = folder / name
-            # None: as they do without accounting, or when a job is forgotten.
-            said = "exit 1" if text is None else f"cat <<'END'\n{text}\nEND"
-            client.write_text(f"#!/bin/sh\n{said}\n")
+            # None: without accounting, or when SLURM has forgotten the job.
+            shown = "exit 1" if text is None else f"cat <<'END'\n{text}\nEND"
+            client.write_text(f"#!/bin/sh\n{shown}\n")
             client.chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
@@ -44,7 +51,7 @@ def run(path: Path, **status: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("own", "job", "expected"),
+    ("written", "job", "expected"),
     [
         ("done", None, "done"),
         ("done", "COMPLETING", "done"),
@@ -83,10 +90,10 @@ def run(path: Path, **status: object) -> Path:
         ("stopped", None, "stopped"),
     ],
 )
-def test_own_word_and_slurm_s_are_put_together(
-    tmp_path: Path, own: str, job: str | None, expected: str
+def test_a_state_comes_from_the_run_and_from_slurm(
+    tmp_path: Path, written: str, job: str | None, expected: str
 ) -> None:
-    status = {"state": own, "job_id": "7"}
+    status = {"state": written, "job_id": "7"}
     assert resolve_state(tmp_path, status, JobState(job) if job else None).state == expected
 
 
@@ -163,7 +170,7 @@ def test_a_run_of_this_machine_runs_as_long_as_its_process(tmp_path: Path) -> No
     assert resolve_states([path])[0].state == "failed"
 
 
-def test_a_run_of_another_machine_is_believed(tmp_path: Path) -> None:
+def test_the_status_of_a_run_on_another_machine_counts(tmp_path: Path) -> None:
     path = run(tmp_path / "run", state="running", job_id=None)
     write_json(path / "provenance.json", {"attempts": [{"host": "elsewhere"}]})
     assert resolve_states([path])[0].state == "running"
@@ -183,3 +190,78 @@ def test_cancelling_a_local_job_ends_what_it_started(tmp_path: Path) -> None:
     shell = subprocess.Popen(["sh", "-c", "sleep 60; true"])
     cancel_jobs([f"{LOCAL}{shell.pid}"])
     assert shell.wait(timeout=10) != 0
+
+
+@pytest.mark.parametrize(
+    ("status", "job", "state", "remark"),
+    [
+        ({"state": "running"}, JobState("NODE_FAIL", "n1"), "node_fail", "n1"),
+        (
+            {"state": "running", "last_error": "Boom"},
+            JobState("NODE_FAIL", "n1"),
+            "node_fail",
+            "Boom",
+        ),
+        ({"state": "queued", "job_id": "7", "cancelled": 1.0}, None, "cancelled", ""),
+        ({"state": "stopped", "stop_cause": "preempted"}, None, "preempted", ""),
+        ({"state": "failed", "last_error": "Boom"}, None, "failed", "Boom"),
+        ({"state": "queued", "job_id": "7"}, None, "missing", "never started"),
+        ({"state": "queued"}, None, "missing", ""),
+        (
+            {"state": "queued"},
+            JobState("FAILED"),
+            "failed",
+            "the job ended before the run started",
+        ),
+        (
+            {"state": "running", "job_id": "7"},
+            None,
+            "failed",
+            "the process disappeared without an error",
+        ),
+        ({"state": "queued"}, JobState("PENDING", "Priority"), "queued", "Priority"),
+    ],
+)
+def test_a_state_says_why(
+    tmp_path: Path, status: dict[str, object], job: JobState | None, state: str, remark: str
+) -> None:
+    found = resolve_state(tmp_path, status, job)
+    assert (found.state, found.remark) == (state, remark)
+    assert found.active == (state == "queued")
+
+
+def test_a_stop_without_a_cause_takes_it_from_the_job_s_log(tmp_path: Path) -> None:
+    log = tmp_path / "log.out"
+    log.write_text("*** JOB 3 ON n1 CANCELLED AT 2026-11-23T03:35:35 DUE TO TIME LIMIT ***\n")
+    status = {"state": "stopped", "job_log": str(log)}
+    assert resolve_state(tmp_path, status, None).state == "timeout"
+
+
+def test_a_local_job_is_looked_up_by_its_process_alone(tmp_path: Path, clients: Clients) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    paths = [
+        run(tmp_path / str(pid), state="running", job_id=f"{LOCAL}{pid}")
+        for pid in (os.getpid(), ended.pid)
+    ]
+    clients(squeue="\n".join(f"{LOCAL}{path.name}|PENDING|None" for path in paths))
+    assert [state.state for state in resolve_states(paths)] == ["running", "failed"]
+
+
+def test_a_zombie_is_no_process() -> None:
+    with subprocess.Popen(["true"]) as child:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert not is_process(child.pid)
+    assert is_process(os.getpid())
+
+
+def test_logs_are_those_of_the_ranks_in_order_then_the_job_s(tmp_path: Path) -> None:
+    names = ["rank_0.log", "rank_2.log", "rank_10.log", "job.out"]
+    (tmp_path / "logs").mkdir()
+    for name in names:
+        (tmp_path / "logs" / name).touch()
+    status = {"job_log": str(tmp_path / "logs" / "job.out")}
+    assert [log.name for log in logs_of(tmp_path, status)] == names
+    assert last_line(logs_of(tmp_path, status)) == ""
+    (tmp_path / "logs" / "rank_2.log").write_text("one\n two \n\n")
+    assert last_line(logs_of(tmp_path, status)) == "two"

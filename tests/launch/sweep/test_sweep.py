@@ -284,7 +284,7 @@ def test_a_real_sweep_in_which_one_point_fails() -> None:
     assert "failed: trainer.device=cuda: " in done.stdout
     assert "log: sweeps/s/trainer.device=cuda/logs/rank_0.log" in done.stdout
     assert RunDir("sweeps/s/trainer.device=cpu").read_status()["best_val_loss"] > 0
-    # Nothing that Hydra or torch warns of reaches the person.
+    # No warning of Hydra or torch is printed.
     assert done.stderr == ""
 
 
