@@ -12,13 +12,7 @@ from lunaris.config.identity import differing, identity
 from lunaris.config.run_names import point_name
 from lunaris.config.schema.root import Config
 from lunaris.errors import UserError
-from lunaris.runs.run_dir import (
-    RunDir,
-    create,
-    differing_keys,
-    refuse_other_config,
-    take_world_size,
-)
+from lunaris.runs.run_dir import RunDir, create, refuse_other_config, take_world_size
 from lunaris.runs.status import last_line
 from lunaris.runs.sweep_manifest import ManifestPoint, read_points, write_points
 
@@ -37,10 +31,8 @@ class Point:
 
     @property
     def done(self) -> bool:
-        """Whether the folder holds this run, done."""
-        run_dir = RunDir(self.dir)
-        done = run_dir.read_status().get("state") == "done"
-        return done and not differing_keys(run_dir, self.cfg)
+        """Whether its run is done. `Sweep.plan` refuses a folder with another run."""
+        return RunDir(self.dir).read_status().get("state") == "done"
 
 
 @dataclass

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 from lunaris.config.overrides import parse
+from lunaris.config.schema.data import ShardsDataConfig
+from lunaris.config.schema.root import Config
 from lunaris.config.schema.trainer import TrainerConfig
 from lunaris.errors import UserError, did_you_mean
 from lunaris.runs.run_dir import RunDir
@@ -20,7 +21,7 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if args.max_sequences is not None and args.max_sequences < 1:
         raise UserError(f"--max-sequences {args.max_sequences}: must be at least 1")
-    cfg = RunDir(args.dir).read_config()
+    cfg: Config = RunDir(args.dir).read_config()
     for override in args.overrides:
         _apply(cfg, override)
 
@@ -55,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _apply(cfg: Any, override: str) -> None:
+def _apply(cfg: Config, override: str) -> None:
     key, equals, value = override.partition("=")
     if key not in _KEYS or not equals:
         raise UserError(
@@ -64,22 +65,21 @@ def _apply(cfg: Any, override: str) -> None:
         )
     if key == "data.dir":
         folders = _folders(override)
-        cfg.data = {
-            "_target_": "lunaris.data.shards.ShardsData",
-            "dir": folders,
-            "val_dir": folders,
-            "eot_id": cfg.data.get("eot_id"),
-            "document_masking": cfg.data.document_masking,
-        }
+        cfg.data = ShardsDataConfig(
+            dir=folders,
+            val_dir=folders,
+            eot_id=getattr(cfg.data, "eot_id", None),
+            document_masking=cfg.data.document_masking,
+        )
         return
     name = key.removeprefix("trainer.")
-    typed: Any = value
+    typed: str | int = value
     if name == "batch_size":
         if not value.removeprefix("-").isdecimal():
             raise UserError(f"{key}={value}: must be an integer")
         typed = int(value)
-    TrainerConfig(**{name: typed})  # Checks it.
-    cfg.trainer[name] = typed
+    TrainerConfig(**{name: typed})  # type: ignore[arg-type]  # It raises for a wrong value.
+    setattr(cfg.trainer, name, typed)
 
 
 def _folders(override: str) -> str | list[str]:
@@ -89,5 +89,7 @@ def _folders(override: str) -> str | list[str]:
         raise UserError(f"{override}: must be a folder, or a list of folders")
     if not value.startswith("["):
         return value
-    folders: Any = parse([override])[0].value()
+    folders = parse([override])[0].value()
+    if not isinstance(folders, list):
+        raise UserError(f"{override}: must be a folder, or a list of folders")
     return [str(folder) for folder in folders]

@@ -8,12 +8,15 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lunaris.atomic_files import FileInUse, file_lock, read_json, replace_file, write_json
 from lunaris.config.identity import differing, identity
 from lunaris.errors import UserError
 from lunaris.runs import provenance
+
+if TYPE_CHECKING:
+    from lunaris.config.schema.root import Config
 
 # Groups that every config has. `launch` is one of the last, so that a cut file lacks it.
 _GROUPS = ("model", "data", "trainer", "launch")
@@ -122,7 +125,7 @@ class RunDir:
             yield
 
 
-def create(cfg: Any, command: str, overrides: list[str]) -> RunDir:
+def create(cfg: Config, command: str, overrides: list[str]) -> RunDir:
     """Create the folder `cfg.out_dir` for a composed config, or open it again.
 
     A folder that already holds a run of the same identity (`lunaris.config.identity.identity`) is
@@ -143,25 +146,17 @@ def create(cfg: Any, command: str, overrides: list[str]) -> RunDir:
     return run_dir
 
 
-def take_world_size(cfg: Any) -> None:
+def take_world_size(cfg: Config) -> None:
     """Set `launch.processes` to the world size of the launcher that started this process."""
     if "RANK" in os.environ and hasattr(cfg.launch, "processes"):
         cfg.launch.processes = int(os.environ["WORLD_SIZE"])
 
 
-def differing_keys(run_dir: RunDir, cfg: Any) -> list[str]:
-    """Return "key: old → new" for the identity's keys in which a folder's run differs from `cfg`.
-
-    The list is empty where the folder holds no run.
-    """
-    if not run_dir.config_path.is_file():
-        return []
-    return differing(identity(run_dir.read_config()), identity(cfg))
-
-
-def refuse_other_config(run_dir: RunDir, cfg: Any) -> None:
+def refuse_other_config(run_dir: RunDir, cfg: Config) -> None:
     """Raise UserError when a folder holds a run of another identity than `cfg`."""
-    rows = differing_keys(run_dir, cfg)
+    if not run_dir.config_path.is_file():
+        return
+    rows = differing(identity(run_dir.read_config()), identity(cfg))
     if rows:
         raise UserError(
             f"{run_dir.path}: holds a run of another config; choose another `name=`, or "
@@ -169,7 +164,7 @@ def refuse_other_config(run_dir: RunDir, cfg: Any) -> None:
         )
 
 
-def _write(run_dir: RunDir, cfg: Any, command: str, overrides: list[str]) -> None:
+def _write(run_dir: RunDir, cfg: Config, command: str, overrides: list[str]) -> None:
     with run_dir.lock():
         run_dir.write_config(cfg)
         old, new = run_dir.read_provenance(), provenance.collect(command, overrides)

@@ -125,6 +125,11 @@ def test_the_same_command_runs_only_what_is_not_done() -> None:
     assert main(argv) == 1
     assert starts(Path("sweeps/s/seed=1")) == 1
     assert starts(Path("sweeps/s/seed=13")) == 2
+    # A done point keeps the files of the command that ran it.
+    config = RunDir("sweeps/s/seed=1").config_path.read_bytes()
+    assert main([*argv, "trainer.log_interval=7"]) == 1
+    assert RunDir("sweeps/s/seed=1").config_path.read_bytes() == config
+    assert RunDir("sweeps/s/seed=13").read_config().trainer.log_interval == 7
     # More points of the same sweep join the manifest.
     argv[-2] = "seed=1,2"
     assert main(argv) == 0
