@@ -199,6 +199,8 @@ def test_two_points_of_one_name_are_refused(
 def test_names_and_folders_follow_the_overrides() -> None:
     assert main(["train", "-m", *TINY, "name=a,b"]) == 0
     assert main(["train", "-m", *TINY, "out_dir=there/x", "seed=1,2"]) == 0
+    assert main(["train", "-m", *TINY, "hydra.sweep.dir=where", "name=y", "seed=1,2"]) == 0
+    assert Path("where/seed=2/config.yaml").is_file()
     assert main(["train", "-m", "experiment=smoke", "launch.collective_timeout_s=9,8"]) == 0
     (first,) = [p for p in Path("sweeps").iterdir() if "name=a-b" in p.name]
     shown = {p.name for p in first.iterdir() if not p.name.startswith(".")}
