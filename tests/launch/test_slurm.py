@@ -206,3 +206,55 @@ def test_a_sweep_takes_further_sbatch_options(capsys: pytest.CaptureFixture[str]
     script = capsys.readouterr().out
     assert "#SBATCH --exclude=node13\n" in script and "#SBATCH --array=0-1%2\n" in script
     assert not os.listdir()
+
+
+def test_a_run_that_is_a_job_already_is_not_sent_again(tiny: Callable[..., Any]) -> None:
+    cfg = tiny("launch=slurm")
+    run_dir = create(cfg, "test", [])
+    # The process of init, which lives as long as the machine runs.
+    run_dir.write_status(state="running", job_id="local-1")
+    with pytest.raises(UserError, match="is already running, as job local-1; `lunaris cancel"):
+        Slurm.of(cfg).submit(cfg, "test", [])
+
+
+def test_a_requeued_job_gets_another_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Environment:
+        def export(self, **keys: object) -> None: ...
+
+    monkeypatch.setattr(slurm_task, "TorchDistributedEnvironment", Environment)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    ports = []
+    for restarts in ("0", "1"):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        slurm_task.export_ranks()
+        ports.append(int(os.environ["MASTER_PORT"]))
+    assert ports[0] != ports[1] and all(24_500 <= port < 32_500 for port in ports)
+
+
+@pytest.mark.parametrize(
+    ("rank", "code", "ends", "requeued"),
+    [("0", 0, 0, False), ("0", 3, 7, True), ("1", 3, 0, False), ("1", 1, 1, False)],
+)
+def test_rank_0_alone_requeues_and_only_failures_end_a_task(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, rank: str, code: int, ends: int, requeued: bool
+) -> None:
+    run_dir = create(tiny("launch=slurm"), "test", [])
+    stops: list[float] = []
+
+    def after_stop(self: Task, run_dir: RunDir, seconds: float) -> int:
+        stops.append(seconds)
+        return 7
+
+    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_ERROR_FILE", "RANK"):
+        monkeypatch.setenv(name, rank)
+    monkeypatch.setattr(slurm_task, "export_ranks", lambda: None)
+    monkeypatch.setattr(slurm_task, "main", lambda argv: code)
+    monkeypatch.setattr(Task, "_after_stop", after_stop)
+    if ends:
+        with pytest.raises(SystemExit) as ended:
+            Task(run_dir.path)()
+        assert ended.value.code == ends
+    else:
+        Task(run_dir.path)()
+    assert bool(stops) == requeued
