@@ -41,6 +41,7 @@ def timed(module, name, label):
 import lunaris.launch.sweep.slurm_array
 timed("lunaris.config.compose", "Composer.compose", "compose and check")
 timed("lunaris.launch.sweep.points", "create", "freeze folders")
+timed("lunaris.launch.slurm", "create", "freeze folders")
 timed("lunaris.launch.snapshot", "take", "copy the code")
 timed("submitit.core.utils", "CommandFunction.__call__", "sbatch")
 timed("lunaris.launch.slurm", "_mark_queued", "note in the folders")
