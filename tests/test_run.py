@@ -12,7 +12,7 @@ import torch
 from lunaris.config.schema.root import SCHEMAS
 from lunaris.errors import UserError
 from lunaris.metrics.records import read_rows
-from lunaris.run import _memory_told
+from lunaris.run import explain_out_of_memory
 from lunaris.runs.run_dir import RunDir
 
 # Sent elsewhere or made from text first; stepped in tests/launch, tests/slurm and tests/data.
@@ -79,7 +79,7 @@ def test_dropping_the_default_experiment_leaves_a_folder_that_names_its_config(
     ],
 )
 def test_too_little_memory_is_told(error: Exception, told: str) -> None:
-    with pytest.raises(UserError, match=told), _memory_told("here"):
+    with pytest.raises(UserError, match=told), explain_out_of_memory("here"):
         raise error
-    with pytest.raises(RuntimeError, match="another"), _memory_told("here"):
+    with pytest.raises(RuntimeError, match="another"), explain_out_of_memory("here"):
         raise RuntimeError("another")
