@@ -21,7 +21,7 @@ from lunaris.distributed import session as distributed
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import Stopped, UserError
 from lunaris.evaluate import Evaluator
-from lunaris.metrics.loggers import Logger
+from lunaris.metrics.loggers import LocalLogger, Logger, Loggers
 from lunaris.metrics.plot import plot_loss
 from lunaris.metrics.records import read_rows
 from lunaris.metrics.throughput import Meter, peak_flops
@@ -122,7 +122,7 @@ def build(cfg: Any, run_dir: RunDir, stop: StopSignal) -> Run:
         parallelism,
         most=trainer.eval_steps and trainer.eval_steps * global_batch,
     )
-    logger: Logger = component(cfg.logger) if parallelism.rank == 0 else Logger()
+    logger = loggers_of(cfg) if parallelism.rank == 0 else Loggers({})
     logger.start(run_dir, cfg, state.step)
     run = Run(
         cfg=cfg,
@@ -199,6 +199,15 @@ def evaluator_of(cfg: Any, data: Any, parallelism: Parallelism, most: int | None
         max_sequences=most,
         eot_id=_masked_id(cfg, data),
     )
+
+
+def loggers_of(cfg: Any) -> Loggers:
+    """Return the loggers of the `logger` group by name; the local one is always among them."""
+    parts = {"logger": cfg.logger} if "_target_" in cfg.logger else cfg.logger
+    chosen: dict[str, Logger] = {str(name): component(part) for name, part in parts.items()}
+    if not any(isinstance(logger, LocalLogger) for logger in chosen.values()):
+        chosen = {"local": LocalLogger(), **chosen}
+    return Loggers(chosen)
 
 
 def _masked_id(cfg: Any, data: Any) -> int | None:

@@ -18,6 +18,7 @@ from lunaris.distributed.signals import StopSignal
 from lunaris.errors import Stopped
 from lunaris.evaluate import Evaluator
 from lunaris.metrics.loggers import Logger
+from lunaris.metrics.records import Row
 from lunaris.metrics.throughput import Meter, peak_memory_gb
 from lunaris.optim.clip import clip_grad_norm
 from lunaris.optim.groups import set_learning_rate
@@ -79,7 +80,7 @@ def train(run: Run) -> None:
 
         last = state.step == trainer.max_steps
         stop = run.parallelism.agree(run.stop.received is not None)
-        row: dict[str, Any] = {}
+        row: Row = {}
         if last or state.step % trainer.log_interval == 0:
             row |= step_row(run, stats)
         with run.meter.paused():
@@ -147,7 +148,7 @@ def micro_step_weights(run: Run, batch: StepBatch) -> Tensor | list[float]:
     return (counts * run.parallelism.world_size / total).float()
 
 
-def step_row(run: Run, stats: StepStats) -> dict[str, Any]:
+def step_row(run: Run, stats: StepStats) -> Row:
     """Return the `train/`, `moe/` and `perf/` metrics of a step; waits for the device.
 
     Raises RuntimeError when the loss is not finite, before such weights can be saved.
@@ -155,7 +156,7 @@ def step_row(run: Run, stats: StepStats) -> dict[str, Any]:
     main_loss, aux_loss = require_finite(run, stats), stats.aux_loss.item()
     memory = torch.zeros(run.parallelism.world_size, device=run.parallelism.device)
     memory[run.parallelism.rank] = peak_memory_gb(run.parallelism.device)
-    row: dict[str, Any] = {
+    row: Row = {
         "train/loss": main_loss + aux_loss,
         "train/main_loss": main_loss,
         "train/aux_loss": aux_loss,
@@ -173,9 +174,9 @@ def step_row(run: Run, stats: StepStats) -> dict[str, Any]:
     return row
 
 
-def moe_row(layers: list[int], stats: StepStats) -> dict[str, Any]:
+def moe_row(layers: list[int], stats: StepStats) -> Row:
     """Return each layer's expert shares (sum 1) and drop rate, and the extremes over all layers."""
-    row: dict[str, Any] = {}
+    row: Row = {}
     shares = []
     for i, load, dropped in zip(layers, stats.load.tolist(), stats.dropped.tolist(), strict=True):
         total = sum(load)
@@ -189,7 +190,7 @@ def moe_row(layers: list[int], stats: StepStats) -> dict[str, Any]:
     return row
 
 
-def evaluate(run: Run) -> dict[str, Any]:
+def evaluate(run: Run) -> Row:
     """Return the `val/` metrics of the model as it is; every process calls this."""
     with run.precision.autocast():
         row = run.evaluator(run.model)
