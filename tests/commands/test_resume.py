@@ -47,6 +47,7 @@ def test_a_run_goes_on_from_its_checkpoint(tiny: Callable[..., Any]) -> None:
     assert provenance["overrides"] == ["seed=1"] and len(provenance["attempts"]) == 2
 
 
+@pytest.mark.slow
 def test_of_a_moved_sweep_only_what_is_asked_for_runs_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -65,6 +66,7 @@ def test_of_a_moved_sweep_only_what_is_asked_for_runs_again(
     assert "nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_point_with_another_config_than_the_manifest_s_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -77,6 +79,7 @@ def test_a_point_with_another_config_than_the_manifest_s_is_refused(
     assert "seed: 2 → 5" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_point_whose_data_is_gone_keeps_no_other_from_going_on(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -65,6 +65,7 @@ def starts(folder: Path) -> int:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_every_point_has_its_folder_and_the_manifest_names_them(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -102,6 +103,7 @@ def test_every_point_has_its_folder_and_the_manifest_names_them(
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_a_failing_point_is_reported_and_the_others_finish(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -116,6 +118,7 @@ def test_a_failing_point_is_reported_and_the_others_finish(
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_the_same_command_runs_only_what_is_not_done() -> None:
     argv = ["train", "-m", *TINY, "name=s", "seed=1,13", "optimizer.learning_rate=1e-3"]
     assert main(argv) == 1
@@ -131,6 +134,7 @@ def test_the_same_command_runs_only_what_is_not_done() -> None:
 
 
 @pytest.mark.usefixtures("quick")
+@pytest.mark.slow
 def test_a_folder_of_another_config_is_refused_before_any_point_starts(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
