@@ -13,6 +13,7 @@ import pytest
 from lunaris.__main__ import commands, main
 from lunaris.config.cli import parse_flags
 from lunaris.config.compose import compose
+from lunaris.metrics.records import read_rows
 from lunaris.runs.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -110,13 +111,16 @@ def test_the_examples_of_extending_run(
     assert main([*given, *small, "name=x"]) == 0
     run_dir = RunDir("runs/x")
     assert run_dir.read_status()["state"] == "done"
-    told = {
+    shows = {
         "Preset": lambda: run_dir.read_config().model.d_model == 64,
         "Schedule": lambda: "schedule.Linear" in run_dir.config_path.read_text(),
-        "Logger": lambda: len((run_dir.path / "loss.csv").read_text().splitlines()) == 4,
+        "Logger": lambda: (
+            [row["step"] for row in read_rows(run_dir.metrics_path)] == [0, 1, 2, 3, 4]
+            and len((run_dir.path / "loss.csv").read_text().splitlines()) == 4
+        ),
         "Parallelism": lambda: "micro-step 4" in capsys.readouterr().out,
     }
-    assert told.get(title, lambda: True)()
+    assert shows.get(title, lambda: True)()
 
 
 def test_every_joint_has_its_example() -> None:

@@ -8,15 +8,15 @@ from lunaris.run import _memory_told
 
 
 @pytest.mark.parametrize(
-    ("error", "told"),
+    ("error", "message"),
     [
         (MemoryError(), r"out of memory here \(MemoryError\)"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 9 bytes\nat c10"), "9 bytes"),
         (torch.OutOfMemoryError("CUDA out of memory. Tried 2 GiB"), "Tried 2 GiB"),
     ],
 )
-def test_too_little_memory_is_told(error: Exception, told: str) -> None:
-    with pytest.raises(UserError, match=told), _memory_told("here"):
+def test_too_little_memory_is_explained(error: Exception, message: str) -> None:
+    with pytest.raises(UserError, match=message), _memory_told("here"):
         raise error
     with pytest.raises(RuntimeError, match="another"), _memory_told("here"):
         raise RuntimeError("another")

@@ -1,3 +1,5 @@
+"""A run that is interrupted, accumulates or recomputes has the numbers of one that does not."""
+
 from __future__ import annotations
 
 import math

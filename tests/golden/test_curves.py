@@ -11,9 +11,9 @@ import pytest
 import torch
 
 GOLDEN = json.loads((Path(__file__).parent / "curves.json").read_text())
-# Relative: fp32 on one thread. Another processor or torch moves the last bits only (about 1e-6
-# after 40 steps); every change of an initialisation, a batch, a loss or an update moves more.
-TOLERANCE = 1e-4
+# Relative: fp32 on one thread. Other vector instructions and two threads move the last bits only
+# (5e-7 measured); a changed initialisation, batch, loss or update moves more than 1e-4.
+TOLERANCE = 1e-5
 
 
 @pytest.mark.parametrize("name", GOLDEN)
