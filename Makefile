@@ -1,14 +1,14 @@
 .DEFAULT_GOAL := help
-.PHONY: help train test cluster lint format clean
+.PHONY: help train test test-fast cluster lint format clean
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Workers of pytest-xdist; one a core, as the tests pin torch to one thread.
+# Workers of pytest-xdist: one per core, because the tests pin torch to one thread.
 TEST_WORKERS ?= 2
 
 help: ## Show this help.
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
 train: $(VENV)/run.stamp ## Train the default model on the text of the standard library (about two minutes).
 	$(BIN)/lunaris train
@@ -16,6 +16,10 @@ train: $(VENV)/run.stamp ## Train the default model on the text of the standard 
 test: lint ## Run all checks and tests; those that need SLURM skip where `make cluster` was not run.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m cluster
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not cluster" -n $(TEST_WORKERS) --dist loadfile
+
+test-fast: $(VENV)/dev.stamp ## Run the unit tests only, in under two minutes.
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not cluster" --ignore tests/e2e \
+		-n $(TEST_WORKERS) --dist loadfile
 
 cluster: ## Install SLURM from Debian's packages for the cluster tests (root).
 	bash tests/slurm/install.sh

@@ -3,42 +3,39 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import sys
 import tempfile
 import uuid
-from collections.abc import Callable, Iterable
-from functools import partial
+from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
-from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerSpec
-from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
 from lunaris.errors import Stopped, UserError
+from lunaris.torch_internals import ElasticAgent
 
 _WRONG_INPUT, _STOPPED = UserError.exit_code, Stopped.exit_code
-# Workers that survive a failed one are told to end, and killed after this time (an eighth of the
-# collectives' timeout if that is less); those that end together, for wrong input or a signal, may
-# still have a log to upload.
+# Workers that survive a failed one get SIGTERM, and SIGKILL after this time (at most an eighth of
+# the timeout of collectives). Workers that end together, after wrong input or a signal, get longer,
+# because they may still upload a log.
 _GRACE_S, _FINISH_S = 5, 60
 
 
 def run_group(path: Path, processes: int, max_restarts: int, timeout_s: float) -> int:
     """Train the run in folder `path` with several workers; return the exit code.
 
-    The group of a worker that died starts again, from the newest checkpoint, up to `max_restarts`
-    times; not after wrong input or a signal. SIGTERM and SIGINT are passed on to the workers,
-    which save and stop; a second SIGINT kills them. timeout_s: `launch.collective_timeout_s`,
-    within which a group with a hung worker has ended.
+    When a worker dies, the group starts again from the newest checkpoint, up to `max_restarts`
+    times, but not after wrong input or a signal. SIGTERM and SIGINT are forwarded to the workers,
+    which save and stop; a second SIGINT kills them. timeout_s: `launch.collective_timeout_s`, the
+    seconds within which a group with a hung worker ends.
     """
-    # The agent's own account of a failure is a page long and names none of our files.
+    # The agent's report of a failure is a page long and names no file of the run.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     before = {number: signal.getsignal(number) for number in _Agent.PASSED_ON}
     with tempfile.TemporaryDirectory(prefix="lunaris-") as errors:
@@ -64,18 +61,18 @@ def exit_code(codes: Iterable[int]) -> int:
 
 
 def describe(failures: list[ProcessFailure], path: Path) -> str:
-    """Return one message for a group's failure: what the worker that failed first says."""
-    told = [f for f in failures if f.exitcode in (_WRONG_INPUT, _STOPPED)]
-    first = min(told or failures, key=_time)
+    """Return one message for the failure of a group: the error of the worker that failed first."""
+    expected = [f for f in failures if f.exitcode in (_WRONG_INPUT, _STOPPED)]
+    first = min(expected or failures, key=_time)
     if first.exitcode in (_WRONG_INPUT, _STOPPED):
         return f"{'error' if first.exitcode == _WRONG_INPUT else 'stopped'}: {_reason(first)}"
-    # One machine: a worker's number on it is its rank.
+    # All workers are on this machine, so that the local rank is the rank.
     log = rank_log(path, first.local_rank)
     return f"rank {first.local_rank} failed: {_reason(first)}; see {log}"
 
 
 def rank_log(path: Path, rank: int) -> Path:
-    """Return where a worker's output and traceback are."""
+    """Return the path of the log with a worker's output and traceback."""
     return path / "logs" / f"rank_{rank}.log"
 
 
@@ -94,10 +91,8 @@ def _time(failure: ProcessFailure) -> float:
     return float(extra.get("time", failure.timestamp))
 
 
-class _Agent(LocalElasticAgent):
+class _Agent(ElasticAgent):
     """torch's agent, which also passes signals on and knows which failures are final."""
-
-    PASSED_ON = (signal.SIGTERM, signal.SIGINT)
 
     def __init__(
         self, path: Path, processes: int, max_restarts: int, timeout_s: float, errors: str
@@ -125,49 +120,28 @@ class _Agent(LocalElasticAgent):
         self._signals = 0
         self._grace_s = min(_GRACE_S, timeout_s / 8)
 
-    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        # The agent sets handlers of its own here, which would kill the workers.
-        started = super()._start_workers(worker_group)
-        for number in self.PASSED_ON:
-            signal.signal(number, self._pass_on)
-        # The agent ends the survivors of a failure as soon as it sees it, with its own patience.
-        assert self._pcontext is not None
-        self._pcontext._close = partial(self._end, self._pcontext._close)  # type: ignore[method-assign]
-        return started
+    def ending(self, exit_codes: set[int | None]) -> tuple[signal.Signals, float]:
+        """Let workers that end together finish; end the survivors of a failure soon."""
+        if exit_codes & {_WRONG_INPUT, _STOPPED}:
+            return signal.SIGCONT, _FINISH_S
+        return signal.SIGTERM, self._grace_s
 
-    def _end(self, close: Callable[..., None], death_sig: signal.Signals, timeout: int = 0) -> None:
-        handlers = self._pcontext.subprocess_handlers.values()  # type: ignore[union-attr]
-        if {handler.proc.poll() for handler in handlers} & {_WRONG_INPUT, _STOPPED}:
-            close(death_sig=signal.SIGCONT, timeout=_FINISH_S)
-        else:
-            close(death_sig=signal.SIGTERM, timeout=self._grace_s)
+    def may_restart(self, failed: RunResult, restarts_left: int) -> bool:
+        """Restart after a failure that is neither wrong input nor a signal, and print it."""
+        failures = list(failed.failures.values())
+        if self._signals or exit_code(f.exitcode for f in failures) != 1:
+            return False
+        if restarts_left > 0:
+            print(
+                f"{describe(failures, self._path)}\nthe group starts again from the newest "
+                f"checkpoint ({restarts_left} restarts left)",
+                file=sys.stderr,
+                flush=True,
+            )
+        return True
 
-    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
-        result = super()._monitor_workers(worker_group)
-        if result.is_failed():
-            failures = list(result.failures.values())
-            final = self._signals or exit_code(f.exitcode for f in failures) != 1
-            if final:
-                self._remaining_restarts = 0
-            elif self._remaining_restarts > 0:
-                print(
-                    f"{describe(failures, self._path)}\nthe group starts again from the newest "
-                    f"checkpoint ({self._remaining_restarts} restarts left)",
-                    file=sys.stderr,
-                    flush=True,
-                )
-        return result
-
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+    def on_signal(self, number: int, frame: FrameType | None) -> None:
+        """Pass the signal on, so that the workers save and stop; a second SIGINT kills them."""
         self._signals += 1
         again = number == signal.SIGINT and self._signals > 1
-        if self._pcontext is not None:
-            for pid in self._pcontext.pids().values():
-                _send(pid, signal.SIGKILL if again else signal.SIGTERM)
-
-
-def _send(pid: int, number: signal.Signals) -> None:
-    try:
-        os.kill(pid, number)
-    except ProcessLookupError:
-        pass  # It has ended already.
+        self.send(signal.SIGKILL if again else signal.SIGTERM)

@@ -1,4 +1,4 @@
-"""Runs sent to SLURM, or rehearsed on this machine, by submitit."""
+"""Runs sent to SLURM through submitit, or rehearsed on this machine."""
 
 from __future__ import annotations
 
@@ -15,23 +15,24 @@ from typing import Any
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
-from submitit.slurm.slurm import _make_sbatch_string
 
-from lunaris.atomic_files import read_json, write_json
-from lunaris.config.identity import tasks_per_node
+from lunaris.config.schema.base import component_keys
 from lunaris.config.schema.launch import SlurmLaunchConfig
+from lunaris.config.schema.root import Config
 from lunaris.errors import Stopped, UserError
 from lunaris.launch import snapshot
 from lunaris.launch.slurm_task import Task
-from lunaris.runs import run_dir as rundir
-from lunaris.runs import status as jobs
+from lunaris.launch.submitit_internals import sbatch_script
+from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
+from lunaris.runs.slurm_client import LOCAL
+from lunaris.runs.status import RunState, resolve_states
 
 _POLL_S = 2.0
 
 
 class Slurm:
-    """Sends runs as jobs in which every task is one rank; keys as `launch=slurm` has them."""
+    """Sends runs as jobs in which every task is one rank; takes the keys of `launch=slurm`."""
 
     def __init__(self, **keys: Any) -> None:
         self.keys = SlurmLaunchConfig(**keys)
@@ -42,30 +43,30 @@ class Slurm:
             )
 
     @classmethod
-    def of(cls, cfg: Any) -> Slurm:
-        """Return the launcher that the `launch` group of a run's config describes."""
-        return cls(**{str(key): value for key, value in cfg.launch.items() if key != "_target_"})
+    def of(cls, cfg: Config) -> Slurm:
+        """Return the launcher that the `launch` group of a config describes."""
+        return cls(**component_keys(cfg.launch))
 
-    def submit(self, cfg: Any, command: str, overrides: list[str]) -> int:
-        """Freeze the run's folder, send it and return; with `wait`, return once it has ended.
+    def submit(self, cfg: Config, command: str, overrides: list[str]) -> int:
+        """Freeze the run's folder, send the run and return; with `wait`, return when it has ended.
 
-        Returns the exit code: 0 when it was sent, and with `wait` that of the run. Raises UserError
-        when the run is under way already or SLURM refuses the job.
+        Returns the exit code: 0 when the run was sent, and with `wait` that of the run. Raises
+        UserError when the run is queued or running already or SLURM refuses the job.
         """
         path = Path(cfg.out_dir).absolute()
         if self.keys.dry_run:
             print(self.script(str(cfg.name), path / "logs" / "slurm", path / "code" / "SNAPSHOT"))
             return 0
         refuse_active(path)
-        run_dir = RunDir(rundir.create(cfg, command, overrides).path.absolute())
+        run_dir = RunDir(create(cfg, command, overrides).path.absolute())
         if run_dir.read_status().get("state") == "done":
-            print(f"{cfg.out_dir}: done already; nothing was sent")
+            print(f"{cfg.out_dir}: already done; nothing was sent")
             return 0
         (job_id,) = self.send([run_dir.path], folder=run_dir.path, name=str(cfg.name))
         print(_sent(job_id, self.keys, cfg.out_dir), flush=True)
         if not self.keys.wait:
             return 0
-        state = wait_for([run_dir.path])[0].state
+        state = wait_until_ended([run_dir.path])[0].state
         print(f"{state}: {cfg.out_dir}")
         if state in ("stopped", "preempted"):
             return Stopped.exit_code
@@ -74,20 +75,21 @@ class Slurm:
     def send(self, paths: Sequence[Path], *, folder: Path, name: str) -> list[str]:
         """Send the runs in frozen folders as one job, or one array; return a job id for each.
 
-        The code is copied to `folder`/code and what submitit keeps is in `folder`/logs/slurm.
-        Raises UserError when there is no SLURM or it refuses; then nothing was sent.
+        The code is copied to `folder`/code; submitit's files go to `folder`/logs/slurm. Raises
+        UserError, having sent nothing, when SLURM is absent or refuses the job.
         """
         if self.keys.cluster == "slurm" and (
             not shutil.which("sbatch") or not shutil.which("srun")
         ):
             raise UserError(
-                "launch=slurm: there is no sbatch here. Run this where SLURM's commands are, or "
-                "launch.cluster=local to rehearse, or launch.dry_run=true to see the script"
+                "launch=slurm: there is no sbatch here. Run the command where SLURM's commands are "
+                "installed, or add launch.cluster=local to rehearse it here, or "
+                "launch.dry_run=true to see the script"
             )
         code = snapshot.take(folder / "code")
         logs = folder.absolute() / "logs" / "slurm"
         for path in paths:
-            _record_sending(RunDir(path), code)
+            _mark_queued(RunDir(path), code)
         logs.mkdir(parents=True, exist_ok=True)
         tasks = [Task(path.absolute()) for path in paths]
         if self.keys.cluster == "local":
@@ -100,22 +102,17 @@ class Slurm:
             except (FailedJobError, FailedSubmissionError) as error:
                 reason = str(error).strip().replace("sbatch: error: ", "")
                 raise UserError(f"launch=slurm: SLURM refuses the job: {reason}") from error
-        here = jobs.LOCAL if self.keys.cluster == "local" else ""
+        prefix = LOCAL if self.keys.cluster == "local" else ""
         for path, job in zip(paths, sent, strict=True):
-            RunDir(path).write_status(job_id=here + job.job_id, job_log=str(job.paths.stdout))
-        return [here + job.job_id for job in sent]
+            RunDir(path).write_status(job_id=prefix + job.job_id, job_log=str(job.paths.stdout))
+        return [prefix + job.job_id for job in sent]
 
     def script(self, name: str, logs: Path, code: Path, points: int | None = None) -> str:
         """Return the sbatch script of one run, or of an array of `points`."""
-        command = (
-            f"{shlex.quote(sys.executable)} -u -m submitit.core._submit {shlex.quote(str(logs))}"
-        )
-        return _make_sbatch_string(
-            command=command, folder=logs, map_count=points, **self.parameters(name, code)
-        )
+        return sbatch_script(logs, self.parameters(name, code), points)
 
     def parameters(self, name: str, code: Path) -> dict[str, Any]:
-        """Return submitit's names and values for the job's sbatch script."""
+        """Return the options of the job's sbatch script under submitit's names."""
         keys = self.keys
         further = {"requeue": True} | {
             str(key).replace("_", "-"): value for key, value in keys.additional_parameters.items()
@@ -125,7 +122,7 @@ class Slurm:
         values = {
             "job_name": name,
             "nodes": keys.nodes,
-            "ntasks_per_node": tasks_per_node(keys),
+            "ntasks_per_node": keys.processes_per_node(),
             "gpus_per_node": keys.gpus_per_node or None,
             "cpus_per_task": keys.cpus_per_task,
             "mem": None if keys.mem_gb is None else f"{round(keys.mem_gb * 1024)}MB",
@@ -138,30 +135,30 @@ class Slurm:
             "array_parallelism": keys.array_parallelism,
             "setup": self._setup(code),
             "stderr_to_stdout": True,
-            # A rank that fails ends its job; and a step does not take this from its job by itself.
+            # A failed rank must end the job. A job step does not inherit --cpus-per-task.
             "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={keys.cpus_per_task}"],
             "additional_parameters": {k: v for k, v in further.items() if v is not None},
         }
-        # Submitit's own wckey is refused where such keys are enforced.
+        # submitit sets a wckey by default; clusters that enforce such keys refuse it.
         return {key: value for key, value in values.items() if value is not None} | {"wckey": None}
 
     def _setup(self, code: Path) -> list[str]:
-        """Return the person's shell lines, then those that make the tasks run the snapshot."""
+        """Return the lines of `launch.setup`, then those that put the snapshot on the path."""
         return [
             *map(str, self.keys.setup),
-            # Last, so that no `module load` comes before it on the path.
+            # Last, so that no `module load` puts another folder before it.
             f"export PYTHONPATH={shlex.quote(str(code))}:${{PYTHONPATH:+$PYTHONPATH:}}"
             f"{shlex.quote(os.getcwd())}",
-            # Else the code in the current folder, maybe edited since, would come first.
+            # Otherwise the code in the current folder, perhaps edited since, would come first.
             "export PYTHONSAFEPATH=1",
         ]
 
     def _start_here(self, tasks: list[Task], logs: Path, code: Path) -> list[Any]:
-        """Start the tasks' jobs with submitit's local executor, which take turns."""
+        """Start the jobs of the tasks with submitit's local executor; they run one at a time."""
         turn = shlex.quote(str(logs / "turn"))
         executor = submitit.LocalExecutor(logs, max_num_timeout=self.keys.max_num_timeout)
         executor.update_parameters(
-            tasks_per_node=tasks_per_node(self.keys),
+            tasks_per_node=self.keys.processes_per_node(),
             gpus_per_node=self.keys.gpus_per_node,
             timeout_min=self.keys.timeout_min,
             signal_delay_s=self.keys.signal_delay_s,
@@ -176,31 +173,30 @@ class Slurm:
 
 
 def refuse_active(path: Path) -> None:
-    """Raise UserError while the run in `path` is queued or runs."""
-    (state,) = jobs.states([path])
-    if state.state in jobs.ACTIVE and state.job_id:
+    """Raise UserError while the run in `path` is queued or running as a job."""
+    (state,) = resolve_states([path])
+    if state.active and state.job_id:
         raise UserError(
-            f"{path}: is {state.state} already, as job {state.job_id}; `lunaris cancel {path}` "
-            "ends that"
+            f"{path}: is already {state.state}, as job {state.job_id}; `lunaris cancel {path}` "
+            "cancels it"
         )
 
 
-def wait_for(paths: Sequence[Path]) -> list[jobs.RunState]:
-    """Block until none of the runs is queued or running any more; return where they stand."""
+def wait_until_ended(paths: Sequence[Path]) -> list[RunState]:
+    """Block until none of the runs is queued or running; return their states."""
     while True:
-        states = jobs.states(paths)
-        # A job that ends and is requeued is, for a moment, neither.
-        if not any(state.state in (*jobs.ACTIVE, "missing") for state in states):
+        states = resolve_states(paths)
+        # Checked twice, because a job that is being requeued is neither for a moment.
+        if not any(state.active or state.state == "missing" for state in states):
             time.sleep(_POLL_S)
-            states = jobs.states(paths)
-            if not any(state.state in jobs.ACTIVE for state in states):
+            states = resolve_states(paths)
+            if not any(state.active for state in states):
                 return states
         time.sleep(_POLL_S)
 
 
-def _record_sending(run_dir: RunDir, code: snapshot.Snapshot) -> None:
-    path = run_dir.path / "provenance.json"
-    write_json(path, read_json(path) | {"code": code.provenance()})
+def _mark_queued(run_dir: RunDir, code: snapshot.Snapshot) -> None:
+    run_dir.note(code=code.provenance())
     run_dir.write_status(
         state="queued", job_id=None, job_log=None, last_error=None, stop_cause=None, cancelled=None
     )
@@ -208,7 +204,7 @@ def _record_sending(run_dir: RunDir, code: snapshot.Snapshot) -> None:
 
 def _sent(job_id: str, keys: SlurmLaunchConfig, out_dir: str) -> str:
     where = f", partition {keys.partition}" if keys.partition else ""
-    shape = f"{keys.nodes} nodes × {tasks_per_node(keys)} tasks"
+    shape = f"{keys.nodes} nodes × {keys.processes_per_node()} tasks"
     log = f"{out_dir}/logs/rank_0.log"
     return "\n".join(
         [
@@ -223,18 +219,18 @@ def _sent(job_id: str, keys: SlurmLaunchConfig, out_dir: str) -> str:
 
 @contextmanager
 def _output_to(log: Path) -> Iterator[None]:
-    """Send what processes started within print to `log`, so that they hold no pipe of ours."""
+    """Send the output of processes started in this context to `log`, not to our own pipes."""
     sys.stdout.flush()
     sys.stderr.flush()
     with log.open("ab") as file, warnings.catch_warnings():
-        # submitit's jobs outlive this process; Python warns of the running child.
+        # The jobs outlive this process; Python warns about the running child.
         warnings.simplefilter("ignore", ResourceWarning)
-        kept = [os.dup(1), os.dup(2)]
+        saved = [os.dup(1), os.dup(2)]
         try:
             os.dup2(file.fileno(), 1)
             os.dup2(file.fileno(), 2)
             yield
         finally:
-            for fd, old in zip((1, 2), kept, strict=True):
+            for fd, old in zip((1, 2), saved, strict=True):
                 os.dup2(old, fd)
                 os.close(old)

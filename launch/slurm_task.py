@@ -1,4 +1,4 @@
-"""What every task of a submitit job runs: one rank, and its way back into the queue."""
+"""What each task of a submitit job runs: one rank of a run, and the requeue after a stop."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ import sys
 import time
 import zlib
 from pathlib import Path
-from typing import Any
 
 from submitit.helpers import TorchDistributedEnvironment
-from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
 
 from lunaris.atomic_files import read_json
+from lunaris.config.schema.launch import SlurmLaunchConfig
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import Stopped
-from lunaris.runs import status as jobs
+from lunaris.launch.submitit_internals import REQUEUE_EXIT_CODE
+from lunaris.launch.worker import main
 from lunaris.runs.run_dir import RunDir
+from lunaris.runs.slurm_client import current_job_id
 
 _FIRST_PORT, _PORTS = 24_500, 8_000
-# SLURM looks at time limits twice a minute, and may send the signal a minute before its time.
+# SLURM checks time limits twice a minute, and may send the signal up to a minute early.
 _SIGNAL_EARLY_S = 60
 
 
 class Task:
-    """What each task of a job runs: the worker, and after a stop the way back into the queue.
+    """Trains one rank of the run in `path`, and requeues the job after a stop.
 
-    submitit pickles it by reference, so that the job takes this class from the snapshot.
+    submitit pickles the class by reference, so that the job imports it from the snapshot.
     """
 
     def __init__(self, path: Path) -> None:
@@ -36,7 +37,8 @@ class Task:
     def __call__(self) -> None:
         """Train as one rank. Exits with the worker's code unless that is 0."""
         started = time.monotonic()
-        # From here on, in place of submitit's: a signal that comes while torch is imported, too.
+        # From the start, in place of submitit's handler, so that a signal during the import of
+        # torch is handled too.
         with StopSignal():
             export_ranks()
             run_dir, rank = RunDir(self.path), int(os.environ["RANK"])
@@ -44,11 +46,9 @@ class Task:
             error_file = run_dir.logs / f".error_{rank}.json"
             error_file.unlink(missing_ok=True)
             os.environ["TORCHELASTIC_ERROR_FILE"] = str(error_file)
-            from lunaris.launch.worker import main
-
             code = main([str(self.path)])
             if code == Stopped.exit_code:
-                # Ranks other than 0 leave quietly: one that fails would end rank 0 too.
+                # The other ranks exit with 0: a rank that fails would end rank 0 too.
                 code = self._after_stop(run_dir, time.monotonic() - started) if rank == 0 else 0
             elif code:
                 _record_failure(run_dir, rank)
@@ -56,43 +56,47 @@ class Task:
             sys.exit(code)
 
     def _after_stop(self, run_dir: RunDir, seconds: float) -> int:
-        """Requeue the job if it is for us to do; return the exit code. Rank 0 only."""
+        """Requeue the job unless SLURM does; return the exit code. Only rank 0 may call this."""
         launch = run_dir.read_config().launch
         job = _Job.now(seconds, launch)
         timeouts = run_dir.read_status().get("timeouts", 0) + job.timed_out
         cause = "timeout" if job.timed_out else "preempted"
         if not job.ours_to_requeue:
-            # SLURM has requeued it already, or someone cancelled it.
+            # SLURM has already requeued the job, or someone has cancelled it.
             run_dir.write_status(stop_cause=job.restarts and "preempted")
             return Stopped.exit_code
         if timeouts > launch.max_num_timeout:
-            error = f"ran into its time limit {timeouts} times (launch.max_num_timeout)"
+            error = f"reached its time limit {timeouts} times (launch.max_num_timeout)"
             run_dir.write_status(stop_cause="timeout", timeouts=timeouts, last_error=error)
             return Stopped.exit_code
-        # Before the requeue, for this process may not live long after it.
+        # Before the requeue, because SLURM may kill this process soon after it.
         run_dir.write_status(state="queued", stop_cause=None, timeouts=timeouts)
         refusal = job.requeue()
         if refusal is None:
             print(f"requeued: {cause} at step {run_dir.read_status().get('step')}", flush=True)
-            return LOCAL_REQUEUE_RETURN_CODE if job.local else 0
+            return REQUEUE_EXIT_CODE if job.local else 0
         run_dir.write_status(state="stopped", stop_cause=cause, last_error=refusal)
         return Stopped.exit_code
 
 
 class _Job:
-    """The job that this process is in, as SLURM sees it at this moment."""
+    """The job of this process, as SLURM reports it now.
+
+    ours_to_requeue: whether nobody else requeues or ends it. restarts: whether SLURM counts a
+    restart that has not happened yet.
+    """
 
     def __init__(self, fields: dict[str, str], *, local: bool, timed_out: bool) -> None:
         self.local = local
         self.timed_out = timed_out
-        # While it is requeued or cancelled, it is completing already.
+        # A job that is being requeued or cancelled is already COMPLETING.
         self.ours_to_requeue = timed_out if local else fields.get("JobState") == "RUNNING"
         before = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         self.restarts = int(fields.get("Restarts", before)) > before
 
     @classmethod
-    def now(cls, seconds: float, launch: Any) -> _Job:
-        """Ask SLURM. seconds: how long this process has run."""
+    def now(cls, seconds: float, launch: SlurmLaunchConfig) -> _Job:
+        """Ask SLURM for the job of this process. seconds: how long the process has run."""
         if os.environ.get("SUBMITIT_EXECUTOR") == "local":
             limit = launch.timeout_min * 60 - launch.signal_delay_s
             return cls({}, local=True, timed_out=seconds >= limit - 1)
@@ -105,7 +109,7 @@ class _Job:
         return cls(fields, local=False, timed_out=timed_out)
 
     def requeue(self) -> str | None:
-        """Put the job back into the queue, with its id; return why that is refused, or None."""
+        """Put the job back into the queue under its id; return SLURM's refusal, or None."""
         if self.local:
             return None
         command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
@@ -114,21 +118,21 @@ class _Job:
 
 
 def export_ranks() -> None:
-    """Set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* from the submitit job that this process is in.
+    """Set RANK, WORLD_SIZE, LOCAL_RANK and MASTER_* from the submitit job of this process.
 
     CUDA_VISIBLE_DEVICES stays as SLURM set it.
     """
     TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
-    # Below the ports that the kernel gives to clients, among which submitit's choice may fall, and
-    # another after a requeue.
-    attempt = f"{jobs.current_job_id()}:{os.environ.get('SLURM_RESTART_COUNT', '0')}"
+    # A port below those that the kernel gives to clients (submitit's may be one of them), and a
+    # different one after a requeue.
+    attempt = f"{current_job_id()}:{os.environ.get('SLURM_RESTART_COUNT', '0')}"
     os.environ["MASTER_PORT"] = str(_FIRST_PORT + zlib.crc32(attempt.encode()) % _PORTS)
     if os.environ.get("SUBMITIT_EXECUTOR") == "local":
         os.environ["MASTER_ADDR"] = "127.0.0.1"
 
 
 def _record_failure(run_dir: RunDir, rank: int) -> None:
-    """Put the error of the rank that failed first into status.json; any rank may call this."""
+    """Write the error of the rank that failed first to status.json. Any rank may call this."""
     errors = {}
     for file in run_dir.logs.glob(".error_*.json"):
         message = read_json(file).get("message")
@@ -136,7 +140,7 @@ def _record_failure(run_dir: RunDir, rank: int) -> None:
             errors[int(file.stem.removeprefix(".error_"))] = message
     if not errors:
         return
-    first = min(errors, key=lambda r: errors[r]["extraInfo"]["time"])
+    first = min(errors, key=lambda r: (errors[r]["extraInfo"]["time"], r))
     where = f"rank {first}: " if os.environ["WORLD_SIZE"] != "1" else ""
     run_dir.write_status(state="failed", last_error=where + errors[first]["message"])
 

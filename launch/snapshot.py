@@ -1,4 +1,4 @@
-"""The code of a job, as it is when the job is sent: editing it later changes no queued job."""
+"""A copy of the code for a job, so that later edits do not change a queued job."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import lunaris
 import lunaris.conf
 import lunaris.launch
 
-# Where a folder of the repository is found once installed.
+# Folders of the repository, and where each is in an installed package.
 _INSTALLED = {"lunaris": "lunaris", "conf": "lunaris/conf", "launch": "lunaris/launch"}
 _CODE = (".py", ".yaml", ".yml", ".json", ".toml")
 _LARGEST = 4 << 20
@@ -28,20 +28,20 @@ class Snapshot:
 
     path: Path
     commit: str | None = None
-    # Against the commit, with new files; cut where it is longer than a million characters.
+    # The difference to the commit, with new files; cut after 2**20 characters.
     diff: str = ""
 
     def provenance(self) -> dict[str, Any]:
-        """Return what provenance.json says of it."""
+        """Return the facts that provenance.json holds about the code."""
         return {"snapshot": str(self.path), "commit": self.commit, "diff": self.diff}
 
 
 def take(folder: Path) -> Snapshot:
     """Copy the code that this process runs into `folder` and return the copy.
 
-    From a git checkout: all files of ours and every other Python file, tracked or untracked, but
-    not ignored. From an installed package: the package. The copy is named by its content, so
-    that the same code is copied once.
+    Of a git checkout, all files of this package and every other Python file are copied, tracked or
+    untracked, but not ignored; of an installed package, the package. The copy is named by a hash
+    of its content, so that the same code is copied once.
     """
     root = _checkout()
     files = _checkout_files(root) if root is not None else _package_files()
@@ -51,38 +51,38 @@ def take(folder: Path) -> Snapshot:
         digest.update(files[target].read_bytes())
     path = folder.absolute() / digest.hexdigest()[:12]
     if not path.is_dir():
-        beside = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+        unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
         for target, source in files.items():
-            copy = beside / target
+            copy = unfinished / target
             copy.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(source, copy)
         try:
-            beside.rename(path)
-        except OSError:  # Another command made the same copy meanwhile.
-            shutil.rmtree(beside)
+            unfinished.rename(path)
+        except OSError:  # Another command has made the same copy.
+            shutil.rmtree(unfinished)
     if root is None:
         return Snapshot(path)
     return Snapshot(path, _git(root, "rev-parse", "HEAD").strip() or None, _diff(root))
 
 
 def _checkout() -> Path | None:
-    """Return the root of the git checkout that our package is run from, or None."""
+    """Return the root of the git checkout that this package is imported from, or None."""
     package = Path(lunaris.__file__).resolve().parent
     root = package.parent
-    # An installed package may lie below some unrelated repository: a virtual environment in it.
+    # An installed package may be inside an unrelated repository, in its virtual environment.
     if not all((root / name).is_dir() for name in _INSTALLED):
         return None
     return root if _git(root, "ls-files", "lunaris/__init__.py").strip() else None
 
 
 def _checkout_files(root: Path) -> dict[str, Path]:
-    """Return the files to copy: where each goes -> where it is."""
+    """Return the files to copy, by their paths in the copy."""
     listed = _git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
     files = {}
     for name in sorted(filter(None, listed.split("\0"))):
         top, _, rest = name.partition("/")
         source = root / name
-        # A file may be listed and deleted; what a link points to may be anywhere.
+        # A listed file may be deleted. A link may point outside the checkout.
         if not source.is_file() or source.is_symlink() or source.stat().st_size > _LARGEST:
             continue
         if top in _INSTALLED and rest:
@@ -110,7 +110,7 @@ def _diff(root: Path) -> str:
     text = _git(root, "diff", "HEAD")
     for name in _git(root, "ls-files", "--others", "--exclude-standard", "-z").split("\0"):
         if name.endswith(_CODE):
-            # Exit code 1 says that the files differ, as they must.
+            # It exits with 1, because the files differ.
             text += _git(root, "diff", "--no-index", "--", os.devnull, name)
     cut = f"\n(cut: {len(text):,} characters)\n" if len(text) > _LONGEST_DIFF else ""
     return text[:_LONGEST_DIFF] + cut

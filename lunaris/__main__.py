@@ -1,4 +1,4 @@
-"""The command line: `lunaris COMMAND …`. Nothing heavy is imported before a command runs."""
+"""The command line, `lunaris COMMAND …`. Imports nothing heavy before a command runs."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from lunaris.errors import Stopped, UserError, did_you_mean
 
 _ORDER = ("train", "prepare", "plan", "runs", "resume", "cancel", "report", "evaluate", "generate")
 _EPILOG = """\
-`lunaris COMMAND --help` says what a command takes, with an example.
+`lunaris COMMAND --help` explains a command and gives an example.
 
 lunaris train                                     a small model, here, in about two minutes
-lunaris train moe=top2 trainer.max_steps=1000     another option of a group, another value
+lunaris train moe=top2 trainer.max_steps=1000     another option, another value
 lunaris train -m moe.n_experts=4,8,16             a sweep"""
 
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0: done; 2: the input was wrong; 3: stopped by a signal, a checkpoint saved; 1: anything else
-    (an unforeseen exception passes through, with its traceback).
+    0: done. 2: the input was wrong. 3: stopped by a signal, with a checkpoint saved. 1: any other
+    failure; an unexpected exception is raised with its traceback.
     """
     args = sys.argv[1:] if argv is None else argv
     try:
@@ -39,13 +39,13 @@ def main(argv: list[str] | None = None) -> int:
         print("interrupted", file=sys.stderr)
         return 1
     except BrokenPipeError:
-        # The reader of our output left, as `head` does. Nothing more can be printed.
+        # The reader of the output has left, as `head` does. Nothing more can be printed.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
 
 
 def commands() -> dict[str, str]:
-    """Return every command there is and its one line of help, in the order of a run's life."""
+    """Return every command and its one line of help, in the order in which a run needs them."""
     folder = Path(__file__).parent / "commands"
     names = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
     ordered = [name for name in _ORDER if name in names] + sorted(names - set(_ORDER))
@@ -71,10 +71,10 @@ def _run(args: list[str]) -> int:
 
 
 def _complete(args: list[str]) -> int:
-    """Complete a line for a shell: commands here, options and keys by `train`.
+    """Complete a line for a shell: commands here, options and keys through `train`.
 
-    The shell asks `lunaris -sc query=bash` with the line in COMP_LINE. Hydra, which knows the
-    options and keys, knows no commands: the line is passed on without.
+    The shell calls `lunaris -sc query=bash` with the line in COMP_LINE. Hydra completes options and
+    keys, but does not know the command, which is removed from the line.
     """
     line = os.environ.get("COMP_LINE", "lunaris train ")
     words = line.split()[1:]
@@ -93,7 +93,7 @@ def _overview() -> str:
 
 
 def _help_line(path: Path) -> str:
-    # Read, not imported: a command may need torch, the list of commands must not.
+    # Parsed, not imported: a command may import torch, the list of commands must not.
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "HELP":
             return str(ast.literal_eval(node.value))

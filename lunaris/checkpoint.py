@@ -1,8 +1,8 @@
 """Checkpoints: complete or absent, in one format for every parallelism.
 
-A checkpoint is written beside, as `.tmp-step_…`, by torch.distributed.checkpoint (each process its
-own shards), made durable, and then renamed by rank 0. `files.json`, written last, holds the size
-and CRC-32 of every other file, so that a damaged checkpoint is known and skipped.
+torch.distributed.checkpoint writes a checkpoint as `.tmp-step_…` (each process its own shards);
+then it is made durable, and rank 0 renames it. `files.json`, written last, has the size and CRC-32
+of every other file, so that a corrupt checkpoint is recognised and skipped.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from lunaris.atomic_files import read_json, sync_folder, write_json
-from lunaris.distributed import session as distributed
+from lunaris.distributed import collectives, session
 from lunaris.errors import UserError
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
@@ -41,76 +41,76 @@ _NAME = re.compile(r"step_\d+")
 
 @dataclass
 class TrainState:
-    """Where a run stands, besides weights and optimizer state.
+    """The progress of a run: what a checkpoint has besides weights and optimizer state.
 
-    `sequences` is the position in the data: how many of the one global order are consumed.
+    `sequences` is the position in the data: how many sequences of the global order are consumed.
     """
 
     step: int = 0
     sequences: int = 0
     best_val_loss: float | None = None
-    scaler: dict[str, Any] = field(default_factory=dict)
+    scaler: dict[str, float] = field(default_factory=dict)
 
 
 class Checkpoints:
-    """The `checkpoints` folder of a run."""
+    """The `checkpoints` folder of a run; every process has one."""
 
     def __init__(self, folder: Path, *, keep_last: int | None, async_save: bool) -> None:
         self._folder = folder
         self._keep_last = keep_last
         self._async = async_save
-        self._pending: tuple[Path, Future[Any]] | None = None
-        self._damaged: list[Path] = []
+        self._pending: tuple[Path, Future[object]] | None = None
+        self._corrupt: list[Path] = []
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
         """Write the checkpoint of `state.step`; every process calls this.
 
-        With `async_save`, returns once the state is copied; `settle` completes it.
+        With `async_save`, this returns once the state is copied; `wait_pending` completes it.
         """
-        self.settle()
+        self.wait_pending()
         target = self._folder / f"step_{state.step:08d}"
-        beside = self._folder / f".tmp-{target.name}"
-        if distributed.rank() == 0:
-            shutil.rmtree(beside, ignore_errors=True)
-            beside.mkdir(parents=True)
-            write_json(beside / "train_state.json", asdict(state))
-        distributed.barrier()
+        temporary = self._folder / f".tmp-{target.name}"
+        if session.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            write_json(temporary / "train_state.json", asdict(state))
+        collectives.barrier()
         model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
         tree = {"model": model_state, "optimizer": optimizer_state}
         if self._async:
-            # A thread's collectives, in a group that the main thread does not use meanwhile.
-            group = distributed.background_group()
-            future = dcp.async_save(tree, checkpoint_id=beside, **_processes(group))
+            # The thread that saves runs collectives, in a group that the main thread never uses.
+            group = session.background_group()
+            future = dcp.async_save(tree, checkpoint_id=temporary, **_processes(group))
             assert isinstance(future, Future)
-            self._pending = (beside, future)
+            self._pending = (temporary, future)
             return
-        dcp.save(tree, checkpoint_id=beside, **_processes(distributed.cpu_group()))
-        self._commit(beside)
+        dcp.save(tree, checkpoint_id=temporary, **_processes(session.cpu_group()))
+        self._commit(temporary)
 
-    def settle(self) -> None:
-        """Complete an asynchronous save that is under way; every process calls this."""
+    def wait_pending(self) -> None:
+        """Wait for an asynchronous save and complete it; every process calls this."""
         if self._pending is not None:
-            beside, future = self._pending
+            temporary, future = self._pending
             self._pending = None
             future.result()
-            self._commit(beside)
+            self._commit(temporary)
 
-    def poll(self) -> None:
-        """Complete an asynchronous save if every process has written its part."""
-        if self._pending is not None and not distributed.any_rank(not self._pending[1].done()):
-            self.settle()
+    def try_finalize(self) -> None:
+        """Complete an asynchronous save if every process has written its part; all call this."""
+        if self._pending is not None and not collectives.any_rank(not self._pending[1].done()):
+            self.wait_pending()
 
     def load_newest(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState | None:
-        """Restore the newest complete checkpoint and return where it stands, or None.
+        """Restore the newest complete checkpoint and return its state; None when there is none.
 
-        A damaged one is skipped with a warning and the one before it is taken. Raises UserError
-        when there are checkpoints but none is whole: to begin anew would overwrite them.
+        A corrupt one is skipped with a warning and the one before it is taken. Raises UserError
+        when all are corrupt, since a new start would overwrite them.
         """
-        found = distributed.from_rank_0([str(path) for path in complete(self._folder)])
+        found = collectives.from_rank_0([str(path) for path in complete(self._folder)])
         for path in map(Path, found):
-            fault = damage(path, distributed.rank(), distributed.world_size())
-            if distributed.any_rank(fault is not None):
-                self._damaged.append(path)
+            fault = find_corruption(path, session.rank(), session.world_size())
+            if collectives.any_rank(fault is not None):
+                self._corrupt.append(path)
                 if fault is not None:
                     warnings.warn(f"checkpoint {path} is damaged, skipped: {fault}", stacklevel=2)
                 continue
@@ -118,12 +118,12 @@ class Checkpoints:
             return TrainState(**read_json(path / "train_state.json"))
         if found:
             raise UserError(
-                f"{self._folder}: every checkpoint is damaged; remove the folder to begin anew"
+                f"{self._folder}: every checkpoint is damaged; remove the folder to start again"
             )
         return None
 
     def consolidate(self, step: int) -> Path:
-        """Write step `step`'s weights as one `model.pt`, readable by torch alone; rank 0 only."""
+        """Write the weights of `step` as one `model.pt`, which torch.load reads; rank 0 only."""
         path = self._folder / f"step_{step:08d}"
         full = path.with_name(f".tmp-{path.name}.pt")
         dcp_to_torch_save(path, full)
@@ -133,32 +133,32 @@ class Checkpoints:
         full.replace(target)
         return target
 
-    def _commit(self, beside: Path) -> None:
-        # Each process sums its own files, so that the time does not grow with the world.
-        rank = distributed.rank()
-        mine = {p.name: _sums(p) for p in beside.glob(f"__{rank}_*")}
+    def _commit(self, temporary: Path) -> None:
+        # Each process sums its own files, so that the time does not grow with the world size.
+        rank = session.rank()
+        mine = {p.name: _sums(p) for p in temporary.glob(f"__{rank}_*")}
         if rank == 0:
-            mine |= {name: _sums(beside / name) for name in (".metadata", "train_state.json")}
-        sums: dict[str, Any] = {}
-        for part in distributed.gather_objects(mine):
+            mine |= {name: _sums(temporary / name) for name in (".metadata", "train_state.json")}
+        sums: dict[str, list[int]] = {}
+        for part in collectives.gather_objects(mine):
             sums |= part
         if rank == 0:
-            write_json(beside / "files.json", sums)
-            sync_folder(beside)
-            target = self._folder / beside.name.removeprefix(".tmp-")
-            # A step that is saved again was damaged, or the run would have gone on from it.
+            write_json(temporary / "files.json", sums)
+            sync_folder(temporary)
+            target = self._folder / temporary.name.removeprefix(".tmp-")
+            # A step that is saved again was corrupt, or the run would have resumed from it.
             shutil.rmtree(target, ignore_errors=True)
-            beside.rename(target)
-            self._damaged = [path for path in self._damaged if path != target]
+            temporary.rename(target)
+            self._corrupt = [path for path in self._corrupt if path != target]
             sync_folder(self._folder)
             self._prune()
-        distributed.barrier()
+        collectives.barrier()
 
     def _prune(self) -> None:
-        # Newer than what the run went on from: counted as a checkpoint, one of these would be kept
-        # in place of the one just written.
-        while self._damaged:
-            shutil.rmtree(self._damaged.pop(), ignore_errors=True)
+        # Corrupt checkpoints have later steps than the one that the run resumed from: counted by
+        # `keep_last`, they would be kept in place of the one just written.
+        while self._corrupt:
+            shutil.rmtree(self._corrupt.pop(), ignore_errors=True)
         if self._keep_last is not None:
             for old in complete(self._folder)[self._keep_last :]:
                 shutil.rmtree(old)
@@ -170,10 +170,10 @@ def complete(folder: Path) -> list[Path]:
     return sorted((p for p in found if (p / "files.json").is_file()), reverse=True)
 
 
-def damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Return what is wrong with a checkpoint's files, or None.
+def find_corruption(path: Path, part: int = 0, parts: int = 1) -> str | None:
+    """Return how a checkpoint's files differ from their recorded sizes and checksums, or None.
 
-    Checks every `parts`-th file from `part` on, so that processes share the reading.
+    Checks every `parts`-th file, starting at `part`, so that processes share the reading.
     """
     sums = read_json(path / "files.json")
     if not sums:
@@ -189,13 +189,13 @@ def damage(path: Path, part: int = 0, parts: int = 1) -> str | None:
 
 
 def newest(folder: Path, step: int | None = None) -> Path:
-    """Return the newest whole checkpoint in `folder`, or that of `step`.
+    """Return the newest intact checkpoint in `folder`, or that of `step`.
 
     Raises UserError when there is none.
     """
     for path in complete(folder):
         if step is None or path.name == f"step_{step:08d}":
-            fault = damage(path)
+            fault = find_corruption(path)
             if fault is None:
                 return path
             warnings.warn(f"checkpoint {path} is damaged, skipped: {fault}", stacklevel=2)
@@ -205,7 +205,7 @@ def newest(folder: Path, step: int | None = None) -> Path:
 
 
 def saved_vocab_size(path: Path) -> int:
-    """Return the vocabulary of a checkpoint's model, from its metadata."""
+    """Return the vocabulary size of a checkpoint's model, from its metadata."""
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     return int(metadata["model.embedding.weight"].size[0])  # type: ignore[union-attr]
 
@@ -213,14 +213,14 @@ def saved_vocab_size(path: Path) -> int:
 def load_weights(path: Path, model: nn.Module) -> None:
     """Load the weights of one checkpoint into `model`, in any parallelism."""
     state = {"model": get_model_state_dict(model)}
-    dcp.load(state, checkpoint_id=path, **_processes(distributed.cpu_group()))
+    dcp.load(state, checkpoint_id=path, **_processes(session.cpu_group()))
     set_model_state_dict(model, state["model"])
 
 
 def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
     tree: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(tree, checkpoint_id=path, **_processes(distributed.cpu_group()))
+    dcp.load(tree, checkpoint_id=path, **_processes(session.cpu_group()))
     set_state_dict(
         model,
         optimizer,
@@ -231,10 +231,10 @@ def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> Non
 
 
 def _processes(group: dist.ProcessGroup | None) -> dict[str, Any]:
-    """Return the arguments that tell DCP which processes take part."""
+    """Return the arguments of DCP that say which processes take part."""
     if dist.is_initialized():
         return {"process_group": group}
-    # Without a group DCP warns, from a thread of its own too, that it assumes a single process.
+    # Without a group DCP warns, also from its own thread, that it assumes a single process.
     warnings.filterwarnings("ignore", message="torch.distributed is disabled")
     return {"no_dist": True}
 

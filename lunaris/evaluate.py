@@ -1,4 +1,4 @@
-"""Validation loss over held-out sequences, per source."""
+"""The validation loss over held-out sequences, for each source."""
 
 from __future__ import annotations
 
@@ -9,29 +9,32 @@ import torch
 from torch import nn
 
 from lunaris.data.base import Sequences
-from lunaris.data.loader import check_ids, split_documents
+from lunaris.data.loader import IGNORED, check_ids, split_documents
+from lunaris.objective.base import Objective
 from lunaris.parallelism.base import Parallelism, unwrap
 
 
 class Evaluator:
-    """Mean cross-entropy of a model over sequences spread evenly over each validation source.
+    """Computes the mean main loss of an objective over sequences spaced evenly in each source.
 
-    Which sequences count does not depend on how many processes share them, so the figure is the
-    same at every world size to float tolerance.
+    The number of processes does not change which sequences count, so the loss is the same at every
+    world size to float tolerance.
     """
 
     def __init__(
         self,
         sources: dict[str, Sequences],
         *,
+        objective: Objective,
         parallelism: Parallelism,
         seq_len: int,
         batch_size: int,
         max_sequences: int | None,
         eot_id: int | None,
     ) -> None:
-        """max_sequences: of each source; None: all. eot_id: given with document masking only."""
+        """max_sequences: of each source; None takes all. eot_id: None without document masking."""
         self._sources = sources
+        self._objective = objective
         self._parallelism = parallelism
         self._seq_len = seq_len
         self._batch_size = batch_size
@@ -42,9 +45,9 @@ class Evaluator:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return `val/loss` and `val/perplexity`, and `val/SOURCE/loss` where there are several.
 
-        Every process calls this. Losses are nats a token; `val/loss` is over all tokens of all
-        sources: where only some are looked at, each source counts by its whole length. Empty when
-        there is no validation part.
+        Every process calls this. Losses are in nats a token; `val/loss` weighs each source by its
+        full length, also when only some of its sequences are evaluated. Empty when there is no
+        validation part.
         """
         if not self._sources:
             return {}
@@ -62,26 +65,24 @@ class Evaluator:
         return len(source) if self._max is None else min(self._max, len(source))
 
     def _total(self, model: nn.Module, source: Sequences) -> list[float]:
-        """Return [summed loss, number of targets] of one source over all processes."""
-        size, rank, world = self._batch_size, self._parallelism.rank, self._parallelism.world_size
+        """Return [summed loss, number of targets] of one source over all data ranks."""
+        size, parallelism = self._batch_size, self._parallelism
+        rank, world = parallelism.data_rank, parallelism.data_world_size
         count = self._count(source)
-        device = self._parallelism.device
+        device = parallelism.device
         total = torch.zeros(2, dtype=torch.float64, device=device)
-        # Every process takes as many rounds, for sharded models exchange weights in each; a row
-        # past the end repeats the last sequence and has no targets.
+        # Every process takes the same number of rounds, since sharded models exchange weights in
+        # each. A row past the end repeats the last sequence and has no targets.
         for first in range(0, count, size * world):
             wanted = np.arange(first + rank * size, first + (rank + 1) * size)
             rows = np.empty((size, self._seq_len + 1), dtype=np.int64)
             picked = np.minimum(wanted, count - 1) * len(source) // count
             source.gather(picked, rows)
             check_ids(rows, picked, source, unwrap(model).vocab_size)
-            tokens, targets, documents = split_documents(torch.from_numpy(rows), self._eot_id)
-            targets[torch.from_numpy(wanted >= count)] = -100
-            out = model(
-                tokens.to(device),
-                targets.to(device),
-                documents=None if documents is None else documents.to(device),
-            )
-            n_targets = (targets >= 0).sum().to(device)
-            total += torch.stack([out.main_loss.double() * n_targets, n_targets.double()])
-        return self._parallelism.sum(total).tolist()
+            batch = split_documents(torch.from_numpy(rows), self._eot_id)
+            batch["targets"][torch.from_numpy(wanted >= count)] = IGNORED
+            batch = {name: part.to(device) for name, part in batch.items()}
+            main = self._objective(model, batch).losses["main"].value
+            n_targets = self._objective.count_targets(batch)
+            total += torch.stack([main.double() * n_targets, n_targets.double()])
+        return parallelism.sum(total).tolist()

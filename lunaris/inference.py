@@ -9,36 +9,39 @@ from typing import Any
 import torch
 
 from lunaris.checkpoint import load_weights, newest, saved_vocab_size
+from lunaris.config.instantiate import instantiate_component
+from lunaris.config.schema.root import Config
+from lunaris.data.prepare.build import make_ready
 from lunaris.data.tokenizer import TextTokenizer
-from lunaris.distributed import session as distributed
+from lunaris.distributed import session
 from lunaris.errors import UserError
 from lunaris.model.generate import stream
 from lunaris.model.transformer import Transformer
 from lunaris.parallelism.base import unwrap
 from lunaris.parallelism.single import Single
 from lunaris.precision import Precision
-from lunaris.run import bare_model, component, evaluator_of
+from lunaris.run import bare_model, evaluator_of
 from lunaris.runs.data_fingerprint import check_tokenizer
 from lunaris.runs.run_dir import RunDir
 
 
 def evaluate_checkpoint(
-    cfg: Any, run_dir: RunDir, *, step: int | None, most: int | None
+    cfg: Config, run_dir: RunDir, *, step: int | None, most: int | None
 ) -> dict[str, float]:
     """Return the `val/` metrics of a checkpoint on `cfg.data`, and its `step`.
 
     most: sequences of each source, None for all. Raises UserError when there is no checkpoint or
     no validation part, or the data's ids do not fit the model's vocabulary.
     """
-    with distributed.session(cfg.trainer.device, cfg.launch.collective_timeout_s):
-        data = component(cfg.data)
-        data.prepare()
+    with session.join(cfg.trainer.device, cfg.launch.collective_timeout_s):
+        data = instantiate_component("data", cfg.data)
+        make_ready(data)
         check_tokenizer(data.tokenizer_path, run_dir)
         model, at = load_trained(cfg, run_dir, step)
         if data.vocab_size > model.vocab_size:
             raise UserError(
-                f"data.dir={cfg.data.get('dir')}: its vocabulary of {data.vocab_size} is larger "
-                f"than the model's {model.vocab_size}"
+                f"data.dir={getattr(cfg.data, 'dir', None)}: its vocabulary of {data.vocab_size} "
+                f"is larger than the model's {model.vocab_size}"
             )
         single = Single()
         with Precision(cfg.trainer.precision, single.device).autocast():
@@ -51,7 +54,7 @@ def evaluate_checkpoint(
 
 
 def sample_texts(
-    cfg: Any,
+    cfg: Config,
     run_dir: RunDir,
     prompt: str,
     *,
@@ -74,7 +77,7 @@ def sample_texts(
     ids = tokenizer.encode([prompt.encode()])[0].tolist()
     if not ids:
         raise UserError("--prompt: must hold at least one character")
-    with distributed.session(cfg.trainer.device, cfg.launch.collective_timeout_s):
+    with session.join(cfg.trainer.device, cfg.launch.collective_timeout_s):
         model, _ = load_trained(cfg, run_dir, step)
         prompt_ids = torch.tensor([ids], device=next(model.parameters()).device)
         for seed in seeds:
@@ -103,7 +106,7 @@ def _text(tokenizer: TextTokenizer, tokens: Iterable[Any]) -> Iterator[str]:
         shown = len(data)
 
 
-def load_trained(cfg: Any, run_dir: RunDir, step: int | None) -> tuple[Transformer, int]:
+def load_trained(cfg: Config, run_dir: RunDir, step: int | None) -> tuple[Transformer, int]:
     """Return a run's model with the weights of a checkpoint, in eval mode, and its step.
 
     One process. Raises UserError when there is no such checkpoint.

@@ -7,18 +7,20 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lunaris.checkpoint import Checkpoints, TrainState
-from lunaris.data.loader import Loader, StepBatch
+from lunaris.config.schema.root import Config
+from lunaris.data.loader import Loader
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import Stopped
 from lunaris.evaluate import Evaluator
 from lunaris.metrics.loggers import Logger
+from lunaris.metrics.records import Row
 from lunaris.metrics.throughput import Meter, peak_memory_gb
+from lunaris.objective.base import Batch, Objective
 from lunaris.optim.clip import clip_grad_norm
 from lunaris.optim.groups import set_learning_rate
 from lunaris.optim.schedule import Constant
@@ -31,11 +33,12 @@ from lunaris.runs.run_dir import RunDir
 class Run:
     """Everything one run is made of; built by `lunaris.run`."""
 
-    cfg: Any
+    cfg: Config
     dir: RunDir
     parallelism: Parallelism
     precision: Precision
     model: nn.Module
+    objective: Objective
     optimizer: torch.optim.Optimizer
     schedule: Constant
     loader: Loader
@@ -45,19 +48,20 @@ class Run:
     meter: Meter
     stop: StopSignal
     state: TrainState
-    global_batch: int  # sequences an optimizer step, of all processes
+    global_batch: int  # sequences an optimizer step, of all data ranks
 
 
 @dataclass
 class StepStats:
     """What one optimizer step measured, over all processes and micro-steps; on the device.
 
-    main_loss, aux_loss: [] mean over the global batch (nats a token); grad_norm: [] before
-    clipping; load: [n_moe_layers, n_experts] tokens routed; dropped: [n_moe_layers] assignments.
+    losses: each [] mean over the global batch; weights: their factors in the loss that is
+    minimised; grad_norm: [] before clipping; load: [n_moe_layers, n_experts] tokens routed;
+    dropped: [n_moe_layers] assignments.
     """
 
-    main_loss: Tensor
-    aux_loss: Tensor
+    losses: dict[str, Tensor]
+    weights: dict[str, float]
     grad_norm: Tensor
     load: Tensor
     dropped: Tensor
@@ -79,7 +83,7 @@ def train(run: Run) -> None:
 
         last = state.step == trainer.max_steps
         stop = run.parallelism.agree(run.stop.received is not None)
-        row: dict[str, Any] = {}
+        row: Row = {}
         if last or state.step % trainer.log_interval == 0:
             row |= step_row(run, stats)
         with run.meter.paused():
@@ -89,36 +93,33 @@ def train(run: Run) -> None:
                 run.logger.log({"step": state.step} | row)
             if last or stop or state.step % run.cfg.checkpoint.save_interval == 0:
                 save(run, stats)
-            run.checkpoints.poll()
+            run.checkpoints.try_finalize()
         if stop and not last:
-            run.checkpoints.settle()
+            run.checkpoints.wait_pending()
             reason = run.stop.received.name if run.stop.received else "a signal to another process"
             raise Stopped(f"stopped by {reason} at step {state.step}; a checkpoint is saved")
-    run.checkpoints.settle()
+    run.checkpoints.wait_pending()
 
 
-def train_step(run: Run, batch: StepBatch) -> StepStats:
+def train_step(run: Run, batch: Batch) -> StepStats:
     """Take one optimizer step on a process's part of the global batch ([A, B, L] tokens)."""
-    # All randomness of a step (dropout) is a function of seed, step and rank: nothing to restore.
-    torch.manual_seed(_mix(run.cfg.seed, run.state.step, run.parallelism.rank))
+    # All randomness of a step (dropout) is a function of seed, step and data rank, so that a
+    # resumed run has nothing to restore.
+    torch.manual_seed(_mix(run.cfg.seed, run.state.step, run.parallelism.data_rank))
     set_learning_rate(run.optimizer.param_groups, run.schedule(run.state.step))
     run.model.train()
     weights = micro_step_weights(run, batch)
-    micro_steps = len(batch.tokens)
+    micro_steps = len(batch["tokens"])
     totals: dict[str, Tensor] = {}
     for i in range(micro_steps):
-        documents = None if batch.documents is None else batch.documents[i]
         with run.parallelism.micro_step(run.model, last=i == micro_steps - 1):
             with run.precision.autocast():
-                out = run.model(batch.tokens[i], batch.targets[i], documents=documents)
-                loss = out.main_loss * weights[i] + out.aux_loss / micro_steps
+                out = run.objective(run.model, {name: part[i] for name, part in batch.items()})
+                out = out.scaled(weights[i], micro_steps)
+                loss = out.total
             run.precision.scaler.scale(loss).backward()
-        for name, value in (
-            ("main_loss", out.main_loss * weights[i]),
-            ("aux_loss", out.aux_loss / micro_steps),
-            ("load", out.load),
-            ("dropped", out.dropped),
-        ):
+        values = {f"{name}_loss": loss.value for name, loss in out.losses.items()}
+        for name, value in {**values, "load": out.load, "dropped": out.dropped}.items():
             totals[name] = totals.get(name, 0) + value.detach().double()
     run.precision.scaler.unscale_(run.optimizer)
     grad_norm = clip_grad_norm(run.model.parameters(), run.cfg.trainer.grad_clip)
@@ -126,40 +127,43 @@ def train_step(run: Run, batch: StepBatch) -> StepStats:
     run.precision.scaler.update()
     run.optimizer.zero_grad()
 
-    main_loss, aux_loss, load, dropped = _sum_over_ranks(run.parallelism, totals)
-    unwrap(run.model).update_balance(load)
-    world = run.parallelism.world_size
-    return StepStats(main_loss / world, aux_loss / world, grad_norm, load, dropped)
+    totals = _sum_over_ranks(run.parallelism, totals)
+    unwrap(run.model).update_balance(totals["load"])
+    world = run.parallelism.data_world_size
+    return StepStats(
+        {name: totals[f"{name}_loss"] / world for name in out.losses},
+        {name: loss.weight for name, loss in out.losses.items()},
+        grad_norm,
+        totals["load"],
+        totals["dropped"],
+    )
 
 
-def micro_step_weights(run: Run, batch: StepBatch) -> Tensor | list[float]:
+def micro_step_weights(run: Run, batch: Batch) -> Tensor | list[float]:
     """Return each micro-step's weight ([A]), so that every target of the global batch counts alike.
 
-    Without document masking all micro-steps have as many targets: 1 / A. With it, a micro-step
-    weighs by its share of the global batch's targets, times the processes over which gradients
-    are averaged.
+    Where all micro-steps have equally many targets it is 1 / A. Otherwise a micro-step weighs by
+    its share of the global batch's targets, times the data ranks over which gradients are averaged.
     """
-    micro_steps = len(batch.tokens)
-    if batch.documents is None:
+    micro_steps = len(batch["tokens"])
+    if not run.objective.targets_vary(batch):
         return [1 / micro_steps] * micro_steps
-    counts = (batch.targets >= 0).sum(dim=(1, 2)).double()
+    counts = run.objective.count_targets(batch).double()
     total = run.parallelism.sum(counts.sum()).clamp_min(1)
-    return (counts * run.parallelism.world_size / total).float()
+    return (counts * run.parallelism.data_world_size / total).float()
 
 
-def step_row(run: Run, stats: StepStats) -> dict[str, Any]:
+def step_row(run: Run, stats: StepStats) -> Row:
     """Return the `train/`, `moe/` and `perf/` metrics of a step; waits for the device.
 
     Raises RuntimeError when the loss is not finite, before such weights can be saved.
     """
-    main_loss, aux_loss = require_finite(run, stats), stats.aux_loss.item()
-    memory = torch.zeros(run.parallelism.world_size, device=run.parallelism.device)
-    memory[run.parallelism.rank] = peak_memory_gb(run.parallelism.device)
-    row: dict[str, Any] = {
-        "train/loss": main_loss + aux_loss,
-        "train/main_loss": main_loss,
-        "train/aux_loss": aux_loss,
-        "train/perplexity": math.exp(min(main_loss, 700.0)),
+    require_finite(run, stats)
+    losses = {name: loss.item() for name, loss in stats.losses.items()}
+    row: Row = {
+        "train/loss": sum(stats.weights[name] * loss for name, loss in losses.items()),
+        **{f"train/{name}_loss": loss for name, loss in losses.items()},
+        "train/perplexity": math.exp(min(losses["main"], 700.0)),
         "train/lr": run.optimizer.param_groups[0]["lr"],
         "train/grad_norm": stats.grad_norm.item(),
         "train/sequences": run.state.sequences,
@@ -168,14 +172,15 @@ def step_row(run: Run, stats: StepStats) -> dict[str, Any]:
         row["train/loss_scale"] = run.precision.scaler.get_scale()
     row |= moe_row(unwrap(run.model).moe_layers(), stats)
     row |= run.meter.row()
-    row["perf/peak_memory_gb"] = run.parallelism.sum(memory).tolist()
+    peak_gb = peak_memory_gb(run.parallelism.device)
+    row["perf/peak_memory_gb"] = run.parallelism.gather(peak_gb)
     write_progress(run)
     return row
 
 
-def moe_row(layers: list[int], stats: StepStats) -> dict[str, Any]:
+def moe_row(layers: list[int], stats: StepStats) -> Row:
     """Return each layer's expert shares (sum 1) and drop rate, and the extremes over all layers."""
-    row: dict[str, Any] = {}
+    row: Row = {}
     shares = []
     for i, load, dropped in zip(layers, stats.load.tolist(), stats.dropped.tolist(), strict=True):
         total = sum(load)
@@ -189,7 +194,7 @@ def moe_row(layers: list[int], stats: StepStats) -> dict[str, Any]:
     return row
 
 
-def evaluate(run: Run) -> dict[str, Any]:
+def evaluate(run: Run) -> Row:
     """Return the `val/` metrics of the model as it is; every process calls this."""
     with run.precision.autocast():
         row = run.evaluator(run.model)
@@ -210,13 +215,11 @@ def save(run: Run, stats: StepStats) -> None:
     write_progress(run)
 
 
-def require_finite(run: Run, stats: StepStats) -> float:
-    """Return the step's main loss. Raises RuntimeError unless it and the gradients are finite."""
-    loss = stats.main_loss.item()
-    _require_finite(run, "train/main_loss", loss)
+def require_finite(run: Run, stats: StepStats) -> None:
+    """Raise RuntimeError unless the step's main loss and gradients are finite."""
+    _require_finite(run, "train/main_loss", stats.losses["main"].item())
     if not run.precision.scaler.is_enabled():  # A scaler looks for overflow and skips the step.
         _require_finite(run, "train/grad_norm", stats.grad_norm.item())
-    return loss
 
 
 def _require_finite(run: Run, name: str, value: float) -> None:
@@ -228,17 +231,16 @@ def _require_finite(run: Run, name: str, value: float) -> None:
 
 
 def write_progress(run: Run) -> None:
-    """Put the step and the best validation loss into status.json (rank 0)."""
-    if run.parallelism.rank == 0:
+    """Write the step and the best validation loss to status.json."""
+    if run.parallelism.is_writer:
         run.dir.write_status(step=run.state.step, best_val_loss=run.state.best_val_loss)
 
 
-def _sum_over_ranks(parallelism: Parallelism, totals: dict[str, Tensor]) -> list[Tensor]:
-    """Sum all totals over the processes in one collective."""
-    parts = [totals[name] for name in ("main_loss", "aux_loss", "load", "dropped")]
-    flat = parallelism.sum(torch.cat([part.reshape(-1) for part in parts]))
-    sizes = [part.numel() for part in parts]
-    return [x.view_as(p) for x, p in zip(flat.split(sizes), parts, strict=True)]
+def _sum_over_ranks(parallelism: Parallelism, totals: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Sum all totals over the data ranks in one collective."""
+    flat = parallelism.sum(torch.cat([part.reshape(-1) for part in totals.values()]))
+    sums = flat.split([part.numel() for part in totals.values()])
+    return {name: x.view_as(totals[name]) for name, x in zip(totals, sums, strict=True)}
 
 
 def _mix(*numbers: int) -> int:

@@ -1,8 +1,9 @@
-"""What every test shares: one torch thread, a cache of its own, no environment of a launcher."""
+"""What every test shares: one torch thread, a private cache, no environment of a launcher."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,10 +80,30 @@ def run_here() -> Callable[[Any], Any]:
 
     def run(cfg: Any) -> Any:
         from lunaris.run import execute
-        from lunaris.runs.run_dir import create
+        from lunaris.runs.create import create
 
         run_dir = create(cfg, "test", [])
         execute(run_dir.read_config(), run_dir.path)
         return run_dir
 
     return run
+
+
+@pytest.fixture(scope="session")
+def _trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("trained") / "run"
+
+
+@pytest.fixture
+def finished(_trained: Path, tiny: Callable[..., Any], run_here: Callable[[Any], Any]) -> Any:
+    """Return the `RunDir` of a finished `tiny` run, trained once and copied for each test."""
+    from lunaris.config.frozen import to_yaml
+    from lunaris.runs.run_dir import RunDir
+
+    cfg = tiny()
+    if not _trained.exists():
+        shutil.copytree(run_here(cfg).path, _trained)
+    run_dir = RunDir(cfg.out_dir)
+    shutil.copytree(_trained, run_dir.path, dirs_exist_ok=True)
+    run_dir.config_path.write_bytes(to_yaml(cfg))
+    return run_dir

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lunaris.checkpoint import Checkpoints, TrainState, complete, damage, newest
+from lunaris.checkpoint import Checkpoints, TrainState, complete, find_corruption, newest
 from lunaris.errors import UserError
 from lunaris.runs.run_dir import RunDir
 
@@ -39,13 +39,13 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_for_the_one_before(
 ) -> None:
     run_dir = run_here(tiny())
     assert steps(run_dir) == [4, 8]
-    reference = damage(newest(run_dir.checkpoints, 8))
+    reference = find_corruption(newest(run_dir.checkpoints, 8))
     assert reference is None
     spoil(run_dir.checkpoints / "step_00000008")
     with pytest.warns(UserWarning, match="step_00000008 is damaged, skipped"):
         run_here(tiny())
     assert steps(run_dir) == [4, 8]
-    assert damage(run_dir.checkpoints / "step_00000008") is None
+    assert find_corruption(run_dir.checkpoints / "step_00000008") is None
 
 
 def test_a_damaged_newer_checkpoint_is_not_kept_in_place_of_the_one_just_saved(

@@ -5,8 +5,9 @@ from __future__ import annotations
 import ast
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -21,21 +22,20 @@ LAYERS: list[tuple[str, ...]] = [
     ("launch",),
     ("inference",),
     ("run",),
+    ("run_summary",),
     ("train",),
     ("evaluate",),
-    ("moe", "data", "optim", "parallelism", "metrics", "checkpoint"),
+    ("moe", "objective", "data", "optim", "parallelism", "metrics", "checkpoint"),
     ("model",),
     ("precision",),
     ("runs",),
     ("distributed",),
     ("config",),
-    ("errors", "atomic_files", "conf"),
+    ("errors", "atomic_files", "torch_internals", "conf"),
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
-# Shards are looked at when a config is checked, without torch.
-ALLOWED = {
-    ("config/validate.py", f"lunaris.data.{name}") for name in ("shards", "manifest", "folders")
-}
+# The folders of shards are inspected when a config is checked, without torch.
+ALLOWED = {("config/validate.py", "lunaris.data.folders")}
 
 
 def modules() -> Iterator[tuple[str, Path]]:
@@ -84,9 +84,102 @@ def test_imports_point_down(name: str, path: Path) -> None:
         assert RANK[own] < RANK[other], f"{name} imports {module}, which is not below it"
 
 
+def test_every_package_is_installed() -> None:
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    folders = {PurePosixPath("lunaris", name).parent for name, _ in modules()}
+    assert {str(folder).replace("/", ".") for folder in folders} <= set(listed)
+
+
+def module_name(name: str) -> str:
+    """Return the dotted name of a file: "launch/sweep/start.py" -> "lunaris.launch.sweep.start"."""
+    return f"lunaris.{name.removesuffix('.py').replace('/', '.')}".removesuffix(".__init__")
+
+
+def module_graph() -> dict[str, set[str]]:
+    """Return for every module of ours the modules of ours that it imports, at any depth."""
+    files = {module_name(name): path for name, path in modules()}
+    graph: dict[str, set[str]] = {}
+    for module, path in files.items():
+        names = imported(path, deep=True) | imported_names(path)
+        graph[module] = {name for name in names if name in files and name != module}
+    return graph
+
+
+def imported_names(path: Path) -> set[str]:
+    """Return `a.b` for every `from a import b` of a file, since b may be a module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Return the modules of one circle of imports, the first of them again at the end, or []."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for other in sorted(graph[module]):
+            if found := visit(other, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := visit(module, []))), [])
+
+
+def test_no_imports_go_in_a_circle_within_a_room_either() -> None:
+    graph = module_graph()
+    assert len(graph) > 80 and graph["lunaris.launch.worker"] >= {"lunaris.launch.local"}
+    found = circle(graph)
+    assert not found, f"a circle of imports: {' -> '.join(found)}"
+
+
+def test_a_circle_of_imports_is_found() -> None:
+    assert circle({"a": {"b"}, "b": {"c", "d"}, "c": set(), "d": {"a"}}) == ["a", "b", "d", "a"]
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+
+
+# What libraries do not promise to keep, and the one file that may use it.
+INTERNALS = {
+    "hydra._internal": "config/hydra_internals.py",
+    "hydra.core.plugins": "config/hydra_internals.py",
+    "submitit.core._submit": "launch/submitit_internals.py",
+    "submitit.local.local": "launch/submitit_internals.py",
+    "submitit.slurm.slurm": "launch/submitit_internals.py",
+}
+
+
+@pytest.mark.parametrize(("module", "allowed"), INTERNALS.items())
+def test_internals_of_a_library_are_used_in_one_file(module: str, allowed: str) -> None:
+    users = [
+        name
+        for name, path in modules()
+        if any(f"{used}.".startswith(f"{module}.") for used in imported(path, deep=True))
+    ]
+    assert set(users) <= {allowed}
+
+
 def test_no_module_but_one_instantiates() -> None:
     callers = [name for name, path in modules() if "hydra.utils" in imported(path, deep=True)]
-    assert callers == ["run.py"]
+    assert callers == ["config/instantiate.py"]
+
+
+def test_what_training_reads_imports_nothing_of_the_preparation() -> None:
+    importers = {
+        name
+        for name, path in modules()
+        if not name.startswith("data/prepare/")
+        and any(f"{m}.".startswith("lunaris.data.prepare.") for m in imported(path, deep=True))
+    }
+    # The commands, and the composition root, where data is built on first use.
+    assert importers == {
+        "commands/prepare.py", "commands/resume.py", "inference.py", "run.py"
+    }  # fmt: skip
 
 
 TORCH_FREE = ("config/", "commands/", "runs/", "errors.py", "__main__.py", "launch/sweep/")

@@ -1,53 +1,84 @@
-"""The edge to Hydra: `hydra.main` with our plugins, our command line and our messages."""
+"""The bridge to Hydra: its flags, and sweepers and launchers that are not ours.
+
+`hydra.main` serves `hydra/sweeper=optuna`, `hydra/launcher=submitit_slurm` and the like. Our
+sweeper and launchers are plugins here, so that each can be combined with one of Hydra's.
+"""
 
 from __future__ import annotations
 
 import os
-import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from importlib import import_module
-from types import ModuleType
+from collections.abc import Callable, Sequence
 from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.errors import HydraException
+from hydra.plugins.launcher import Launcher
+from hydra.plugins.sweeper import Sweeper
+from hydra.types import HydraContext, TaskFunction
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from lunaris.config.cli import Flags
 from lunaris.config.compose import Composer, register_schemas
+from lunaris.config.hydra_internals import (
+    PLUGIN_PACKAGE,
+    instantiate_launcher,
+    register_plugin,
+    run_hydra_main,
+)
+from lunaris.config.keys import CONFIG_MODULE
 from lunaris.config.messages import explain
-from lunaris.config.options import CONFIG_MODULE
-from lunaris.config.overrides import open_maps, parse
+from lunaris.config.overrides import open_maps, parse, quoted
 from lunaris.errors import UserError
-
-# Hydra takes plugins from this package only; ours are registered under its name.
-_PACKAGE = "hydra_plugins.lunaris"
-_PLUGINS = {
-    "Product": "lunaris.launch.sweep.sweeper",
-    "LocalSweep": "lunaris.launch.sweep.sweeper",
-    "SlurmArray": "lunaris.launch.sweep.slurm_array",
-}
+from lunaris.launch.sweep.expand import PRODUCT, SweepRequest, expand
+from lunaris.launch.sweep.points import Outcome, PointLauncher, Sweep, outcome_of, submit_points
+from lunaris.launch.sweep.run_points import point_launcher, run_point
+from lunaris.runs.run_dir import RunDir
 
 
-def hand_to_hydra(
-    flags: Flags, extra: list[str], task: Callable[[Any], Any], plugins: list[str] | None = None
-) -> None:
-    """Let `hydra.main` do what the flags ask, and tell its faults as ours.
+class PointFailed(RuntimeError):
+    """Tells a sweeper that a point failed; the message is the point's last error."""
 
-    Hydra's sweepers, launchers, completion and `--info` work by this way. plugins: the
-    `_target_`s that the config will ask for; ours among them are registered. Raises UserError.
+
+def run_by_hydra(request: SweepRequest, sweep: Sweep, targets: list[str]) -> list[Outcome]:
+    """Let Hydra's sweeper or launcher run the sweep; return how its points ended.
+
+    targets: the `_target_`s of the sweeper and the launcher. Raises UserError.
     """
-    import hydra
-    from hydra.errors import HydraException
-    from omegaconf.errors import OmegaConfBaseException
-    from yaml import YAMLError
+    folder = f"hydra.sweep.dir={quoted(str(sweep.dir))}"
+    call_hydra(request.flags, request.parsed, _SweepTask(sweep), [folder], targets)
+    if sweep.outcomes:
+        return sweep.outcomes
+    # Processes of another launcher leave nothing but the folders of the points.
+    points = sweep.frozen_points()
+    if PRODUCT not in targets:
+        # The manifest then holds the points in the order in which their processes started.
+        points.sort(key=lambda point: point.name)
+    return [outcome_of(point) for point in points]
 
+
+def call_hydra(
+    flags: Flags,
+    parsed: list[Override],
+    task: Callable[[Any], Any],
+    extra: Sequence[str] = (),
+    targets: Sequence[str] = (),
+) -> None:
+    """Let `hydra.main` do what the flags ask, and report its errors as ours.
+
+    parsed: the overrides of the flags. extra: further ones. targets: the plugins that the config
+    will ask for, of which ours are registered. Raises UserError.
+    """
     register_schemas()
-    _register(plugins or [])
+    for plugin in (Product, LocalSweep, SlurmArray):
+        if f"{PLUGIN_PACKAGE}.{plugin.__name__}" in targets:
+            register_plugin(plugin)
     try:
-        with warnings.catch_warnings(), _as_hydra_program(_argv(flags, extra)):
-            warnings.simplefilter("ignore")
-            hydra.main(f"pkg://{CONFIG_MODULE}", "train", version_base="1.3")(task)()
+        run_hydra_main(f"pkg://{CONFIG_MODULE}", task, _argv(flags, [*extra, *open_maps(parsed)]))
     except SystemExit as ended:
-        # `--hydra-help` ends so.
+        # `--hydra-help` ends with one.
         if ended.code:
             raise
     except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
@@ -55,26 +86,13 @@ def hand_to_hydra(
             raise
         if flags.shell_completion:
             raise UserError(explain(error)) from error
-        # Ours is the better message, where the fault is one that our own composition finds.
-        swept = {o.input_line for o in parse(flags.overrides) if o.is_sweep_override()}
-        Composer(flags.source).unchecked([o for o in flags.overrides if o not in swept])
+        # Our own composition has the better message, where it finds the fault too.
+        swept = {o.input_line for o in parsed if o.is_sweep_override()}
+        Composer(flags.source).compose_raw([o for o in flags.overrides if o not in swept])
         raise UserError(explain(error)) from error
 
 
-def _register(targets: list[str]) -> None:
-    from hydra.core.plugins import Plugins
-
-    package = sys.modules.setdefault(_PACKAGE, ModuleType(_PACKAGE))
-    for target in targets:
-        name = target.removeprefix(f"{_PACKAGE}.")
-        if name in _PLUGINS:
-            plugin = getattr(import_module(_PLUGINS[name]), name)
-            plugin.__module__ = _PACKAGE
-            setattr(package, name, plugin)
-            Plugins.instance().register(plugin)
-
-
-def _argv(flags: Flags, extra: list[str]) -> list[str]:
+def _argv(flags: Flags, overrides: list[str]) -> list[str]:
     argv = ["lunaris"]
     for flag, value in (
         ("--cfg", flags.cfg),
@@ -93,21 +111,114 @@ def _argv(flags: Flags, extra: list[str]) -> list[str]:
     ):
         argv += [flag] if given else []
     if flags.config_path is not None:
-        extra = [*extra, f"hydra.searchpath=[pkg://{CONFIG_MODULE}]"]
-    return [*argv, *extra, *open_maps(parse(flags.overrides))]
+        argv.append(f"hydra.searchpath=[pkg://{CONFIG_MODULE}]")
+    return [*argv, *overrides]
 
 
-@contextmanager
-def _as_hydra_program(argv: list[str]) -> Iterator[None]:
-    """Lend `hydra.main` the command line, and have it raise its errors instead of printing."""
-    before, full = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = argv
-    os.environ["HYDRA_FULL_ERROR"] = "1"
+class _SweepTask:
+    """The function that one of Hydra's launchers calls for a point; it also carries the sweep."""
+
+    def __init__(self, sweep: Sweep) -> None:
+        self.sweep = sweep
+
+    def __call__(self, cfg: Any) -> float | None:
+        overrides = list(HydraConfig.get().overrides.task)
+        if "SUBMITIT_EXECUTOR" in os.environ:
+            return _train_in_job(self.sweep, overrides)
+        points = self.sweep.plan([overrides])
+        self.sweep.freeze(points)
+        return _returned(run_point(points[0], lambda line: None)).return_value
+
+
+class Product(Sweeper):
+    """Our sweeper as a plugin, for Hydra's launchers: every combination of the swept values.
+
+    It writes nothing before all points have been checked, unlike Hydra's basic sweeper. params:
+    further overrides, by key.
+    """
+
+    def __init__(self, params: dict[str, str] | None = None) -> None:
+        self._params = params or {}
+        self._launcher: Launcher | None = None
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: Any
+    ) -> None:
+        assert isinstance(task_function, _SweepTask)
+        self._sweep = task_function.sweep
+        self._config_loader = hydra_context.config_loader
+        self._launcher = instantiate_launcher(hydra_context, task_function, config)
+
+    def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
+        """Check and launch the points; return how each ended."""
+        assert self._launcher is not None
+        given = [f"{key}={value}" for key, value in self._params.items()]
+        points = expand(parse([*given, *arguments], self._config_loader))
+        if not isinstance(self._launcher, _PointLauncher):
+            # Hydra's launchers would find a wrong point only at its turn. The manifest fixes the
+            # order of the points before their processes add to it in any order.
+            self._sweep.record(self._sweep.plan(points))
+        return self._launcher.launch(points, initial_job_idx=0)
+
+
+class _PointLauncher(Launcher):
+    """One of our launchers as a plugin, for Hydra's sweepers."""
+
+    def setup(
+        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: Any
+    ) -> None:
+        assert isinstance(task_function, _SweepTask)
+        self._sweep = task_function.sweep
+        launcher = point_launcher(config.hydra.launcher._target_)
+        assert launcher is not None
+        self._launcher: PointLauncher = launcher
+
+    def launch(
+        self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int
+    ) -> Sequence[JobReturn]:
+        """Check all points, then run or send them; return how each ended."""
+        outcomes = submit_points(self._sweep, job_overrides, self._launcher)
+        return [_returned(outcomes[self._sweep.name_of(texts)]) for texts in job_overrides]
+
+
+class LocalSweep(_PointLauncher):
+    """`hydra/launcher=local`: runs points on this machine."""
+
+
+class SlurmArray(_PointLauncher):
+    """`hydra/launcher=slurm`: sends points as a job array."""
+
+
+def _returned(outcome: Outcome) -> JobReturn:
+    """Return an outcome as Hydra's sweepers take it: the best validation loss, or the error."""
+    failed = outcome.state == "failed"
+    result = JobReturn(
+        overrides=outcome.point.overrides,
+        cfg=outcome.point.cfg,
+        working_dir=str(outcome.point.dir),
+        task_name="train",
+        status=JobStatus.FAILED if failed else JobStatus.COMPLETED,
+    )
+    result.return_value = PointFailed(outcome.error) if failed else outcome.val_loss
+    return result
+
+
+def _train_in_job(sweep: Sweep, overrides: list[str]) -> float | None:
+    """Train one point as a task of a job of hydra-submitit-launcher; return the objective.
+
+    The launcher calls this in every task. Only rank 0 writes the folder.
+    """
+    from lunaris.launch.process import train_here
+    from lunaris.launch.slurm_task import export_ranks
+
+    export_ranks()
+    (point,) = sweep.plan([overrides])
+    if os.environ["RANK"] == "0":
+        sweep.freeze([point])
+    # The other ranks wait for rank 0 when the process group is created.
     try:
-        yield
-    finally:
-        sys.argv = before
-        if full is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = full
+        return train_here(point.cfg, point.dir).best_val_loss
+    except UserError as error:
+        # No other process waits for this one and could record the error.
+        RunDir(point.dir).write_status(state="failed", last_error=str(error))
+        raise

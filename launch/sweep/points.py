@@ -1,39 +1,40 @@
-"""The points of a sweep: composed and checked together, then frozen into folders of their own."""
+"""The points of a sweep: composed and checked together, then frozen in one folder each."""
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
-from lunaris.atomic_files import file_lock, read_json, write_json
-from lunaris.config.compose import Composer, Source
+from lunaris.config.compose import Composer
 from lunaris.config.identity import differing, identity
 from lunaris.config.run_names import point_name
+from lunaris.config.schema.logger import WandbLoggerConfig
+from lunaris.config.schema.root import Config
 from lunaris.errors import UserError
-from lunaris.runs import run_dir as rundir
+from lunaris.runs.create import create, refuse_other_config, take_world_size
 from lunaris.runs.run_dir import RunDir
+from lunaris.runs.status import last_line
+from lunaris.runs.sweep_manifest import ManifestPoint, read_points, write_points
 
-MANIFEST = "manifest.json"
+# A sweep of more points prints that it checks them, because that takes seconds.
+_MANY = 20
 
 
 @dataclass(frozen=True)
 class Point:
-    """One point of a sweep, composed and checked; `dir` is its run's folder."""
+    """One point of a sweep, composed and checked; `dir` is the folder of its run."""
 
     name: str
     overrides: list[str]
-    cfg: Any
+    cfg: Config
     dir: Path
 
     @property
     def done(self) -> bool:
-        """Say whether this very run has ended well already."""
-        run_dir = RunDir(self.dir)
-        return run_dir.read_status().get("state") == "done" and not _other_config(self)
+        """Whether its run is done. `Sweep.plan` refuses a folder with another run."""
+        return RunDir(self.dir).read_status().get("state") == "done"
 
 
 @dataclass
@@ -49,13 +50,15 @@ class Outcome:
 
 @dataclass
 class Sweep:
-    """A sweep's folder, the command that asked for it, and what became of its points."""
+    """A sweep: its folder, the command that asked for it, and how its points ended.
+
+    shared: the overrides that all points have; the others of a point make its name.
+    """
 
     dir: Path
     command: str
-    # The overrides that all points share; what else a point has names it.
     shared: set[str]
-    source: Source = field(default_factory=Source)
+    composer: Composer = field(default_factory=Composer)
     outcomes: list[Outcome] = field(default_factory=list)
 
     @property
@@ -68,18 +71,12 @@ class Sweep:
         Raises UserError naming the point when one cannot work, or when its folder holds a run of
         another config.
         """
-        composer = Composer(self.source)
         points: dict[str, Point] = {}
         for overrides in job_overrides:
-            point = self._compose(composer, list(overrides))
-            rows = _other_config(point)
-            if rows:
-                raise UserError(
-                    f"{point.dir}: holds a run of another config; choose another `name=`, or "
-                    "remove the folder. Differing keys:\n  " + "\n  ".join(rows)
-                )
+            point = self._compose(list(overrides))
+            refuse_other_config(RunDir(point.dir), point.cfg)
             before = points.setdefault(point.name, point)
-            if differing(identity(before.cfg), identity(point.cfg)):
+            if before is not point and differing(identity(before.cfg), identity(point.cfg)):
                 raise UserError(
                     f"point {point.name}: two points of the sweep have this name, "
                     f"{' '.join(before.overrides)} and {' '.join(point.overrides)}; give "
@@ -87,12 +84,11 @@ class Sweep:
                 )
         return list(points.values())
 
-    def points(self) -> list[Point]:
-        """Return the points that the sweep's manifest holds, read from their folders."""
-        rows = read_json(self.dir / MANIFEST).get("points", [])
-        dirs = [(row, self.dir / row["dir"]) for row in rows]
+    def frozen_points(self) -> list[Point]:
+        """Return the points of the manifest that have a folder."""
+        dirs = [(row, self.dir / row.dir) for row in read_points(self.dir) or []]
         return [
-            Point(row["name"], row["overrides"], RunDir(path).read_config(), path)
+            Point(row.name, row.overrides, RunDir(path).read_config(), path)
             for row, path in dirs
             if RunDir(path).config_path.is_file()
         ]
@@ -101,97 +97,71 @@ class Sweep:
         """Write the sweep's manifest and the folder of every point that is not done."""
         for point in points:
             if not point.done:
-                rundir.create(point.cfg, self.command, point.overrides)
-        write_manifest(self, points)
+                create(point.cfg, self.command, point.overrides)
+        self.record(points)
 
-    def name_of(self, overrides: list[str]) -> str:
+    def record(self, points: list[Point], job_ids: dict[str, str] | None = None) -> None:
+        """Write points to the sweep's manifest. job_ids: by name, of the points that were sent."""
+        ids = job_ids or {}
+        rows = [
+            ManifestPoint(p.name, p.overrides, p.name, ids.get(p.name), identity(p.cfg))
+            for p in points
+        ]
+        write_points(self.dir, self.command, rows)
+
+    def name_of(self, overrides: Sequence[str]) -> str:
         """Return the name of the point with these overrides."""
         return point_name([text for text in overrides if text not in self.shared])
 
-    def _compose(self, composer: Composer, overrides: list[str]) -> Point:
+    def _compose(self, overrides: list[str]) -> Point:
         name = self.name_of(overrides)
         try:
-            cfg = composer.compose(overrides)
+            cfg: Config = self.composer.compose(overrides)
         except UserError as error:
             about = "" if str(error).startswith(name) else f"point {name}: "
             raise UserError(f"{about}{error}") from error
-        if "RANK" in os.environ and "processes" in cfg.launch:
-            # A task of a job of another launcher: what `rundir.create` will freeze.
-            cfg.launch.processes = int(os.environ["WORLD_SIZE"])
+        take_world_size(cfg)
         cfg.name = name
         cfg.out_dir = str(self.dir / name)
-        if cfg.logger.get("group", "") is None:
-            cfg.logger.group = self.name
+        for logger in cfg.logger.values():
+            if isinstance(logger, WandbLoggerConfig) and logger.group is None:
+                logger.group = self.name
         return Point(name, overrides, cfg, self.dir / name)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return a sweep's manifest. Raises UserError where there is none."""
-    manifest = read_json(folder / MANIFEST)
-    if "points" not in manifest:
-        raise UserError(f"{folder}: not a sweep's folder (it holds no {MANIFEST})")
-    return manifest
+class PointLauncher(Protocol):
+    """Runs or sends the checked points of a sweep."""
+
+    def submit(self, sweep: Sweep, points: list[Point]) -> list[Outcome]:
+        """Freeze the points, run or send those that are not done; return an outcome for each."""
 
 
-def write_manifest(
-    sweep: Sweep, points: list[Point], job_ids: dict[str, str] | None = None
-) -> None:
-    """Add the points to `manifest.json`, or replace those of the same name.
+def submit_points(
+    sweep: Sweep, job_overrides: Sequence[Sequence[str]], launcher: PointLauncher
+) -> dict[str, Outcome]:
+    """Check all points, then submit them; return their outcomes by name.
 
-    The manifest holds name, command, created (seconds since the epoch) and points; of each its
-    name, overrides, dir (relative to the manifest), job_id and identity (the keys that decide its
-    numbers). job_ids: of the points that were sent, by name.
+    Raises UserError, having written nothing, when a point cannot work.
     """
-    path = sweep.dir / MANIFEST
-    sweep.dir.mkdir(parents=True, exist_ok=True)
-    # The points of a sweep that another launcher started may come here at the same time.
-    with file_lock(sweep.dir / ".manifest.lock"):
-        _merge_manifest(path, sweep, points, job_ids or {})
-
-
-def _merge_manifest(path: Path, sweep: Sweep, points: list[Point], job_ids: dict[str, str]) -> None:
-    old = read_json(path)
-    rows = {row["name"]: row for row in old.get("points", [])}
-    for point in points:
-        rows[point.name] = {
-            "name": point.name,
-            "overrides": point.overrides,
-            "dir": point.name,
-            "job_id": job_ids.get(point.name, rows.get(point.name, {}).get("job_id")),
-            "identity": identity(point.cfg),
-        }
-    write_json(
-        path,
-        {
-            "name": sweep.name,
-            "command": sweep.command,
-            "created": old.get("created", time.time()),
-            "points": list(rows.values()),
-        },
-    )
+    if len(job_overrides) > _MANY:
+        (first,) = sweep.plan(job_overrides[:1])
+        # A dry run prints scripts and nothing else.
+        if not getattr(first.cfg.launch, "dry_run", False):
+            print(f"checking {len(job_overrides)} points", flush=True)
+    outcomes = launcher.submit(sweep, sweep.plan(job_overrides))
+    sweep.outcomes += outcomes
+    return {outcome.point.name: outcome for outcome in outcomes}
 
 
 def outcome_of(point: Point) -> Outcome:
-    """Read from a point's folder how it ended."""
+    """Return how a point ended, from the files in its folder."""
     status = RunDir(point.dir).read_status()
     state, error = str(status.get("state", "failed")), str(status.get("last_error") or "")
     logs = RunDir(point.dir).logs
     log = next((p for p in (logs / "rank_0.log", logs / "console.log") if _has_text(p)), None)
     loss = status.get("best_val_loss")
-    return Outcome(point, state, loss, error or _last_line(log), log)
-
-
-def _other_config(point: Point) -> list[str]:
-    run_dir = RunDir(point.dir)
-    if not run_dir.config_path.is_file():
-        return []
-    return differing(identity(run_dir.read_config()), identity(point.cfg))
+    return Outcome(point, state, loss, error or last_line([log] if log else []), log)
 
 
 def _has_text(path: Path) -> bool:
     return path.is_file() and path.stat().st_size > 0
-
-
-def _last_line(path: Path | None) -> str:
-    lines = path.read_text(errors="replace").split("\n") if path is not None else []
-    return next((line.strip() for line in reversed(lines) if line.strip()), "")

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
-from typing import Any
 
 from lunaris.config.overrides import parse
+from lunaris.config.schema.data import ShardsDataConfig
+from lunaris.config.schema.root import Config
 from lunaris.config.schema.trainer import TrainerConfig
 from lunaris.errors import UserError, did_you_mean
 from lunaris.runs.run_dir import RunDir
 
-HELP = "loss and perplexity of a run's checkpoint, on its own validation part or any shards"
+HELP = "loss and perplexity of a run's checkpoint, on its validation data or on any shards"
 _KEYS = ("data.dir", "trainer.batch_size", "trainer.precision", "trainer.device")
 
 
@@ -20,11 +21,11 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     if args.max_sequences is not None and args.max_sequences < 1:
         raise UserError(f"--max-sequences {args.max_sequences}: must be at least 1")
-    cfg = RunDir(args.dir).read_config()
+    cfg: Config = RunDir(args.dir).read_config()
     for override in args.overrides:
         _apply(cfg, override)
 
-    # torch only from here on: `--help` and a wrong key answer at once.
+    # Imports torch, which `--help` and a wrong key do not need.
     from lunaris.inference import evaluate_checkpoint
 
     result = evaluate_checkpoint(cfg, RunDir(args.dir), step=args.step, most=args.max_sequences)
@@ -45,47 +46,50 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("dir", help="the run's folder")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help=f"of the run's config: {', '.join(_KEYS)}"
+        "overrides", nargs="*", metavar="KEY=VALUE", help=f"keys to override: {', '.join(_KEYS)}"
     )
     parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest)")
-    parser.add_argument("--max-sequences", type=int, help="of each source (default: all)")
+    parser.add_argument(
+        "--max-sequences", type=int, help="at most so many of each source (default: all)"
+    )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     return parser
 
 
-def _apply(cfg: Any, override: str) -> None:
+def _apply(cfg: Config, override: str) -> None:
     key, equals, value = override.partition("=")
     if key not in _KEYS or not equals:
         raise UserError(
-            f"{override}: not something evaluate can override; "
+            f"{override}: evaluate cannot override this; "
             f"allowed are {', '.join(_KEYS)}{did_you_mean(key, _KEYS)}"
         )
     if key == "data.dir":
         folders = _folders(override)
-        cfg.data = {
-            "_target_": "lunaris.data.shards.ShardsData",
-            "dir": folders,
-            "val_dir": folders,
-            "eot_id": cfg.data.get("eot_id"),
-            "document_masking": cfg.data.document_masking,
-        }
+        cfg.data = ShardsDataConfig(
+            dir=folders,
+            val_dir=folders,
+            eot_id=getattr(cfg.data, "eot_id", None),
+            document_masking=cfg.data.document_masking,
+        )
         return
     name = key.removeprefix("trainer.")
-    typed: Any = value
+    typed: str | int = value
     if name == "batch_size":
         if not value.removeprefix("-").isdecimal():
             raise UserError(f"{key}={value}: must be an integer")
         typed = int(value)
-    TrainerConfig(**{name: typed})  # Checks it.
-    cfg.trainer[name] = typed
+    TrainerConfig(**{name: typed})  # type: ignore[arg-type]  # It raises for a wrong value.
+    setattr(cfg.trainer, name, typed)
 
 
 def _folders(override: str) -> str | list[str]:
-    """Return the folder, or the folders of a list, that `data.dir=…` gives."""
+    """Return the folder, or the list of folders, that `data.dir=…` gives."""
     value = override.partition("=")[2]
     if "${" in value or value == "???":
         raise UserError(f"{override}: must be a folder, or a list of folders")
     if not value.startswith("["):
         return value
-    folders: Any = parse([override])[0].value()
+    folders = parse([override])[0].value()
+    if not isinstance(folders, list):
+        raise UserError(f"{override}: must be a folder, or a list of folders")
     return [str(folder) for folder in folders]

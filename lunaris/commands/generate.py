@@ -9,7 +9,7 @@ import sys
 from lunaris.errors import UserError
 from lunaris.runs.run_dir import RunDir
 
-HELP = "samples text from a run's checkpoint, with a KV cache"
+HELP = "sample text from a run's checkpoint, with a KV cache"
 
 
 def main(argv: list[str]) -> int:
@@ -19,7 +19,7 @@ def main(argv: list[str]) -> int:
     run_dir = RunDir(args.dir)
     cfg = run_dir.read_config()
 
-    # torch and tokenizers only from here on: `--help` answers at once.
+    # Imports torch and tokenizers, which `--help` does not need.
     from lunaris.inference import sample_texts
 
     seeds = range(args.seed, args.seed + args.samples)
@@ -34,7 +34,7 @@ def main(argv: list[str]) -> int:
         top_k=args.top_k,
         top_p=args.top_p,
     )
-    # Whatever is wrong with the run is found before its first text.
+    # Faults of the run were raised before the first text.
     for i, (seed, pieces) in enumerate(zip(seeds, texts, strict=True)):
         if args.samples > 1:
             print(f"--- sample {i + 1} (seed {seed})")
@@ -54,12 +54,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("dir", help="the run's folder")
     parser.add_argument("--prompt", required=True, help="the text to continue")
-    parser.add_argument("--max-new-tokens", type=int, default=128, help="(default: 128)")
-    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: 0.8)")
-    parser.add_argument("--top-k", type=int, help="sample among the k likeliest tokens")
+    parser.add_argument("--max-new-tokens", type=int, default=128, help="the length (default: 128)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: 0.8)")
+    parser.add_argument("--top-k", type=int, help="sample from the k most likely tokens")
     parser.add_argument("--top-p", type=float, help="sample within this probability mass")
-    parser.add_argument("--seed", type=int, default=0, help="of the first sample (default: 0)")
-    parser.add_argument("--samples", type=int, default=1, help="(default: 1)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        help="the seed of the first sample; each next one adds 1 (default: 0)",
+    )
+    parser.add_argument("--samples", type=int, default=1, help="how many texts (default: 1)")
     parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest)")
     return parser
 

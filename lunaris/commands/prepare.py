@@ -11,16 +11,16 @@ from lunaris.errors import UserError
 if TYPE_CHECKING:
     from lunaris.data.manifest import Manifest
 
-HELP = "make token shards from text files or Hub datasets; goes on where it stopped"
+HELP = "make token shards from text files or Hub datasets; run again, it continues where it stopped"
 
 _USAGE = """\
 usage: lunaris prepare [--verify] data=text|hf|stdlib data.dir=FOLDER [data.KEY=VALUE ...]
 
-Trains or loads a tokenizer, and writes shards of tokens and their manifest into data.dir. Killed at
-any moment, the same command goes on; the shards are the same bytes whatever data.processes is.
-Training takes the folder by `lunaris train data=shards data.dir=FOLDER`.
+Trains or loads a tokenizer, and writes shards of tokens and their manifest into data.dir. It can be
+killed at any moment; run the same command to continue. The shards are the same bytes for any
+data.processes. Train on the folder with `lunaris train data=shards data.dir=FOLDER`.
 
-  --verify  recompute the checksum of every shard in data.dir (any kind of data), write nothing
+  --verify  recompute the checksum of every shard in data.dir (any kind of data); write nothing
 
   lunaris prepare data=text data.dir=shards 'data.files=[corpus/*.jsonl]'
   lunaris prepare data=text data.dir=shards data.tokenizer=gpt2 \\
@@ -28,12 +28,12 @@ Training takes the folder by `lunaris train data=shards data.dir=FOLDER`.
   lunaris prepare data=hf data.dir=shards data.datasets=roneneldan/TinyStories
   lunaris prepare --verify data=shards data.dir=shards
 
-keys of data=text, with their defaults (`lunaris train --help` lists those of every group):
+The keys of data=text and their defaults (`lunaris train --help` lists those of every group):
 """
 
 
 def main(argv: list[str]) -> int:
-    """Compose the `data` group, and prepare it or verify what was prepared."""
+    """Compose the `data` group, and build its shards or verify them; return the exit code."""
     if "-h" in argv or "--help" in argv:
         print(_USAGE + _keys())
         return 0
@@ -41,40 +41,37 @@ def main(argv: list[str]) -> int:
     for flag in flags:
         if flag != "--verify":
             raise UserError(f"{flag}: no such option of prepare; allowed are --verify and --help")
-    from omegaconf import OmegaConf
-
     from lunaris.config.compose import compose
-    from lunaris.config.instantiate import build
+    from lunaris.config.instantiate import instantiate_component
+    from lunaris.data.prepare.build import build_shards
+    from lunaris.data.prepared import PreparedData
+    from lunaris.data.stdlib import StdlibData
 
     overrides = [arg for arg in argv if not arg.startswith("-")]
     cfg = compose(overrides, check_data=False)
-    keys: Any = OmegaConf.to_container(cfg.data, resolve=True)
     if flags:
-        return _verify(keys)
-    target = keys.pop("_target_")
-    data = build("data._target_", target, keys)
+        return _verify(getattr(cfg.data, "dir", None))
+    data = instantiate_component("data", cfg.data)
     began = time.monotonic()
-    if not hasattr(data, "make"):
-        if not hasattr(data, "folder"):
-            raise UserError(f"data={target}: is trained on as it is; there is nothing to prepare")
-        data.prepare()
-        from lunaris.data.manifest import read
-
-        made = read(data.folder)
+    if hasattr(data, "build_shards"):
+        made = data.build_shards()
+    elif isinstance(data, PreparedData | StdlibData):
+        made = build_shards(data)
     else:
-        made = data.make()
-    assert made is not None
+        raise UserError(
+            f"data={cfg.data._target_}: is trained on as it is; there is nothing to prepare"
+        )
     _report(made, str(data.folder), time.monotonic() - began)
     return 0
 
 
-def _verify(keys: dict[str, Any]) -> int:
+def _verify(folders: Any) -> int:
     from lunaris.data.folders import folder_list
-    from lunaris.data.shards import verify
+    from lunaris.data.shard_folder import verify
 
-    if keys.get("dir") is None:
+    if folders is None:
         raise UserError("--verify: needs data.dir, the folder of the shards")
-    for folder in folder_list(keys["dir"], "data.dir"):
+    for folder in folder_list(folders, "data.dir"):
         print(f"{folder}: {verify(folder)} shards are as they were written")
     return 0
 

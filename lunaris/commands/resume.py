@@ -1,4 +1,4 @@
-"""`lunaris resume`: go on with a run, or with what a sweep has not done, as it was launched."""
+"""`lunaris resume`: continue a run, or the points of a sweep that are not done."""
 
 from __future__ import annotations
 
@@ -6,21 +6,28 @@ import argparse
 import json
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from lunaris.atomic_files import read_json
 from lunaris.config.cli import Flags, parse_flags
-from lunaris.config.compose import compose
+from lunaris.config.compose import Composer, compose
 from lunaris.config.identity import differing, identity
+from lunaris.config.schema.root import Config
 from lunaris.errors import UserError, did_you_mean
-from lunaris.runs import status as jobs
-from lunaris.runs.discovery import find, is_run, is_sweep
-from lunaris.runs.run_dir import RunDir, create
+from lunaris.runs.create import create
+from lunaris.runs.discovery import find_runs, is_run, is_sweep
+from lunaris.runs.run_dir import RunDir
+from lunaris.runs.status import ACTIVE, STATES, RunState, resolve_states
+from lunaris.runs.sweep_manifest import ManifestPoint, read_manifest
 
-HELP = "go on with a run, or with what a sweep has not done, as it was launched"
+if TYPE_CHECKING:
+    from lunaris.data.base import Data
+    from lunaris.launch.sweep.points import Point, Sweep
 
-_TO_DO = tuple(state for state in jobs.STATES if state not in ("done", *jobs.ACTIVE))
+HELP = "continue a run, or the points of a sweep that are not done, as it was launched"
+
+_UNDONE = tuple(state for state in STATES if state not in ("done", *ACTIVE))
 
 
 def main(argv: list[str]) -> int:
@@ -38,24 +45,26 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lunaris resume",
-        description="Go on with a run from its newest checkpoint, or with the points of a sweep "
-        "that are not done: here, or as SLURM jobs, as they were launched. The code is that of "
-        "today, the config that of the folder.",
+        description="Continue a run from its newest checkpoint, or the points of a sweep that are "
+        "not done. They run here or as SLURM jobs, as they were launched, with the config of the "
+        "folder and the code of today.",
         epilog="example: lunaris resume sweeps/first --only failed,timeout",
     )
     parser.add_argument("dir", help="the folder of a run or a sweep")
     parser.add_argument(
-        "--only", metavar="STATES", help=f"of a sweep: only these of {', '.join(_TO_DO)}"
+        "--only",
+        metavar="STATES",
+        help=f"of a sweep, only the points in these states: {', '.join(_UNDONE)}",
     )
     return parser
 
 
 def _states(only: str | None) -> tuple[str, ...]:
-    wanted = tuple(only.split(",")) if only else _TO_DO
+    wanted = tuple(only.split(",")) if only else _UNDONE
     for state in wanted:
-        if state not in _TO_DO:
+        if state not in _UNDONE:
             raise UserError(
-                f"--only {state}: allowed are {', '.join(_TO_DO)}{did_you_mean(state, _TO_DO)}"
+                f"--only {state}: allowed are {', '.join(_UNDONE)}{did_you_mean(state, _UNDONE)}"
             )
     return wanted
 
@@ -63,117 +72,121 @@ def _states(only: str | None) -> tuple[str, ...]:
 def _resume_run(folder: Path, wanted: tuple[str, ...]) -> int:
     from lunaris.commands.train import submit
 
-    (state,) = jobs.states([folder])
-    if not _wanted(folder, state, wanted):
+    (state,) = resolve_states([folder])
+    if not _is_wanted(folder, state, wanted):
         return 0
-    cfg: Any = RunDir(folder).read_config()
-    # The folder may have been moved since.
+    run_dir = RunDir(folder)
+    cfg: Config = run_dir.read_config()
+    # The folder may have been moved.
     cfg.out_dir = str(folder)
-    _hold(cfg, folder, {})
-    first = read_json(folder / "provenance.json")
-    return submit(cfg, first.get("command", ""), first.get("overrides", []))
+    _check_data(cfg, folder, {})
+    return submit(cfg, run_dir.noted("command") or "", run_dir.noted("overrides") or [])
 
 
-def _hold(cfg: Any, folder: Path, looked_at: dict[str, Any]) -> None:
-    """Look at the data before anything is written: it may have moved, or changed, since.
-
-    looked_at: by its keys, what was looked at before; the points of a sweep mostly share one.
-    """
-    from omegaconf import OmegaConf
-
-    from lunaris.config.instantiate import build
-    from lunaris.runs.data_fingerprint import hold
-
-    if cfg.data.get("dir") is None:
-        return
-    keys: Any = OmegaConf.to_container(cfg.data)
-    if "verify" in keys:
-        keys["verify"] = False  # Left to the processes that train.
-    known = json.dumps(keys, sort_keys=True)
-    if known not in looked_at:
-        data = build("data._target_", keys.pop("_target_"), keys)
-        data.prepare()
-        looked_at[known] = data
-    hold(looked_at[known], RunDir(folder))
-
-
-def _wanted(folder: Path, state: jobs.RunState, wanted: tuple[str, ...]) -> bool:
-    if state.state in jobs.ACTIVE:
+def _is_wanted(folder: Path, state: RunState, wanted: tuple[str, ...]) -> bool:
+    if state.active:
         where = f"as job {state.job_id}" if state.job_id else "here"
-        raise UserError(f"{folder}: is {state.state} already, {where}")
+        raise UserError(f"{folder}: is already {state.state}, {where}")
     if state.state not in wanted:
         print(f"{folder}: {state.state}; nothing to do")
         return False
     return True
 
 
+def _check_data(cfg: Config, folder: Path, checked: dict[str, Data]) -> None:
+    """Check the data of a run before anything is written: it may have been moved or changed.
+
+    checked: by their keys, the data that were built before; most points of a sweep share theirs.
+    """
+    from lunaris.config.instantiate import instantiate_component
+    from lunaris.config.schema.data import PreparedDataConfig, ShardsDataConfig
+    from lunaris.config.typed import to_plain
+    from lunaris.data.prepare.build import make_ready
+    from lunaris.runs.data_fingerprint import check_data_fingerprint
+
+    if getattr(cfg.data, "dir", None) is None:
+        return
+    keys = cfg.data
+    if isinstance(keys, ShardsDataConfig | PreparedDataConfig):
+        keys = replace(keys, verify=False)  # The processes that train verify the shards.
+    known = json.dumps(to_plain(keys), sort_keys=True)
+    if known not in checked:
+        data: Data = instantiate_component("data", keys)
+        make_ready(data)
+        checked[known] = data
+    check_data_fingerprint(checked[known], RunDir(folder))
+
+
 def _resume_sweep(folder: Path, wanted: tuple[str, ...]) -> int:
-    listed = find(folder)
-    states = jobs.states([run.path for run in listed])
-    chosen = {run.name for run, s in zip(listed, states, strict=True) if s.state in wanted}
+    found = find_runs(folder)
+    states = resolve_states([run.path for run in found])
+    chosen = {run.name for run, s in zip(found, states, strict=True) if s.state in wanted}
     if not chosen:
         print(f"{folder}: no point is {' or '.join(wanted)}; nothing to do")
         return 0
-    from lunaris.launch.sweep.points import Sweep, read_manifest
+    from lunaris.launch.sweep.points import Sweep
 
     manifest = read_manifest(folder)
-    command = manifest["command"]
-    flags = parse_flags(shlex.split(command)[2:])
-    sweep = Sweep(folder, command, set(flags.overrides), flags.source)
-    rows = [row for row in manifest["points"] if row["name"] in chosen]
+    flags = parse_flags(shlex.split(manifest.command)[2:])
+    sweep = Sweep(folder, manifest.command, set(flags.overrides), Composer(flags.source))
+    rows = [row for row in manifest.points if row.name in chosen]
     points = []
-    looked_at: dict[str, Any] = {}
+    checked: dict[str, Data] = {}
     for row in rows:
         try:
-            points.append(_point(folder, row, flags, command, looked_at))
+            points.append(_point(folder, row, flags, manifest.command, checked))
         except UserError as error:
-            # The others can do without it.
+            # The other points can be resumed without this one.
             print(f"error: {error}", file=sys.stderr)
     code = UserError.exit_code if len(points) < len(rows) else 0
     if not points:
         return code
-    if "cluster" in points[0].cfg.launch:
+    if hasattr(points[0].cfg.launch, "cluster"):
         return _send(sweep, points) or code
     return _run_here(points) or code
 
 
 def _point(
-    folder: Path, row: dict[str, Any], flags: Flags, command: str, looked_at: dict[str, Any]
-) -> Any:
-    """Return a point from its folder; one whose folder is gone is composed again."""
+    folder: Path, row: ManifestPoint, flags: Flags, command: str, checked: dict[str, Data]
+) -> Point:
+    """Return a point read from its folder, or composed again where its folder is gone."""
     from lunaris.launch.sweep.points import Point
 
-    path = folder / row["dir"]
+    path = folder / row.dir
+    cfg: Config
     if is_run(path):
-        cfg: Any = RunDir(path).read_config()
+        cfg = RunDir(path).read_config()
         cfg.out_dir = str(path)
-        _hold(cfg, path, looked_at)
+        _check_data(cfg, path, checked)
     else:
-        cfg = compose(row["overrides"], source=flags.source)
-        cfg.name, cfg.out_dir = row["name"], str(path)
-    rows = differing(row["identity"], identity(cfg))
+        cfg = compose(row.overrides, source=flags.source)
+        cfg.name, cfg.out_dir = row.name, str(path)
+    # Keys that only one version of the code has are left out.
+    found = identity(cfg)
+    both = row.identity.keys() & found.keys()
+    rows = differing({k: row.identity[k] for k in both}, {k: found[k] for k in both})
     if rows:
         raise UserError(
-            f"{path}: not the config that the sweep's manifest holds. Differing keys:\n  "
+            f"{path}: its config is not that of the sweep's manifest. Differing keys:\n  "
             + "\n  ".join(rows)
         )
-    create(cfg, command, row["overrides"])
-    return Point(row["name"], row["overrides"], cfg, path)
+    create(cfg, command, row.overrides)
+    return Point(row.name, row.overrides, cfg, path)
 
 
-def _send(sweep: Any, points: list[Any]) -> int:
-    from lunaris.launch.slurm import wait_for
+def _send(sweep: Sweep, points: list[Point]) -> int:
+    from lunaris.launch.slurm import wait_until_ended
     from lunaris.launch.sweep.slurm_array import send_points
 
     send_points(sweep, points)
     if not points[0].cfg.launch.wait:
         return 0
-    ended = wait_for([point.dir for point in points])
+    ended = wait_until_ended([point.dir for point in points])
     return int(any(state.state != "done" for state in ended))
 
 
-def _run_here(points: list[Any]) -> int:
-    from lunaris.launch.sweep.sweeper import console, run_point
+def _run_here(points: list[Point]) -> int:
+    from lunaris.launch.sweep.run_points import console, run_point
 
     outcomes = []
     for i, point in enumerate(points):

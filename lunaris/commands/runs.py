@@ -1,4 +1,4 @@
-"""`lunaris runs`: a table of runs and sweep points and where each stands. No torch."""
+"""`lunaris runs`: a table of runs and sweep points with their states. No torch."""
 
 from __future__ import annotations
 
@@ -11,29 +11,26 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from lunaris.runs import status as jobs
-from lunaris.runs.discovery import Listed, find
-from lunaris.runs.status import RunState
+from lunaris.runs.discovery import FoundRun, find_runs
+from lunaris.runs.status import STATES, RunState, last_line, logs_of, resolve_states
 
 HELP = "a table of runs and sweep points: state, step, validation loss, job"
 
 _HEADS = ("run", "state", "step", "val loss", "job", "overrides")
 _WIDEST_NAME = 48
-# These need no remark of why.
+# States that need no explanation below the table.
 _FINE = ("done", "running", "stopped", "cancelled")
 
 
 def main(argv: list[str]) -> int:
-    """Print the table of all runs below a folder, and why those that failed did."""
+    """Print a table of all runs below a folder, and why some of them failed or wait."""
     args = _parser().parse_args(argv)
-    listed = find(Path(args.dir))
-    states = jobs.states([run.path for run in listed])
+    found = find_runs(Path(args.dir))
+    pairs = list(zip(found, resolve_states([run.path for run in found]), strict=True))
     if args.json:
-        rows = zip(listed, states, strict=True)
-        print(json.dumps([_as_json(run, state) for run, state in rows], indent=2))
+        print(json.dumps([_as_json(run, state) for run, state in pairs], indent=2))
         return 0
     width = shutil.get_terminal_size((160, 24)).columns if sys.stdout.isatty() else 10_000
-    pairs = list(zip(listed, states, strict=True))
     tables = []
     for sweep, group in groupby(pairs, key=lambda pair: pair[0].sweep):
         tables.append(_table(sweep, list(group), width))
@@ -44,7 +41,7 @@ def main(argv: list[str]) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lunaris runs",
-        description="A table of runs and sweep points. States: " + ", ".join(jobs.STATES) + ".",
+        description="A table of runs and sweep points. States: " + ", ".join(STATES) + ".",
         epilog="example: lunaris runs sweeps/first",
     )
     parser.add_argument(
@@ -54,7 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _as_json(run: Listed, state: RunState) -> dict[str, Any]:
+def _as_json(run: FoundRun, state: RunState) -> dict[str, Any]:
     status = state.status
     return {
         "name": run.name,
@@ -68,17 +65,17 @@ def _as_json(run: Listed, state: RunState) -> dict[str, Any]:
         "best_val_loss": status.get("best_val_loss"),
         "attempts": status.get("attempts", 0),
         "job_id": state.job_id,
-        "logs": [str(log) for log in jobs.logs_of(run.path, status)],
+        "logs": [str(log) for log in logs_of(run.path, status)],
     }
 
 
-def _table(sweep: Path | None, pairs: list[tuple[Listed, RunState]], width: int) -> str:
+def _table(sweep: Path | None, pairs: list[tuple[FoundRun, RunState]], width: int) -> str:
     rows = [_HEADS] + [_row(run, state) for run, state in pairs]
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADS))]
     lines = []
     if sweep is not None:
         counts = Counter(state.state for _, state in pairs)
-        shown = ", ".join(f"{counts[name]} {name}" for name in jobs.STATES if counts[name])
+        shown = ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
         lines.append(f"sweep {sweep}: {shown}")
     for row in rows:
         line = "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True))
@@ -88,7 +85,7 @@ def _table(sweep: Path | None, pairs: list[tuple[Listed, RunState]], width: int)
     return "\n".join(lines)
 
 
-def _row(run: Listed, state: RunState) -> tuple[str, ...]:
+def _row(run: FoundRun, state: RunState) -> tuple[str, ...]:
     status = state.status
     loss = status.get("best_val_loss")
     name = run.name if len(run.name) <= _WIDEST_NAME else run.name[: _WIDEST_NAME - 1] + "…"
@@ -102,21 +99,12 @@ def _row(run: Listed, state: RunState) -> tuple[str, ...]:
     )
 
 
-def _why(run: Listed, state: RunState) -> list[str]:
+def _why(run: FoundRun, state: RunState) -> list[str]:
     if state.state in _FINE or (state.state == "queued" and not state.remark):
         return []
     if state.state == "queued":
         return [f"  {run.name}: waits ({state.remark})"]
-    logs = jobs.logs_of(run.path, state.status)
-    why = state.remark or _last_line(logs)
+    logs = logs_of(run.path, state.status)
+    why = state.remark or last_line(logs)
     lines = [f"  {run.name}: {state.state}" + (f": {why}" if why else "")]
     return lines + [f"    log: {logs[0]}"] if logs else lines
-
-
-def _last_line(logs: list[Path]) -> str:
-    for log in logs:
-        lines = log.read_text(errors="replace").splitlines()
-        text = next((line.strip() for line in reversed(lines) if line.strip()), "")
-        if text:
-            return text
-    return ""

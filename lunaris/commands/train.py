@@ -7,19 +7,18 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lunaris.errors import Stopped, UserError
+from lunaris.errors import UserError
 
 if TYPE_CHECKING:
-    from omegaconf import DictConfig
-
     from lunaris.config.cli import Flags
+    from lunaris.config.schema.root import Config
 
 HELP = "train a model here (launch=local) or send it to SLURM (launch=slurm); -m sweeps"
 
 _WHAT = """\
 Trains a model on this machine, or sends the run to SLURM (launch=slurm). The config is checked
-before anything starts; the run's folder (out_dir) holds it, the metrics and the checkpoints. The
-same command goes on from the newest checkpoint."""
+before anything starts; the run's folder (out_dir) holds it, the metrics and the checkpoints. Run
+the same command again to continue from the newest checkpoint."""
 
 _EXAMPLES = [
     ("lunaris train", "a small MoE model, in about two minutes"),
@@ -42,52 +41,47 @@ def main(argv: list[str]) -> int:
         return _show(flags)
     command = shlex.join(["lunaris", "train", *argv])
     if flags.multirun:
-        from lunaris.launch.sweep.sweeper import sweep
+        from lunaris.launch.sweep.start import sweep
 
         return sweep(flags, command)
     if flags.hydra_help or flags.cfg or flags.info or flags.shell_completion:
-        from lunaris.launch.sweep.hydra_bridge import hand_to_hydra
+        from lunaris.config.overrides import parse
+        from lunaris.launch.sweep.hydra_bridge import call_hydra
 
-        hand_to_hydra(flags, [], _unreached)
+        call_hydra(flags, parse(flags.overrides), _unreached)
         return 0
 
     from lunaris.config.compose import compose
 
-    return submit(compose(flags.overrides, source=flags.source), command, flags.overrides)
+    cfg: Config = compose(flags.overrides, source=flags.source)
+    return submit(cfg, command, flags.overrides)
 
 
-def submit(cfg: DictConfig, command: str, overrides: list[str]) -> int:
-    """Give a composed config to its launcher, or run it here when torchrun started us."""
+def submit(cfg: Config, command: str, overrides: list[str]) -> int:
+    """Give a composed config to its launcher, or train here where torchrun started this process."""
     if "RANK" in os.environ:
-        return _run_as_rank(cfg, command, overrides)
-    from lunaris.config.instantiate import build
+        return _train_as_rank(cfg, command, overrides)
+    from lunaris.config.instantiate import instantiate_component
 
-    keys: dict[str, Any] = {str(k): v for k, v in cfg.launch.items() if k != "_target_"}
-    launcher = build("launch._target_", cfg.launch._target_, keys)
+    launcher = instantiate_component("launch", cfg.launch)
     return int(launcher.submit(cfg, command, overrides))
 
 
-def _run_as_rank(cfg: DictConfig, command: str, overrides: list[str]) -> int:
-    from lunaris.launch.worker import work
-    from lunaris.runs import run_dir as rundir
+def _train_as_rank(cfg: Config, command: str, overrides: list[str]) -> int:
+    from lunaris.launch.process import exit_code_here
+    from lunaris.runs.create import create
 
     if os.environ["RANK"] == "0":
-        rundir.create(cfg, command, overrides)
-    # The other ranks meet rank 0 when the process group is made.
-    try:
-        work(cfg, Path(cfg.out_dir))
-    except (UserError, Stopped):
-        raise
-    except Exception:  # Printed by `work`, with its traceback.
-        return 1
-    return 0
+        create(cfg, command, overrides)
+    # The other ranks wait for rank 0 when the process group is created.
+    return exit_code_here(cfg, Path(cfg.out_dir))
 
 
 def _help(flags: Flags) -> int:
+    from lunaris.config.cli import help_text
     from lunaris.config.compose import config_dirs
-    from lunaris.config.help_text import manual
 
-    print(manual("lunaris train", _WHAT, _EXAMPLES, config_dirs(flags.source)))
+    print(help_text("lunaris train", _WHAT, _EXAMPLES, config_dirs(flags.source)))
     return 0
 
 
@@ -96,18 +90,19 @@ def _show(flags: Flags) -> int:
 
     from lunaris.config.compose import Composer, finish
     from lunaris.config.messages import shown
-    from lunaris.config.structure import check_interpolations, check_keys
+    from lunaris.config.typed import give_schemas
+    from lunaris.config.validate import check_interpolations
 
-    cfg: Any = Composer(flags.source).unchecked(flags.overrides)
+    cfg: Any = Composer(flags.source).compose_raw(flags.overrides)
     finish(cfg, flags.overrides)
-    check_keys(cfg)
+    give_schemas(cfg)
     if flags.resolve:
         check_interpolations(cfg)
     if flags.package not in (None, "_global_"):
         absent = object()
         part = OmegaConf.select(cfg, flags.package, default=absent)
         if part is absent:
-            # A value that has to be given still is there, but cannot be selected.
+            # A key whose value is still missing exists, but cannot be selected.
             if flags.package not in OmegaConf.missing_keys(cfg):
                 raise UserError(f"--package {flags.package}: no such part of the config")
             part = MISSING
@@ -120,5 +115,5 @@ def _show(flags: Flags) -> int:
     return 0
 
 
-def _unreached(cfg: DictConfig) -> None:
-    raise AssertionError("Hydra shows something here and runs nothing")
+def _unreached(cfg: object) -> None:
+    raise AssertionError("Hydra only prints here and runs nothing")

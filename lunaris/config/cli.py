@@ -8,7 +8,11 @@ from pathlib import Path
 from typing import NoReturn
 
 from lunaris.config.compose import Source
+from lunaris.config.keys import group_names, options
 from lunaris.errors import UserError, did_you_mean
+
+# Width of an option's name in the help.
+_WIDTH = 22
 
 
 @dataclass
@@ -103,3 +107,39 @@ def parse_flags(argv: list[str], prog: str = "lunaris train") -> Flags:
         if value and not flags.cfg:
             raise UserError(f"{name}: goes with --cfg")
     return flags
+
+
+def help_text(
+    prog: str, what: str, examples: list[tuple[str, str]], config_dirs: list[Path]
+) -> str:
+    """Return the help of a command; examples: pairs of a command line and what it does."""
+    longest = max(len(line) for line, _ in examples)
+    shown = [f"  {line:<{longest}}  {does}" for line, does in examples]
+    flags = parser(prog).format_help().strip()
+    return "\n".join(
+        [
+            f"usage: {prog} [FLAGS] [GROUP=OPTION …] [KEY=VALUE …]",
+            "",
+            what,
+            "",
+            "examples:",
+            *shown,
+            "",
+            flags,
+            "",
+            "groups and their options (GROUP=OPTION):",
+            *_groups(config_dirs),
+            "",
+            f"`{prog} --cfg job` shows every key with its value, `-p moe` those of one group;",
+            "add overrides to see what they do. An override never needs a plus.",
+        ]
+    )
+
+
+def _groups(config_dirs: list[Path]) -> list[str]:
+    lines = []
+    for group in group_names():
+        lines.append(f"  {group}")
+        for option in options(group, config_dirs):
+            lines.append(f"    {option.name:<{_WIDTH}} {option.summary}".rstrip())
+    return lines

@@ -1,4 +1,4 @@
-"""Composition: the schema, the options and the command line become one checked config."""
+"""Composition: the schemas, the options and the command line become one checked `Config`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lunaris.config.keys import CONFIG_MODULE, folders, groups, split_key
 from lunaris.config.messages import explain
-from lunaris.config.options import CONFIG_MODULE, folders
 from lunaris.config.overrides import apply, check, is_group_choice, open_maps, parse, quoted
 from lunaris.config.run_names import experiment, run_name
-from lunaris.config.schema.root import SCHEMAS, Config
+from lunaris.config.schema.root import Config
 from lunaris.errors import UserError
 
 if TYPE_CHECKING:
@@ -46,37 +46,42 @@ class Composer:
         self._source = source or Source()
         self._bases: dict[tuple[str, ...], DictConfig] = {}
 
-    def compose(self, overrides: list[str], *, check_data: bool = True) -> DictConfig:
-        """Return the whole config for `overrides`, checked, named, with nothing missing.
+    def compose(self, overrides: list[str], *, check_data: bool = True) -> Config:
+        """Return the config for `overrides`, checked, named, with nothing missing.
 
         `check_data=False` leaves out what needs the data to be there already. Raises UserError
         with the dotted key, the value and what is allowed.
         """
-        from lunaris.config.validate import validate
+        from lunaris.config.typed import give_schemas, to_config
+        from lunaris.config.validate import check_values, validate
 
-        cfg = self.unchecked(overrides)
-        finish(cfg, overrides)
+        tree = self.compose_raw(overrides)
+        finish(tree, overrides)
+        give_schemas(tree)
+        check_values(tree)
+        cfg = to_config(tree)
         validate(cfg, check_data=check_data)
         return cfg
 
-    def unchecked(self, overrides: list[str], *, with_hydra: bool = False) -> DictConfig:
-        """Return what Hydra composes, its faults told as ours, without the checks across keys.
+    def compose_raw(self, overrides: list[str], *, with_hydra: bool = False) -> DictConfig:
+        """Return the tree that Hydra composes, without the checks across keys.
 
-        with_hydra: Hydra's own part of the config as well.
+        Raises UserError, in the words of this package, for what Hydra refuses. with_hydra: keep
+        Hydra's part of the tree.
         """
         from omegaconf import open_dict
 
-        _search_path(self._source)  # Told before an option that its folder would hold.
+        _search_path(self._source)  # Reported before an option that its folder would hold.
         parsed = parse([*self._source.overrides, *overrides])
         check(parsed, config_dirs(self._source))
         cfg = copy.deepcopy(self._base([o for o in parsed if is_group_choice(o)]))
-        chosen: dict[str, str] = dict(cfg.hydra.runtime.choices)
+        chosen: dict[str, Any] = dict(cfg.hydra.runtime.choices)
         if not with_hydra:
             with open_dict(cfg):
                 del cfg["hydra"]
         for override in parsed:
             if not is_group_choice(override):
-                apply(cfg, override, chosen.get(override.key_or_group.partition(".")[0]))
+                apply(cfg, override, chosen.get(split_key(override.key_or_group)[0]))
         return cfg
 
     def _base(self, choices: list[Override]) -> DictConfig:
@@ -84,31 +89,41 @@ class Composer:
         from omegaconf.errors import OmegaConfBaseException
         from yaml import YAMLError
 
+        from lunaris.config.typed import give_schemas
+
         texts = [*_search_path(self._source), *open_maps(choices)]
         key = tuple(texts)
         if key not in self._bases:
             try:
-                self._bases[key] = _hydra_compose(self._source, texts)
+                base = _hydra_compose(self._source, texts)
             except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
                 raise UserError(explain(error)) from error
+            # So that an override is judged by the schema of a custom class too.
+            give_schemas(base, strict=False)
+            self._bases[key] = base
         return self._bases[key]
 
 
 def compose(
     overrides: list[str], *, source: Source | None = None, check_data: bool = True
-) -> DictConfig:
-    """Return the whole config for one command line, as `Composer.compose` does. No torch."""
+) -> Config:
+    """Return the config for one command line, as `Composer.compose` does. No torch."""
     return Composer(source).compose(overrides, check_data=check_data)
 
 
 def finish(cfg: DictConfig, overrides: list[str]) -> None:
-    """Fill in what follows from the overrides: the run's name and the experiment's."""
-    from omegaconf import OmegaConf
+    """Fill in what follows from the overrides: the names, and the logger that every run has."""
+    from omegaconf import OmegaConf, open_dict
+
+    from lunaris.config.schema.logger import LocalLoggerConfig
 
     given = OmegaConf.is_interpolation(cfg, "name") or OmegaConf.is_missing(cfg, "name")
     if not given and cfg.name is None:
         cfg.name = run_name(overrides)
     cfg.experiment = experiment(overrides)
+    if OmegaConf.is_dict(cfg.logger) and "local" not in cfg.logger:
+        with open_dict(cfg):
+            cfg.logger = {"local": OmegaConf.structured(LocalLoggerConfig), **cfg.logger}
 
 
 def _hydra_compose(source: Source, choices: list[str]) -> DictConfig:
@@ -127,16 +142,18 @@ def config_dirs(source: Source) -> list[Path]:
 
 
 def register_schemas() -> None:
-    """Put every schema where the option files' `defaults` find it."""
+    """Register every schema as `schema/NAME`, where the `defaults` of option files find it."""
     from hydra.core.config_store import ConfigStore
+
+    from lunaris.config.typed import OpenConfig
 
     store = ConfigStore.instance()
     if "schema" in store.repo:
         return
-    store.store(group="schema", name="train", node=Config, package="_global_")
-    for group, options in SCHEMAS.items():
-        for option, schema in options.items():
-            store.store(group=f"schema/{group}", name=option, node=schema)
+    store.store(group="schema", name="train", node=OpenConfig, package="_global_")
+    for schemas in groups().values():
+        for schema in schemas:
+            store.store(group="schema", name=schema.__name__, node=schema)
 
 
 @contextmanager

@@ -1,65 +1,144 @@
-"""What keys there are and what each takes, in words. No Hydra."""
+"""The groups, options and keys that exist, read from the schemas and the option files. No Hydra."""
 
 from __future__ import annotations
 
+import re
 import types
-from dataclasses import fields, is_dataclass
-from typing import Any, Union, get_args, get_origin, get_type_hints
+from collections.abc import Iterator
+from dataclasses import Field, fields, is_dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from lunaris.config.schema.root import SCHEMAS, Config
+from lunaris.config.schema.root import Config
 from lunaris.errors import did_you_mean
 
+CONFIG_MODULE = "lunaris.conf"
+# Chosen from the folder `experiment`; it has no keys.
+EXPERIMENT = "experiment"
+_SCHEMAS = "lunaris.config.schema"
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 _MANY = {int: "whole numbers", float: "numbers", bool: "true or false values", str: "texts"}
 
 
+class Option(NamedTuple):
+    """An option file: its name and the comment that it opens with."""
+
+    name: str
+    summary: str
+
+
+@cache
+def groups() -> dict[str, list[type]]:
+    """Return each group with the schemas of its options: "moe/router" is a group inside `moe`."""
+    hints = get_type_hints(Config)
+    found: dict[str, list[type]] = {}
+    for key in fields(Config):
+        if "base" in key.metadata:
+            found[key.name] = _subclasses(key.metadata["base"])
+        elif is_dataclass(hints[key.name]):
+            found[key.name] = [hints[key.name]]
+    for group in list(found):
+        for schema in found[group]:
+            for key in components_of(schema):
+                found[f"{group}/{key.name}"] = _subclasses(key.metadata["base"])
+    return found
+
+
+def group_names() -> list[str]:
+    """Return the names of all groups, `experiment` last."""
+    return [*groups(), EXPERIMENT]
+
+
+def components_of(schema: type) -> list[Field[Any]]:
+    """Return the fields of a schema that hold a component."""
+    return [key for key in fields(schema) if "base" in key.metadata]
+
+
+def is_ours(schema: type | None) -> bool:
+    """Return whether a schema is one of this package."""
+    return schema is not None and schema.__module__.startswith(_SCHEMAS)
+
+
+def is_inferred(schema: type | None) -> bool:
+    """Return whether a schema was inferred from the keys that a custom class is given."""
+    return schema is not None and "_not_given" in vars(schema)
+
+
 def schema_keys(schema: type) -> list[str]:
     """Return the keys of a schema, in its order."""
-    return [f.name for f in fields(schema)]
+    return [key.name for key in fields(schema)]
+
+
+def schema_of_target(base: type, target: str) -> type | None:
+    """Return the schema below `base` whose `_target_` is `target`, or None."""
+    found = (s for s in _subclasses(base) if getattr(s, "_target_", None) == target)
+    return next(found, None)
+
+
+def schema_named(name: str) -> type | None:
+    """Return the schema class of that name, or None."""
+    found = {schema.__name__: schema for schemas in groups().values() for schema in schemas}
+    return (found | {"Config": Config, "OpenConfig": Config}).get(name)
+
+
+def schemas_of_parent(dotted: str) -> list[type]:
+    """Return the schemas that may hold the dotted key: those of `moe` for `moe.n_experts`."""
+    parent = dotted.rpartition(".")[0]
+    if not parent:
+        return [Config]
+    return groups().get(parent.replace(".", "/")) or _logger_schemas(parent)
 
 
 def all_keys() -> list[str]:
     """Return every dotted key that some choice of options has."""
     found = dict.fromkeys(schema_keys(Config))
-    for group, options in SCHEMAS.items():
-        for schema in options.values():
-            found |= dict.fromkeys(f"{group}.{key}" for key in schema_keys(schema))
+    for group, schemas in groups().items():
+        for schema in schemas:
+            start = group.replace("/", ".")
+            if group == "logger":
+                start = f"logger.{_logger_name(schema)}"
+            found |= dict.fromkeys(f"{start}.{key}" for key in schema_keys(schema))
     return list(found)
 
 
-def options_having(dotted: str) -> list[str]:
+def split_key(dotted: str) -> tuple[str, str]:
+    """Return the innermost group of a dotted key, and the rest: ("moe/router", "x") for its x."""
+    parts = dotted.split(".")
+    for depth in range(len(parts) - 1, 0, -1):
+        if "/".join(parts[:depth]) in groups():
+            return "/".join(parts[:depth]), ".".join(parts[depth:])
+    return parts[0], ".".join(parts[1:])
+
+
+def options_having(dotted: str, config_dirs: list[Path] | None = None) -> list[str]:
     """Return the options of the key's group that have the key, like ["switch", "top2"]."""
-    group, _, key = dotted.partition(".")
+    group, key = split_key(dotted)
+    if group not in groups():
+        return []
+    having = [schema for schema in groups()[group] if key.partition(".")[0] in schema_keys(schema)]
     return [
-        option
-        for option, schema in SCHEMAS.get(group, {}).items()
-        if key.partition(".")[0] in schema_keys(schema)
+        option.name
+        for option in options(group, config_dirs)
+        if _schema_of_option(group, option.name, config_dirs) in having
     ]
 
 
-def schema_of_target(group: str, target: str) -> type | None:
-    """Return the schema whose `_target_` is `target`, or None."""
-    for schema in SCHEMAS[group].values():
-        if getattr(schema, "_target_", None) == target:
-            return schema
-    return None
-
-
-def schema_named(name: str) -> type | None:
-    """Return the schema class of that name, or None."""
-    found = {schema.__name__: schema for by_name in SCHEMAS.values() for schema in by_name.values()}
-    return (found | {Config.__name__: Config}).get(name)
+def options_of(schema: type, group: str) -> list[str]:
+    """Return the options of our own config tree that have a schema."""
+    return [o.name for o in options(group) if _schema_of_option(group, o.name, None) is schema]
 
 
 def takes(schema: type, key: str) -> str:
-    """Say what the key of a schema takes: "a whole number or null"."""
+    """Return what a key of a schema takes, in words: "a whole number or null"."""
     return _in_words(get_type_hints(schema).get(key, Any))
 
 
 def is_switch(dotted: str) -> bool:
-    """Say whether the key takes true or false in every option that has it."""
-    group, _, key = dotted.partition(".")
-    having = [s for s in SCHEMAS.get(group, {}).values() if key in schema_keys(s)]
+    """Return whether the key takes true or false in every option that has it."""
+    key = dotted.rpartition(".")[2]
+    having = [s for s in schemas_of_parent(dotted) if key in schema_keys(s)]
     return bool(having) and all(get_type_hints(s)[key] is bool for s in having)
 
 
@@ -74,11 +153,87 @@ def nearest(name: str) -> str:
     ending = [key for key in known if "." in key and key.rpartition(".")[2] == last]
     if ending and name not in ending:
         return f"; did you mean {ending[0]}?"
-    if name.partition(".")[0] in SCHEMAS:
+    if name.partition(".")[0] in groups():
         return ""
     if "." in name:
         return did_you_mean(name, [key for key in known if "." in key])
     return did_you_mean(name, [key for key in known if "." not in key])
+
+
+def folders() -> list[Path]:
+    """Return the folder of our own options, as a list that others can be added to."""
+    return [Path(str(resources.files(CONFIG_MODULE)))]
+
+
+def options(group: str, config_dirs: list[Path] | None = None) -> list[Option]:
+    """Return the options of `group`, sorted by name; those of later folders hide earlier ones."""
+    files = _option_files(group, config_dirs)
+    return [Option(name, _summary(files[name])) for name in sorted(files)]
+
+
+def _option_files(group: str, config_dirs: list[Path] | None) -> dict[str, Path]:
+    return {
+        file.stem: file
+        for folder in reversed(config_dirs or folders())
+        for file in sorted((folder / group).glob("*.y*ml"))
+    }
+
+
+def _schema_of_option(group: str, option: str, config_dirs: list[Path] | None) -> type | None:
+    """Return the schema that an option's file names, itself or by the option it extends."""
+    if len(groups()[group]) == 1:
+        return groups()[group][0]
+    files = _option_files(group, config_dirs)
+    seen: set[str] = set()
+    while option in files and option not in seen:
+        seen.add(option)
+        text = files[option].read_text(encoding="utf-8")
+        if named := re.search(r"/schema/(\w+)@", text):
+            return schema_named(named[1])
+        if target := re.search(r"^_target_: *(\S+)", text, re.MULTILINE):
+            found = (s for s in groups()[group] if getattr(s, "_target_", None) == target[1])
+            return next(found, None)
+        begins = re.search(r"^defaults: *\[? *-? *(\w+)|^ *- +(\w+)$", text, re.MULTILINE)
+        option = (begins[1] or begins[2]) if begins else ""
+    return None
+
+
+def _subclasses(base: type) -> list[type]:
+    return list(_walk(base))
+
+
+def _walk(schema: type) -> Iterator[type]:
+    children: list[type] = schema.__subclasses__()
+    for child in children:
+        if not is_ours(child):
+            continue
+        if getattr(child, "_target_", "???") != "???":
+            yield child
+        yield from _walk(child)
+
+
+def _logger_name(schema: type) -> str:
+    return next(iter(options_of(schema, "logger")), "NAME")
+
+
+def _logger_schemas(parent: str) -> list[type]:
+    # `logger` is a map of names to loggers.
+    group, _, name = parent.partition(".")
+    if group != "logger" or not name:
+        return []
+    found = _schema_of_option(group, name, None)
+    return [found] if found is not None else groups()[group]
+
+
+def _summary(file: Path) -> str:
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        text = line.lstrip("# ")
+        # An experiment opens with the command that runs it.
+        if not text.startswith(("@", "lunaris ")):
+            return text
+    return ""
 
 
 def _in_words(kind: Any) -> str:

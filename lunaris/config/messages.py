@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from lunaris.config.keys import nearest, options_having, schema_keys, schema_named, takes
+from lunaris.config.keys import nearest, options_having, schema_keys, schema_named, split_key, takes
 from lunaris.errors import did_you_mean
 
 
@@ -17,8 +17,9 @@ def no_such_key(key: str, known: list[str], choice: str | None = None) -> str:
     group, _, last = key.rpartition(".")
     elsewhere = options_having(key)
     if elsewhere:
-        chosen = f"{group}={choice}" if choice else f"the chosen option of {group}"
-        choices = ", ".join(f"{group}={option}" for option in elsewhere)
+        name = split_key(key)[0]
+        chosen = f"{name}={choice}" if choice else f"the chosen option of {name}"
+        choices = ", ".join(f"{name}={option}" for option in elsewhere)
         have = "have" if len(elsewhere) > 1 else "has"
         return f"{key}: {chosen} has no such key; {choices} {have} it"
     near = did_you_mean(last, [name.rpartition(".")[2] for name in known])

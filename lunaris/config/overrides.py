@@ -10,9 +10,17 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from lunaris.config.keys import all_keys, is_switch, nearest, schema_keys
+from lunaris.config.keys import (
+    EXPERIMENT,
+    all_keys,
+    group_names,
+    is_inferred,
+    is_switch,
+    nearest,
+    options,
+    schema_keys,
+)
 from lunaris.config.messages import no_such_key, shown, wrong_value
-from lunaris.config.options import EXPERIMENT, GROUPS, options
 from lunaris.config.schema.root import Config
 from lunaris.errors import UserError, did_you_mean
 
@@ -57,7 +65,7 @@ def check(parsed: list[Override], config_dirs: list[Path], *, sweep: bool = Fals
         if override.is_hydra_override():
             continue
         text = override.input_line or ""
-        root = override.key_or_group.partition(".")[0]
+        root = re.split("[./]", override.key_or_group)[0]
         if root not in schema_keys(Config):
             key = override.key_or_group
             hint = nearest(key) or f"; allowed are {', '.join(schema_keys(Config))}"
@@ -75,14 +83,14 @@ def check(parsed: list[Override], config_dirs: list[Path], *, sweep: bool = Fals
         if is_switch(override.key_or_group) and type(override.value()) in (int, float):
             # OmegaConf takes any number for true.
             raise UserError(f"{text}: must be true or false")
-        if override.key_or_group in GROUPS:
+        if override.key_or_group in group_names():
             _check_option(override, config_dirs, certain=not further)
 
 
 def open_maps(parsed: list[Override]) -> list[str]:
     """Return the overrides as texts in which no entry of a free map needs a plus.
 
-    The schemas are two levels deep, so what lies deeper is an entry of a map, like
+    What lies deeper than two levels may be an entry of a map, like
     `launch.additional_parameters.mail_type=END`. `experiment=null` is the default, which Hydra
     does not take from a command line.
     """
@@ -102,7 +110,7 @@ def open_maps(parsed: list[Override]) -> list[str]:
 def is_group_choice(override: Override) -> bool:
     """Say whether the override picks an option, or is Hydra's own."""
     return override.is_hydra_override() or (
-        override.key_or_group in GROUPS and not isinstance(override.value(), dict)
+        override.key_or_group in group_names() and not isinstance(override.value(), dict)
     )
 
 
@@ -115,7 +123,7 @@ def apply(cfg: DictConfig, override: Override, choice: str | None = None) -> Non
     added = override.is_add() or override.is_force_add()
     if override.is_add() and _exists(cfg, key) and not isinstance(value, dict | list):
         raise UserError(f"+{key}: the key exists already; write {key}=… without the plus")
-    if not added and key.count(".") <= 1:
+    if not added:
         _check_key(cfg, key, choice)
     for name, part in _leaves(cfg, key, value):
         if name != key and not added:
@@ -145,15 +153,32 @@ def _check_key(cfg: DictConfig, key: str, choice: str | None) -> None:
     parts = key.split(".")
     for depth, part in enumerate(parts):
         here = ".".join(parts[:depth])
+        if node is None:
+            return  # Below a value that has yet to be given.
         if not OmegaConf.is_dict(node):
             raise UserError(f"{key}: {here} is a value, it has no keys of its own")
+        kind = OmegaConf.get_type(node)
         if part not in list(node):  # the node itself says no for a key whose value is missing
-            if OmegaConf.get_type(node) is dict:
-                raise UserError(f"{key}: the chosen option lacks it; write +{key}=… to add it")
+            if here == "logger":
+                raise UserError(_no_such_logger(key, part, list(node)))
+            component = here.replace(".", "/") in group_names() or here.startswith("logger.")
+            if kind is dict and not component:
+                return  # An entry of a free map, like `launch.additional_parameters`.
             known = [f"{here}.{name}".lstrip(".") for name in node if name != "hydra"]
+            if kind is dict or is_inferred(kind):
+                raise UserError(f"{key}: the chosen option lacks it; write +{key}=… to add it")
             raise UserError(no_such_key(key, known, choice))
         fixed = not (OmegaConf.is_missing(node, part) or OmegaConf.is_interpolation(node, part))
         node = node[part] if fixed else None
+
+
+def _no_such_logger(key: str, name: str, chosen: list[str]) -> str:
+    known = [option.name for option in options("logger")]
+    if name in known:
+        choice = ",".join([*chosen, name])
+        return f"{key}: the logger {name} is not chosen; choose it by logger=[{choice}]"
+    hint = nearest(key) or f"; the chosen loggers are {', '.join(chosen)}"
+    return f"{key}: no such key{hint}"
 
 
 def _schema_of_parent(cfg: DictConfig, key: str) -> type | None:
@@ -184,7 +209,7 @@ def _check_option(override: Override, config_dirs: list[Path], *, certain: bool)
 
 def _cannot_remove(override: Override) -> str:
     key = override.key_or_group
-    if key in GROUPS:
+    if key in group_names():
         names = ", ".join(option.name for option in options(key))
         return f"~{key}: a group cannot be removed; allowed are {key}=…: {names}"
     hint = "" if key in all_keys() else nearest(key)

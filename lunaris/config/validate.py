@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from lunaris.config.identity import tasks_per_node, world_size
-from lunaris.config.messages import shown
+from lunaris.config.identity import world_size
+from lunaris.config.instantiate import locate_class
+from lunaris.config.schema.base import Component
 from lunaris.config.schema.data import (
     PreparedDataConfig,
     ShardsDataConfig,
@@ -20,21 +21,23 @@ from lunaris.config.schema.data import (
 from lunaris.config.schema.launch import SlurmLaunchConfig
 from lunaris.config.schema.moe import MoEConfig
 from lunaris.config.schema.parallelism import DDPConfig, HSDPConfig, SingleConfig
-from lunaris.config.schema.schedule import WSDConfig
-from lunaris.config.structure import check_structure
+from lunaris.config.schema.root import Config
+from lunaris.config.schema.schedule import ConstantConfig, WSDConfig
 from lunaris.errors import UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+_EXAMPLES = {"dir": "FOLDER", "files": "'[corpus/*.jsonl]'", "datasets": "OWNER/NAME"}
 
-def validate(cfg: DictConfig, *, check_data: bool = True) -> None:
-    """Raise UserError for the first fault of a composed config: one key's, then several keys'.
+
+def validate(cfg: Config, *, check_data: bool = True) -> None:
+    """Raise UserError for the first conflict between keys of several groups.
 
     `check_data=False` skips what reads the shards, which `lunaris prepare` has yet to make.
     """
-    check_structure(cfg)
     _check_names(cfg)
+    _check_classes(cfg)
     _check_moe(cfg)
     _check_schedule(cfg)
     _check_launch(cfg)
@@ -44,12 +47,49 @@ def validate(cfg: DictConfig, *, check_data: bool = True) -> None:
         _check_shards(cfg)
 
 
-def _is(cfg: DictConfig, group: str, schema: type) -> bool:
-    kind = OmegaConf.get_type(cfg[group])
-    return isinstance(kind, type) and issubclass(kind, schema)
+def check_interpolations(cfg: DictConfig) -> None:
+    """Raise UserError for an interpolation that leads nowhere; a value may be missing."""
+    check_values(cfg, missing=True)
 
 
-def _check_names(cfg: DictConfig) -> None:
+def check_values(node: Any, path: str = "", *, missing: bool = False) -> None:
+    """Raise UserError for an interpolation that leads nowhere, and for a missing value.
+
+    missing: values may be.
+    """
+    listed = OmegaConf.is_list(node)
+    for key in range(len(node)) if listed else list(node):
+        here = f"{path}[{key}]" if listed else f"{path}.{key}".lstrip(".")
+        if OmegaConf.is_missing(node, key):
+            if missing:
+                continue
+            example = _EXAMPLES.get(here.rpartition(".")[2], "VALUE")
+            raise UserError(f"{here}: must be given, it has no default; write {here}={example}")
+        if OmegaConf.is_interpolation(node, key):
+            raw: Any = OmegaConf.to_container(node, resolve=False)
+            try:
+                node[key]
+            except OmegaConfBaseException as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(f"{here}={raw[key]}: cannot be resolved: {reason}") from error
+        elif OmegaConf.is_config(node[key]):
+            check_values(node[key], here, missing=missing)
+        elif isinstance(node[key], int) and abs(node[key]) >= 2**63:
+            raise UserError(f"{here}={node[key]}: must be below 2**63")
+
+
+def _check_classes(cfg: Config) -> None:
+    """Import the custom classes that the config names, as training will."""
+    parts = {name: part for name, part in vars(cfg).items() if isinstance(part, Component)}
+    parts |= {f"logger.{name}": logger for name, logger in cfg.logger.items()}
+    for key, part in list(parts.items()):
+        inner = {f"{key}.{k}": v for k, v in vars(part).items() if isinstance(v, Component)}
+        for name, component in ({key: part} | inner).items():
+            if not component._target_.startswith("lunaris."):
+                locate_class(name, component)
+
+
+def _check_names(cfg: Config) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._=+,@-]{0,199}", str(cfg.name)):
         raise UserError(
             f"name={cfg.name}: must be 1 to 200 letters, digits and ._=+,@- and begin with a "
@@ -59,21 +99,23 @@ def _check_names(cfg: DictConfig) -> None:
         raise UserError("out_dir=: must be the path of a folder")
 
 
-def _check_moe(cfg: DictConfig) -> None:
-    if _is(cfg, "moe", MoEConfig) and cfg.moe.first_dense_layers >= cfg.model.n_layers:
+def _check_moe(cfg: Config) -> None:
+    if isinstance(cfg.moe, MoEConfig) and cfg.moe.first_dense_layers >= cfg.model.n_layers:
         raise UserError(
             f"moe.first_dense_layers={cfg.moe.first_dense_layers}: must be below "
             f"model.n_layers={cfg.model.n_layers}; a model without experts is moe=none"
         )
 
 
-def _check_schedule(cfg: DictConfig) -> None:
-    steps, warmup = cfg.trainer.max_steps, cfg.schedule.get("warmup_steps", 0)
+def _check_schedule(cfg: Config) -> None:
+    if not isinstance(cfg.schedule, ConstantConfig):
+        return
+    steps, warmup = cfg.trainer.max_steps, cfg.schedule.warmup_steps
     if warmup > steps:
         raise UserError(
             f"schedule.warmup_steps={warmup}: must be at most trainer.max_steps={steps}"
         )
-    if _is(cfg, "schedule", WSDConfig):
+    if isinstance(cfg.schedule, WSDConfig):
         decay = round(steps * cfg.schedule.decay_fraction)
         if warmup + decay > steps:
             raise UserError(
@@ -83,132 +125,103 @@ def _check_schedule(cfg: DictConfig) -> None:
             )
 
 
-def _check_launch(cfg: DictConfig) -> None:
-    if not _is(cfg, "launch", SlurmLaunchConfig):
-        return
+def _check_launch(cfg: Config) -> None:
     launch = cfg.launch
+    if not isinstance(launch, SlurmLaunchConfig):
+        return
     if launch.signal_delay_s >= 60 * launch.timeout_min:
         raise UserError(
             f"launch.signal_delay_s={launch.signal_delay_s}: must be below the "
             f"{60 * launch.timeout_min} seconds of launch.timeout_min={launch.timeout_min}"
         )
-    if 0 < launch.gpus_per_node < tasks_per_node(launch):
+    if 0 < launch.gpus_per_node < launch.processes_per_node():
         raise UserError(
             f"launch.tasks_per_node={launch.tasks_per_node}: must be at most "
-            f"launch.gpus_per_node={launch.gpus_per_node}; a process takes a GPU of its own"
+            f"launch.gpus_per_node={launch.gpus_per_node}; each process takes one GPU"
         )
 
 
-def _check_parallelism(cfg: DictConfig) -> None:
-    world, said = world_size(cfg), _world_in_words(cfg)
-    if _is(cfg, "parallelism", SingleConfig) and world > 1:
+def _check_parallelism(cfg: Config) -> None:
+    world, said, parallelism = world_size(cfg), _world_in_words(cfg), cfg.parallelism
+    if isinstance(parallelism, SingleConfig) and world > 1:
         raise UserError(
             f"parallelism=single: one process, but {said}; choose parallelism=ddp, fsdp or hsdp"
         )
-    if _is(cfg, "parallelism", DDPConfig):
-        _check_expert_parallel(cfg, world, said)
-    if _is(cfg, "parallelism", HSDPConfig):
-        size = cfg.parallelism.shard_size
+    if isinstance(parallelism, DDPConfig):
+        _check_expert_parallel(cfg, parallelism.expert_parallel, world, said)
+    if isinstance(parallelism, HSDPConfig):
+        size = parallelism.shard_size
         if size is not None and world % size:
             raise UserError(f"parallelism.shard_size={size}: must divide the world: {said}")
-        size, degree = size or _processes_of_a_node(cfg), cfg.parallelism.expert_parallel
+        size, degree = size or _processes_of_a_node(cfg), parallelism.expert_parallel
         if size % degree:
             raise UserError(
                 f"parallelism.expert_parallel={degree}: must divide parallelism.shard_size={size}"
             )
 
 
-def _check_expert_parallel(cfg: DictConfig, world: int, said: str) -> None:
-    degree = cfg.parallelism.expert_parallel
+def _check_expert_parallel(cfg: Config, degree: int, world: int, said: str) -> None:
     if degree == 1:
         return
     key = f"parallelism.expert_parallel={degree}"
     if world % degree:
         raise UserError(f"{key}: must divide the world: {said}")
-    if not _is(cfg, "moe", MoEConfig):
-        if "n_experts" not in cfg.moe:
-            raise UserError(f"{key}: must be 1 with moe=none, there are no experts to share out")
+    if not isinstance(cfg.moe, MoEConfig):
+        if not hasattr(cfg.moe, "n_experts"):
+            raise UserError(f"{key}: must be 1 with moe=none, which has no experts to shard")
         return
     if cfg.moe.n_experts % degree:
         raise UserError(f"{key}: must divide moe.n_experts={cfg.moe.n_experts}")
 
 
-def _processes_of_a_node(cfg: DictConfig) -> int:
+def _processes_of_a_node(cfg: Config) -> int:
     if "RANK" in os.environ:
         return int(os.environ.get("LOCAL_WORLD_SIZE", world_size(cfg)))
-    return tasks_per_node(cfg.launch) if "nodes" in cfg.launch else world_size(cfg)
+    launch = cfg.launch
+    return launch.processes_per_node() if isinstance(launch, SlurmLaunchConfig) else world_size(cfg)
 
 
-def _world_in_words(cfg: DictConfig) -> str:
+def _world_in_words(cfg: Config) -> str:
+    launch, world = cfg.launch, world_size(cfg)
     if "RANK" in os.environ:
-        return f"torchrun started {world_size(cfg)} processes"
-    if "nodes" in cfg.launch:
-        tasks = tasks_per_node(cfg.launch)
-        return f"launch.nodes={cfg.launch.nodes} × {tasks} processes = {world_size(cfg)}"
-    return f"launch.processes={world_size(cfg)}"
+        return f"torchrun started {world} processes"
+    if isinstance(launch, SlurmLaunchConfig):
+        tasks = launch.processes_per_node()
+        return f"launch.nodes={launch.nodes} × {tasks} processes = {world}"
+    return f"launch.processes={world}"
 
 
-def _check_vocabulary(cfg: DictConfig) -> None:
+def _check_vocabulary(cfg: Config) -> None:
     """Check what the data will hold, where its config says so, against the model."""
-    if not (_is(cfg, "data", StdlibDataConfig) or _is(cfg, "data", SyntheticDataConfig)):
+    data, model = cfg.data, cfg.model.vocab_size
+    if not isinstance(data, StdlibDataConfig | SyntheticDataConfig):
         return
-    needed, model = cfg.data.vocab_size, cfg.model.vocab_size
-    if model is not None and model < needed:
+    if model is not None and model < data.vocab_size:
         raise UserError(
-            f"model.vocab_size={model}: must be at least data.vocab_size={needed}; "
+            f"model.vocab_size={model}: must be at least data.vocab_size={data.vocab_size}; "
             "null takes that of the data"
         )
-    if _is(cfg, "data", SyntheticDataConfig):
-        _check_length(cfg, "data.n_tokens", cfg.data.n_tokens)
+    if isinstance(data, SyntheticDataConfig):
+        _check_length(cfg, "data.n_tokens", data.n_tokens)
 
 
-def _check_shards(cfg: DictConfig) -> None:
-    prepared = _is(cfg, "data", PreparedDataConfig)
-    if not (prepared or _is(cfg, "data", ShardsDataConfig)):
+def _check_shards(cfg: Config) -> None:
+    """Check the folders of shards that the data names, against each other and the model."""
+    from lunaris.data.folders import inspect_folders, inspect_prepared
+
+    data = cfg.data
+    if isinstance(data, PreparedDataConfig):
+        found = inspect_prepared(data.dir, document_masking=data.document_masking)
+    elif isinstance(data, ShardsDataConfig):
+        found = inspect_folders(data)
+    else:
         return
-    from lunaris.data.folders import check_eot, check_together, folder_list
-    from lunaris.data.manifest import NAME
-    from lunaris.data.shards import inspect
-
-    folders = folder_list(cfg.data.dir, "data.dir")
-    val_dir = cfg.data.get("val_dir")
-    val_folders = [] if val_dir is None else folder_list(val_dir, "data.val_dir")
-    if prepared and not (Path(folders[0]) / NAME).is_file():
-        raise UserError(
-            f"data.dir={folders[0]}: holds no prepared shards yet; make them by "
-            "`lunaris prepare` with the same data overrides"
-        )
-    weights = cfg.data.get("weights")
-    if not prepared and weights is not None and len(weights) != len(folders):
-        raise UserError(
-            f"data.weights={shown(list(weights))}: must be one weight for each folder of "
-            f"data.dir={shown(folders)}"
-        )
-    found = [inspect(folder) for folder in folders]
-    held_out = [inspect(folder, "data.val_dir") for folder in val_folders]
-    check_together([*found, *held_out])
-    check_eot(cfg.data.get("eot_id"), found[0])
-    if cfg.data.document_masking and cfg.data.get("eot_id") is None and found[0].eot_id is None:
-        raise UserError(
-            f"data.document_masking=true: needs data.eot_id, for data.dir={folders[0]} has no "
-            "manifest that names the end-of-text id"
-        )
-    named = [("data.dir", f) for f in folders] + [("data.val_dir", f) for f in val_folders]
-    for (dir_key, folder), info in zip(named, [*found, *held_out], strict=True):
-        sizes = {"model.vocab_size": cfg.model.vocab_size}
-        if not prepared:
-            sizes["data.vocab_size"] = cfg.data.get("vocab_size")
-        for key, size in sizes.items():
-            if size is not None and size < info.vocab_size:
-                raise UserError(
-                    f"{key}={size}: must be at least {info.vocab_size}, "
-                    f"for {dir_key}={folder} holds token ids up to {info.vocab_size - 1}"
-                )
-        if dir_key == "data.dir":
-            _check_length(cfg, f"{dir_key}={folder}", info.n_tokens)
+    found.check_vocab_size("model.vocab_size", cfg.model.vocab_size)
+    for info in found.train:
+        _check_length(cfg, f"data.dir={info.path}", info.n_tokens)
 
 
-def _check_length(cfg: DictConfig, key: str, n_tokens: int) -> None:
+def _check_length(cfg: Config, key: str, n_tokens: int) -> None:
     length = cfg.model.max_seq_len
     if n_tokens < length + 1:
         raise UserError(

@@ -1,4 +1,4 @@
-"""What the loop asks of data. No torch: configs are checked against shards without it."""
+"""The interfaces between the training loop and the data. No torch."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 class Sequences(Protocol):
-    """An endless order of sequences: which one comes n-th is a pure function of n."""
+    """An endless series of sequences: the n-th one is a pure function of n."""
 
     seq_len: int
 
@@ -20,30 +20,33 @@ class Sequences(Protocol):
         """Write the n-th sequences (n: [R] int64, any n >= 0) to out ([R, seq_len + 1] int64)."""
 
     def source(self, n: np.ndarray) -> np.ndarray | None:
-        """Return the index of each sequence's source ([R] int64), or None where there is one."""
+        """Return the index of each sequence's source ([R] int64), or None if there is only one."""
 
     def describe(self, n: int) -> str:
-        """Return the folder or name that the n-th sequence comes from, for messages."""
+        """Return the file or name that the n-th sequence comes from, for messages."""
 
 
 class Data(Protocol):
-    """A corpus of tokens with a training and a validation part."""
+    """A corpus of tokens with a training part and a validation part."""
 
     vocab_size: int
     eot_id: int | None
     tokenizer_path: Path | None
 
-    def prepare(self) -> None:
-        """Make what is missing, with progress; cheap when all is there. Raises UserError."""
+    def ensure_ready(self) -> None:
+        """Open and check the corpus; cheap when called again. Raises UserError.
+
+        It comes before every other method.
+        """
 
     def digests(self) -> dict[str, str]:
-        """Return a digest of each source's training tokens, by its name; the sources in order.
+        """Return a digest of each source's training tokens by its name, in the sources' order.
 
-        Of a class without it, a run cannot tell that its tokens changed.
+        A custom class may lack this method; then a run cannot detect that its tokens changed.
         """
 
     def train(self, seq_len: int, seed: int) -> Sequences:
         """Return the training part, shuffled by `seed`. Raises UserError when it is too short."""
 
     def val(self, seq_len: int) -> dict[str, Sequences]:
-        """Return each source's validation part in file order; {} where there is none."""
+        """Return each source's validation part in file order; {} when there is none."""

@@ -1,6 +1,6 @@
-"""Batches of one optimizer step each, gathered by a thread ahead of the step.
+"""The batches of each optimizer step, which a thread gathers ahead of time.
 
-Shapes: A micro-steps, B sequences a process a micro-step, L tokens.
+Shapes: A micro-steps, B sequences per process and micro-step, L tokens.
 """
 
 from __future__ import annotations
@@ -9,8 +9,6 @@ import queue
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,51 +18,30 @@ from lunaris.data.base import Sequences
 from lunaris.errors import UserError
 
 IGNORED = -100
-# Steps that are gathered ahead; each holds one buffer of A · B · (L + 1) int64.
+# How many steps are gathered ahead; each takes one buffer of A · B · (L + 1) int64.
 _AHEAD = 2
 
 
-class Split(NamedTuple):
-    """Inputs, targets (−100: none) and documents of rows of L + 1 tokens; all [..., L] int64."""
+def split_documents(rows: Tensor, eot_id: int | None) -> dict[str, Tensor]:
+    """Split rows ([..., L + 1] int64) into `tokens` and `targets`, and `documents` with an eot_id.
 
-    tokens: Tensor
-    targets: Tensor
-    documents: Tensor | None
-
-
-@dataclass
-class StepBatch:
-    """What one process takes in one optimizer step, on the device.
-
-    tokens, targets: [A, B, L] int64, targets −100 where there is none; documents: [A, B, L] int64,
-    the document's number within its sequence, or None without masking; n_targets: targets of this
-    process that count.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    documents: Tensor | None
-    n_targets: int
-
-
-def split_documents(rows: Tensor, eot_id: int | None) -> Split:
-    """Cut rows ([..., L + 1] int64) into inputs and targets, apart at the end-of-text id if given.
-
-    An end-of-text token belongs to the document it ends and is predicted; what follows it is
-    another document, whose first token is no target.
+    All are [..., L] int64; targets are â100 where there is none, and documents are numbered within
+    their sequence. An end-of-text token belongs to the document that it ends, and is predicted.
+    What follows it is another document, whose first token is not a target.
     """
     tokens, targets = rows[..., :-1].clone(), rows[..., 1:].clone()
     if eot_id is None:
-        return Split(tokens, targets, None)
+        return {"tokens": tokens, "targets": targets}
     ends = tokens == eot_id
     documents = ends.cumsum(-1) - ends.long()
-    return Split(tokens, targets.masked_fill_(ends, IGNORED), documents)
+    targets.masked_fill_(ends, IGNORED)
+    return {"tokens": tokens, "targets": targets, "documents": documents}
 
 
 def check_ids(
     rows: np.ndarray, n: np.ndarray, sequences: Sequences, vocab_size: int | None
 ) -> None:
-    """Raise UserError for an id outside the vocabulary, before it is looked up on a device.
+    """Raise UserError for an id outside the vocabulary, before a device looks it up.
 
     rows: [R, L + 1] int64; n: [R], which sequence each row is.
     """
@@ -84,7 +61,7 @@ class Loader:
 
     Step s of a run that began at `start` takes the global sequences start + [s·G, (s+1)·G), with
     G = B · A · world_size; micro-step m of rank r takes B of them from (m · world_size + r) · B on.
-    So the set of sequences of a step is the same for every way to divide G.
+    So a step's set of sequences is the same for every way to divide G.
     """
 
     def __init__(
@@ -100,10 +77,10 @@ class Loader:
         vocab_size: int | None = None,
         eot_id: int | None = None,
     ) -> None:
-        """start: sequences already trained on; eot_id: given with document masking only.
+        """start: how many sequences were trained on already; eot_id: only with document masking.
 
-        Every id is checked against vocab_size; UserError names the file of the first that is not
-        below it. Errors of the thread are raised by the iterator.
+        Every id is checked against vocab_size; a UserError names the file of the first id that is
+        not below it. The iterator raises the errors of the thread.
         """
         self.wait_s = 0.0
         self._sequences = sequences
@@ -123,7 +100,8 @@ class Loader:
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
 
-    def __iter__(self) -> Iterator[StepBatch]:
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Yield each step's batch on the device: [A, B, L] tensors, see `split_documents`."""
         if self._thread is None:
             for _ in range(_AHEAD + 1):
                 self._free.put(_Buffer(self._shape, self._pinned))
@@ -139,24 +117,21 @@ class Loader:
             self._thread.join()
             self._thread = None
 
-    def _next(self) -> StepBatch:
+    def _next(self) -> dict[str, Tensor]:
         began = time.perf_counter()
         filled = self._filled.get()
         self.wait_s = time.perf_counter() - began
         if isinstance(filled, BaseException):
-            # Kept for whoever asks again: the thread is gone.
+            # Kept for the next call, because the thread has ended.
             self._filled.put(filled)
             raise filled
         batch = filled.batch
         if batch is None:
-            batch = self._batch(filled.rows.to(self._device, non_blocking=True), filled.n_targets)
+            rows = filled.rows.to(self._device, non_blocking=True)
+            batch = split_documents(rows, self._eot_id)
             filled.sent()
         self._free.put(filled)
         return batch
-
-    def _batch(self, rows: Tensor, n_targets: int) -> StepBatch:
-        split = split_documents(rows, self._eot_id)
-        return StepBatch(split.tokens, split.targets, split.documents, n_targets)
 
     def _fill(self) -> None:
         step = 0
@@ -171,20 +146,13 @@ class Loader:
                 rows = buffer.rows.view(len(n), -1).numpy()
                 self._sequences.gather(n, rows)
                 check_ids(rows, n, self._sequences, self._vocab_size)
-                buffer.n_targets = self._count_targets(rows)
                 if not self._pinned:
-                    # Nothing has to be sent; a GPU's rows are split there.
-                    buffer.batch = self._batch(buffer.rows, buffer.n_targets)
+                    # Nothing is copied; the rows of a GPU are split on the GPU.
+                    buffer.batch = split_documents(buffer.rows, self._eot_id)
                 self._filled.put(buffer)
                 step += 1
-        except BaseException as error:  # handed to the thread that trains
+        except BaseException as error:  # raised in the thread that trains
             self._filled.put(error)
-
-    def _count_targets(self, rows: np.ndarray) -> int:
-        count = rows[:, 1:].size
-        if self._eot_id is not None:
-            count -= int(np.count_nonzero(rows[:, :-1] == self._eot_id))
-        return count
 
 
 class _Buffer:
@@ -192,8 +160,7 @@ class _Buffer:
 
     def __init__(self, shape: tuple[int, ...], pinned: bool) -> None:
         self.rows = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
-        self.n_targets = 0
-        self.batch: StepBatch | None = None
+        self.batch: dict[str, Tensor] | None = None
         self._copied = torch.cuda.Event() if pinned else None
         self._used = False
 

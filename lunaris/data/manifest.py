@@ -1,4 +1,4 @@
-"""`manifest.json`: what a folder of shards says about itself."""
+"""`manifest.json`, the description of a folder of shards that was prepared."""
 
 from __future__ import annotations
 
@@ -6,23 +6,22 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 from lunaris.atomic_files import write_durably
 from lunaris.errors import UserError
 
 NAME = "manifest.json"
 TOKENIZER = "tokenizer.json"
-# The folder within that an unfinished preparation works in.
+# The subfolder of an unfinished preparation.
 UNFINISHED = ".prepare"
 _FORMAT = 1
 
 
 @dataclass
 class ShardEntry:
-    """One shard: file name in the folder, tokens in it, sha256 of the whole file.
+    """One shard: its file name in the folder, how many tokens it holds, the sha256 of the file.
 
-    source: whose validation documents it holds, where each of several has shards of its own.
+    source: the source of its validation documents, when each of several has separate shards.
     """
 
     file: str
@@ -33,7 +32,7 @@ class ShardEntry:
 
 @dataclass
 class SourceEntry:
-    """One source of documents: its weight in the interleaving and what was taken of it."""
+    """One source of documents: its share in the interleaving and what was taken of it."""
 
     name: str
     weight: float
@@ -45,7 +44,7 @@ class SourceEntry:
 
 @dataclass
 class Manifest:
-    """What shards were made of and with. `shards` maps train and val to entries in order."""
+    """How shards were made. `shards` maps train and val to entries in order."""
 
     tokenizer_hash: str | None
     vocab_size: int
@@ -53,17 +52,17 @@ class Manifest:
     dtype: str
     shards: dict[str, list[ShardEntry]]
     sources: list[SourceEntry] = field(default_factory=list)
-    # What the preparation was asked for, so that another request on the same folder is seen.
-    settings: dict[str, Any] = field(default_factory=dict)
+    # What the shards' bytes depend on; preparing the folder with other settings is refused.
+    settings: dict[str, object] = field(default_factory=dict)
 
     def write(self, folder: Path) -> None:
-        """Replace the folder's manifest; the last act of a preparation."""
+        """Replace the folder's manifest; the last step of a preparation."""
         text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n"
         write_durably(folder / NAME, text.encode())
 
 
 def read(folder: Path) -> Manifest | None:
-    """Return the folder's manifest, or None without one. Raises UserError when it is damaged."""
+    """Return the folder's manifest, or None if it has none. Raises UserError for a corrupt one."""
     path = folder / NAME
     try:
         raw = json.loads(path.read_bytes())
@@ -76,7 +75,7 @@ def read(folder: Path) -> Manifest | None:
             raise UserError(f"{path}: written by another version of lunaris; prepare it again")
         raw["shards"] = {k: [ShardEntry(**e) for e in v] for k, v in raw["shards"].items()}
         if not all(isinstance(e.source, str | None) for e in raw["shards"].get("val", ())):
-            raise TypeError("a shard's source is no name")
+            raise TypeError("a shard's source is not a name")
         raw["sources"] = [SourceEntry(**e) for e in raw.get("sources", [])]
         return Manifest(**raw)
     except (KeyError, TypeError, AttributeError) as error:

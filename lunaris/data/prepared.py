@@ -1,74 +1,57 @@
-"""What a kind of data has in common whose shards we make ourselves: training reads its folder."""
+"""What the kinds of data that `lunaris prepare` builds have in common when training reads them.
+
+The classes here only read a finished folder. `lunaris.data.prepare.build` builds it from their
+`keys`.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any, ClassVar
 
-from lunaris.atomic_files import FileInUse, file_lock
-from lunaris.data.base import Sequences
-from lunaris.data.shards import ShardsData
+from lunaris.config.schema.data import PreparedDataConfig
+from lunaris.data.folders import require_prepared
+from lunaris.data.shards import ShardsData, checked_keys
 from lunaris.errors import UserError
 
 
-class PreparedFolder:
-    """A `Data` over one folder with a manifest; subclasses make the folder in `prepare`."""
+class PreparedFolder(ShardsData):
+    """One folder of shards with a manifest, which is built before it is read."""
 
-    def __init__(self, folder: Path, *, verify: bool, document_masking: bool) -> None:
+    def __init__(self, folder: Path, *, verify: bool = False, document_masking: bool) -> None:
+        super().__init__(dir=str(folder), verify=verify, document_masking=document_masking)
         self.folder = folder
-        self._shards = ShardsData(dir=str(folder), verify=verify, document_masking=document_masking)
 
-    def prepare(self) -> None:
-        self._shards.prepare()
+    def ensure_ready(self) -> None:
+        """Inspect the folder, once. Raises UserError when it is not built or has changed."""
+        require_prepared(self.folder)
+        super().ensure_ready()
 
-    @property
-    def vocab_size(self) -> int:
-        return self._shards.vocab_size
 
-    @property
-    def eot_id(self) -> int | None:
-        return self._shards.eot_id
+class PreparedData(PreparedFolder):
+    """Shards that `lunaris prepare` builds in `data.dir`. A subclass names the schema of its keys.
 
-    @property
-    def tokenizer_path(self) -> Path | None:
-        return self._shards.tokenizer_path
+    Training uses `dir`, `verify` and `document_masking` only; the other keys say what to build.
+    """
 
-    def digests(self) -> dict[str, str]:
-        return self._shards.digests()
+    schema: ClassVar[type[PreparedDataConfig]]
 
-    def train(self, seq_len: int, seed: int) -> Sequences:
-        return self._shards.train(seq_len, seed)
-
-    def val(self, seq_len: int) -> dict[str, Sequences]:
-        return self._shards.val(seq_len)
+    def __init__(self, **keys: Any) -> None:
+        """keys: of the schema. Raises UserError for one that is out of range."""
+        self.keys = checked_keys(self.schema, keys)
+        if not self.keys.dir.strip():
+            raise UserError("data.dir=: must be the path of a folder")
+        super().__init__(
+            Path(self.keys.dir),
+            verify=self.keys.verify,
+            document_masking=self.keys.document_masking,
+        )
 
 
 def cache_folder() -> Path:
-    """Return where prepared data is kept: $LUNARIS_CACHE, or lunaris/ in the user's cache."""
+    """Return the folder of the cache: $LUNARIS_CACHE, or lunaris/ in the user's cache."""
     given = os.environ.get("LUNARIS_CACHE")
     if given:
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lunaris"
-
-
-@contextmanager
-def folder_lock(path: Path, *, wait: bool) -> Iterator[None]:
-    """Hold a lock file until the block or the process ends.
-
-    wait: until another process releases it; else raise UserError that it is in use.
-    """
-    with ExitStack() as stack:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(file_lock(path, wait=wait))
-        except FileInUse as error:
-            raise UserError(
-                f"{path.parent}: another `lunaris prepare` is writing this folder"
-            ) from error
-        except OSError as error:
-            raise UserError(
-                f"data.dir={path.parent}: cannot be written: {error.strerror}"
-            ) from error
-        yield

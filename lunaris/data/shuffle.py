@@ -27,8 +27,8 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.nd
     columns = -(-size // rows)
     keys = _round_keys(seed, epoch)
     place = _feistel(index.astype(np.uint64), rows, columns, keys)
-    # The network permutes rows · columns >= size numbers, hardly more than `size`: walk on where
-    # it leaves the domain. The walk ends, for it follows a cycle that holds the start.
+    # The network permutes rows · columns >= size numbers, hardly more than `size`. Apply it again
+    # while the result is outside; that ends, because the cycle returns to the start.
     while (outside := place >= size).any():
         some = keys if keys[0].size == 1 else [key[outside] for key in keys]
         place[outside] = _feistel(place[outside], rows, columns, some)
@@ -36,7 +36,7 @@ def permute(index: np.ndarray, size: int, seed: int, epoch: np.ndarray) -> np.nd
 
 
 def _feistel(value: np.ndarray, rows: int, columns: int, keys: list[np.ndarray]) -> np.ndarray:
-    """Permute rows · columns numbers: each half in turn is shifted by a hash of the other."""
+    """Permute rows · columns numbers: a hash of one half shifts the other, in turn."""
     m, n = np.uint64(rows), np.uint64(columns)
     row, column = np.divmod(value, n)
     for i, key in enumerate(keys):
@@ -54,7 +54,7 @@ def _feistel(value: np.ndarray, rows: int, columns: int, keys: list[np.ndarray])
 
 
 def _hash(half: np.ndarray, key: np.ndarray, below: np.uint64) -> np.ndarray:
-    """Return a number below `below` (at most 2^32) that depends on a half and a round's key."""
+    """Return a number below `below` (at most 2^32) that depends on a half and the round's key."""
     x = half + key
     x *= _MULTIPLIER_1
     x ^= x >> _SHIFT
@@ -66,7 +66,7 @@ def _hash(half: np.ndarray, key: np.ndarray, below: np.uint64) -> np.ndarray:
 
 
 def _round_keys(seed: int, epoch: np.ndarray) -> list[np.ndarray]:
-    """Return one key for each round, for each row or, where all are of one epoch, for all."""
+    """Return each round's keys: one for each row, or one for all rows of the same epoch."""
     first = int(epoch[0]) if len(epoch) else 0
     if (epoch == first).all():
         return _epoch_keys(seed, first)
@@ -77,7 +77,7 @@ def _round_keys(seed: int, epoch: np.ndarray) -> list[np.ndarray]:
 
 @functools.lru_cache(maxsize=1024)
 def _epoch_keys(seed: int, epoch: int) -> list[np.ndarray]:
-    """Return one key a round ([1] uint64 each)."""
+    """Return one key for each round ([1] uint64 each)."""
     state = _mix(np.array([seed % 2**64], dtype=np.uint64))
     state = _mix(state ^ np.array([epoch], dtype=np.uint64))
     keys = []

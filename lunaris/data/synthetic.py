@@ -1,4 +1,4 @@
-"""Tokens of a seeded bigram table: for tests, and for measuring speed without a corpus."""
+"""`data=synthetic`: tokens of a seeded bigram table, for tests and for measuring speed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _VAL_TOKENS = 65_536
 
 
 class ArrayStream(TokenStream):
-    """A stream over one array in memory."""
+    """The tokens of one array in memory."""
 
     def __init__(self, tokens: np.ndarray, name: str) -> None:
         super().__init__([Shard(Path(name), 0, len(tokens), tokens.dtype)])
@@ -29,10 +29,10 @@ class ArrayStream(TokenStream):
 
 
 class SyntheticData:
-    """A corpus that a model can learn: every token is followed by one of four, nine times in ten.
+    """A corpus that a model can learn: nine times in ten, one of four tokens follows each token.
 
-    The first `n_tokens` are for training; what comes after them, an eighth as many but at most
-    65,536, for validation.
+    The first `n_tokens` are for training. The tokens after them, an eighth as many but at most
+    65,536, are for validation.
     """
 
     tokenizer_path: Path | None = None
@@ -46,33 +46,40 @@ class SyntheticData:
         seed: int = 0,
         document_masking: bool = False,
     ) -> None:
-        """document_masking: token 0 stands for the end of a text."""
+        """document_masking: token 0 is the end of a text."""
         self.vocab_size = vocab_size
         self._n_tokens = n_tokens
         self._seed = seed
         self._tokens: np.ndarray | None = None
 
-    def prepare(self) -> None:
+    def ensure_ready(self) -> None:
+        """Draw the tokens, once."""
         if self._tokens is None:
             held_out = max(2, min(_VAL_TOKENS, self._n_tokens // 8))
             self._tokens = bigram_tokens(self.vocab_size, self._n_tokens + held_out, self._seed)
 
     def digests(self) -> dict[str, str]:
-        assert self._tokens is not None, "prepare() comes first"
-        return {"synthetic": hashlib.sha256(self._tokens[: self._n_tokens].tobytes()).hexdigest()}
+        """Return the sha256 of the training tokens."""
+        tokens = self._drawn[: self._n_tokens]
+        return {"synthetic": hashlib.sha256(tokens.tobytes()).hexdigest()}
 
     def train(self, seq_len: int, seed: int) -> Sequences:
-        assert self._tokens is not None, "prepare() comes first"
-        stream = ArrayStream(self._tokens[: self._n_tokens], "synthetic")
+        """Return the training part, shuffled by `seed`. Raises UserError when it is too short."""
+        stream = ArrayStream(self._drawn[: self._n_tokens], "synthetic")
         part = StreamSequences(stream, seq_len, seed, "synthetic")
         require_sequences(part, stream, seq_len, "synthetic")
         return part
 
     def val(self, seq_len: int) -> dict[str, Sequences]:
-        assert self._tokens is not None, "prepare() comes first"
-        stream = ArrayStream(self._tokens[self._n_tokens :], "synthetic")
+        """Return the validation part in order; {} when it is shorter than one sequence."""
+        stream = ArrayStream(self._drawn[self._n_tokens :], "synthetic")
         part = StreamSequences(stream, seq_len, None, "synthetic")
         return {"synthetic": part} if len(part) else {}
+
+    @property
+    def _drawn(self) -> np.ndarray:
+        assert self._tokens is not None, "ensure_ready() comes first"
+        return self._tokens
 
 
 def bigram_tokens(vocab_size: int, n_tokens: int, seed: int) -> np.ndarray:

@@ -1,24 +1,23 @@
-"""Where a long text may be cut so that its parts are encoded as the whole would be."""
+"""Where a long text may be cut so that its pieces have the same tokens as the complete text."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 
-# A text is encoded in pieces of at most this many bytes, so that one of any size takes little
-# memory.
+# A text is encoded in pieces of at most this many bytes, so that any text takes little memory.
 PIECE_BYTES = 65_536
 _WORD_START = re.compile(rb"(?<=\S)\s")
 
 
 def cut(window: bytes) -> int:
-    """Return the last good place to cut at or before the window's last byte.
+    """Return the last good place to cut, at or before the window's last byte.
 
-    The first white space after a word, so that a word keeps the space before it; where there is
-    none, a character's first byte; in what is not UTF-8, the end.
+    It is the first white space after a word, so that a word keeps the space before it; if there is
+    none, a character's first byte; if the window is not UTF-8, its last byte.
     """
     end = len(window) - 1
-    # Mostly there is one near; the whole window is searched only where there is none.
+    # Usually there is one near the end; otherwise the complete window is searched.
     for begin in (max(0, end - 256), 0):
         place = 0
         for match in _WORD_START.finditer(window, begin):
@@ -32,7 +31,7 @@ def cut(window: bytes) -> int:
 
 
 def split_bytes(document: bytes, most: int = PIECE_BYTES) -> Iterator[bytes]:
-    """Yield a document in pieces of at most `most` bytes, cut in their second halves by `cut`."""
+    """Yield a document in pieces of at most `most` bytes, which `cut` ends in their second half."""
     start = 0
     while len(document) - start > most:
         begin = start + most // 2

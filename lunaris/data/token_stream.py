@@ -1,4 +1,4 @@
-"""Many `.npy` files as one stream of tokens, and sequences cut from it."""
+"""Many `.npy` files as one stream of tokens, and the sequences that are cut from it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 
 from lunaris.data.shuffle import permute
 
-# A map keeps a file descriptor; past this many the least recently used one is closed.
+# A memory map takes a file descriptor; beyond this many, the least recently used one is closed.
 _MOST_OPEN = 256
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One `.npy` file of tokens: where its data begins (bytes), how many tokens, of which type."""
+    """One `.npy` file of tokens: where they begin (in bytes), how many, of which type."""
 
     path: Path
     offset: int
@@ -26,7 +26,7 @@ class Shard:
 
 
 class TokenStream:
-    """The tokens start … stop of several shards laid end to end, read through memory maps."""
+    """The tokens from `start` to `stop` of several shards in a row, read through memory maps."""
 
     def __init__(self, shards: list[Shard], start: int = 0, stop: int | None = None) -> None:
         self._shards = [shard for shard in shards if shard.tokens]
@@ -48,7 +48,7 @@ class TokenStream:
         i = bisect.bisect_right(self._ends, at)
         tokens = self._map(i)
         begin = at - (self._ends[i] - len(tokens))
-        if begin + len(out) <= len(tokens):  # mostly it is all in one shard
+        if begin + len(out) <= len(tokens):  # usually one shard holds it all
             out[:] = tokens[begin : begin + len(out)]
             return
         while done < len(out):
@@ -80,13 +80,13 @@ class TokenStream:
 class StreamSequences:
     """The sequences of L + 1 tokens at every L-th position of a stream.
 
-    N = (tokens − 1) // L of them; neighbours share one token, the target of the one and the input
-    of the other. With a seed, each epoch is a permutation keyed by (seed, epoch); without, every
-    epoch is in file order.
+    There are N = (tokens − 1) // L of them; neighbours share one token, the last target of one and
+    the first input of the next. With a seed, each epoch is a permutation keyed by (seed, epoch);
+    without one, every epoch is in file order.
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, seed: int | None, name: str) -> None:
-        """name: for messages; the folder of the shards."""
+        """name: the folder of the shards, for messages."""
         self._stream = stream
         self.seq_len = seq_len
         self._seed = seed
@@ -96,18 +96,21 @@ class StreamSequences:
         return max(0, len(self._stream) - 1) // self.seq_len
 
     def place(self, n: np.ndarray) -> np.ndarray:
-        """Return where in file order the n-th sequences stand ([R] int64)."""
+        """Return the positions in file order of the n-th sequences ([R] int64)."""
         epoch, index = np.divmod(n, len(self))
         return index if self._seed is None else permute(index, len(self), self._seed, epoch)
 
     def gather(self, n: np.ndarray, out: np.ndarray) -> None:
+        """Write the n-th sequences (n: [R] int64) to out ([R, L + 1])."""
         read = self._stream.read
         for row, start in zip(out, (self.place(n) * self.seq_len).tolist(), strict=True):
             read(start, row)
 
     def source(self, n: np.ndarray) -> np.ndarray | None:
+        """Return None: there is only one source."""
         return None
 
     def describe(self, n: int) -> str:
+        """Return the path of the shard in which the n-th sequence begins."""
         place = int(self.place(np.array([n]))[0])
         return str(self._stream.path(place * self.seq_len)) if len(self._stream) else self._name

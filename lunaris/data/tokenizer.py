@@ -1,12 +1,12 @@
-"""Byte-level BPE: training, and encoding of any bytes so that they decode to the same bytes."""
+"""A `tokenizer.json` that encodes any bytes so that they decode to the same bytes."""
 
 from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,42 +17,20 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
 EOT = "<|endoftext|>"
-# Other tokenizers' names for the end of a text, in the order in which they are looked for.
+# Known names for the end of a text, in the order in which they are looked for.
 _EOT_NAMES = (EOT, "<|end_of_text|>", "</s>", "<eos>", "<|end|>", "[SEP]")
-# Bytes of text given to the library at once: its encodings take many times as much.
+# Bytes of text passed to the library at once: its encodings take many times as much memory.
 _BATCH_BYTES = 2**20
 _INVALID = re.compile("([\udc80-\udcff]+)")
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int, path: Path) -> None:
-    """Train byte-level BPE on texts and write it to `path`; the end of a text is id 0.
-
-    All 256 bytes are in the vocabulary, so nothing is ever unknown.
-    """
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    # typed as read-only in the library's stubs
-    untyped: Any = tokenizer
-    untyped.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    untyped.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[EOT],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.save(str(path))
-
-
 class TextTokenizer:
-    """A `tokenizer.json` with its end-of-text id, encoding and decoding bytes."""
+    """A tokenizer with its end-of-text id, which encodes and decodes bytes."""
 
     def __init__(self, path: Path, eot: str | int | None = None) -> None:
-        """eot: the end-of-text token or its id; None: the first known name the tokenizer has.
+        """eot: the end-of-text token or its id; None: the first known name that the tokenizer has.
 
-        Raises UserError when the file is no tokenizer or has no end of text.
+        Raises UserError when the file is not a tokenizer or has no end of text.
         """
         from tokenizers import Tokenizer
 
@@ -60,7 +38,7 @@ class TextTokenizer:
             self._tokenizer: Tokenizer = Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise UserError(f"{path}: not a tokenizer.json ({error})") from error
-        # "<|endoftext|>" within a text is text, not the end of a document.
+        # "<|endoftext|>" within a text is plain text, not the end of a document.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -68,12 +46,12 @@ class TextTokenizer:
         self.eot_id = eot if isinstance(eot, int) else self._find_eot(path, eot)
         ids = [self._tokenizer.token_to_id(char) for char in byte_alphabet()]
         byte_level = "ByteLevel" in self._tokenizer.to_str() and None not in ids
-        # The id of each byte where the tokenizer is byte-level; else broken UTF-8 is replaced.
+        # The id of each byte if the tokenizer is byte-level; others cannot encode broken UTF-8.
         self._byte_ids = np.array(ids, dtype=self.dtype) if byte_level else None
 
     @property
     def dtype(self) -> np.dtype:
-        """Return the type of shards: uint16 up to 65,536 ids, else uint32."""
+        """The type of the ids in shards: uint16 up to 65,536 ids, else uint32."""
         return np.dtype(np.uint16 if self.vocab_size <= 2**16 else np.uint32)
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
@@ -96,14 +74,14 @@ class TextTokenizer:
         return [self._join(parts) for parts in ids]
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
-        """Return the bytes that ids stand for; an end of text stands for none."""
+        """Return the bytes of ids ([tokens]); an end of text has none."""
         if self._byte_ids is None:
             return self._tokenizer.decode(list(map(int, ids))).encode()
         table = self._token_bytes
         return b"".join([table[i] for i in np.asarray(ids).tolist()])
 
     def _texts(self, piece: bytes) -> Iterator[str]:
-        """Yield a piece as text; bytes that are not UTF-8 as a text of lone surrogates."""
+        """Yield a piece as text, and bytes that are not UTF-8 as a text of lone surrogates."""
         try:
             yield piece.decode("utf-8")
         except UnicodeDecodeError:
@@ -116,7 +94,7 @@ class TextTokenizer:
     def _encode_pieces(
         self, pieces: list[str], owners: list[int], ids: list[list[np.ndarray]]
     ) -> None:
-        """Append each piece's ids to those of the document that it is of."""
+        """Append each piece's ids to the ids of its document, whose index is in `owners`."""
         texts = [piece for piece in pieces if not _is_escaped(piece)]
         encoded = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
         for piece, owner in zip(pieces, owners, strict=True):
@@ -133,7 +111,7 @@ class TextTokenizer:
         return np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
 
     def _vocab_size(self) -> int:
-        # Ids may have gaps, so their count can be smaller than the largest.
+        # Ids may have gaps, so that their count can be smaller than the largest.
         return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def _find_eot(self, path: Path, eot: str | None) -> int:
@@ -144,12 +122,12 @@ class TextTokenizer:
                 return found
         raise UserError(
             f"{path}: has no token {' or '.join(names)} for the end of a text; "
-            "name the one it has by data.eot"
+            "set data.eot to the one that it has"
         )
 
     @functools.cached_property
     def _token_bytes(self) -> list[bytes]:
-        """The bytes of every id."""
+        """The bytes of every id, in order."""
         of_char = {char: bytes([i]) for i, char in enumerate(byte_alphabet())}
         table = []
         added = self._tokenizer.get_added_tokens_decoder()
@@ -166,7 +144,7 @@ class TextTokenizer:
 
 @functools.cache
 def byte_alphabet() -> tuple[str, ...]:
-    """Return the character that byte-level BPE writes for each byte (GPT-2's table).
+    """Return the character that stands for each byte in byte-level BPE (GPT-2's table).
 
     Printable Latin-1 bytes stand for themselves, the others for characters from U+0100 on.
     """
@@ -183,26 +161,3 @@ def byte_alphabet() -> tuple[str, ...]:
 
 def _is_escaped(piece: str) -> bool:
     return "\udc80" <= piece[:1] <= "\udcff"
-
-
-def load_tokenizer(name: str, path: Path) -> None:
-    """Write a tokenizer to `path`: of a file, of a folder that holds tokenizer.json, of the Hub.
-
-    Raises UserError when there is none.
-    """
-    from tokenizers import Tokenizer
-
-    local = Path(name).expanduser()
-    if local.is_dir():
-        local = local / "tokenizer.json"
-    if local.is_file():
-        path.write_bytes(local.read_bytes())
-        return
-    if name.endswith(".json") or name.startswith((".", "/", "~")):
-        raise UserError(f"data.tokenizer={name}: no such file")
-    try:
-        Tokenizer.from_pretrained(name).save(str(path))
-    except Exception as error:  # the library raises bare Exception
-        raise UserError(
-            f"data.tokenizer={name}: neither a file nor a tokenizer that the Hub gives ({error})"
-        ) from error

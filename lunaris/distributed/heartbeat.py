@@ -1,9 +1,9 @@
-"""Signs of life between the processes of a run, so that a hung one is named and ends the job.
+"""A heartbeat between the processes of a run: a process that hangs is named, and the run ends.
 
-A thread of each process writes its process's beat to the group's key-value store and reads the
-others'. A process that is stopped (SIGSTOP, a frozen node) writes none; one whose main thread
-hangs still beats, but says what it is doing and for how many such steps, which is compared when a
-collective times out.
+A thread of each process writes to the group's key-value store that the process is alive, and reads
+what others wrote. A process that is stopped (SIGSTOP, a frozen node) writes nothing. One whose main
+thread hangs still writes, with its current phase and the number of phases that it has begun; a
+collective's timeout compares those numbers.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 
 import torch.distributed as dist
 
-# A process watches its next ones (cyclically), so that the store's load grows with the world only.
+# A process watches only the next ones (cyclically), so that the store's load is linear in them.
 _WATCHED = 8
 _LONGEST_INTERVAL_S = 5.0
 
 
 def end_process(message: str) -> None:
-    """Say why and end this process at once; its main thread is stuck in a collective."""
+    """Print `message` and end this process at once: its main thread is stuck in a collective."""
     record_failure(message)
     print(f"lunaris: {message}", file=sys.stderr, flush=True)
     os._exit(1)
 
 
 def record_failure(message: str) -> None:
-    """Leave the reason of this process's end where torch's elastic agent looks for it."""
+    """Write why this process ends to the file that torch's elastic agent reads; the first wins."""
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and not os.path.exists(path):
         extra = {"py_callstack": "", "timestamp": str(int(time.time())), "time": time.time()}
@@ -40,7 +40,7 @@ def record_failure(message: str) -> None:
 
 
 class Heartbeat:
-    """This process's beat and its watch over the others'."""
+    """The heartbeat of this process, and its watch over those of others."""
 
     def __init__(
         self,
@@ -49,53 +49,55 @@ class Heartbeat:
         timeout_s: float,
         on_hang: Callable[[str], None] = end_process,
     ) -> None:
-        """timeout_s: a process silent for three quarters of it is taken to hang."""
+        """timeout_s: a process without a heartbeat for three quarters of it counts as hung.
+
+        on_hang: called once, in the heartbeat's thread, with a sentence that names the processes.
+        """
         self._rank = rank
         self._world = world_size
         self._silence_s = 0.75 * timeout_s
         self._interval_s = min(_LONGEST_INTERVAL_S, timeout_s / 20)
         self._on_hang = on_hang
-        self._marks = 0
-        self._doing = "starting"
-        self._store = _own_connection(self._silence_s)
+        self._phases_begun = 0
+        self._phase = "starting"
+        self._store = _connect(self._silence_s)
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, name="heartbeat", daemon=True)
 
     def start(self) -> None:
-        """Begin to beat and to watch."""
+        """Write the first heartbeat and start the thread."""
         self._beat(0)
         self._thread.start()
 
     def stop(self) -> None:
-        """Say good-bye, so that the others miss nobody."""
+        """Stop the thread and tell the others that this process ends on purpose."""
         self._stopped.set()
         self._thread.join(timeout=self._silence_s)
         try:
             self._store.set(str(self._rank), "done")
         except RuntimeError:
-            pass  # The store is gone with the process that held it.
+            pass  # The process that serves the store has ended already.
 
-    def mark(self, doing: str) -> None:
-        """Note what the main thread begins to do."""
-        self._marks += 1
-        self._doing = doing
+    def set_phase(self, phase: str) -> None:
+        """Record what the main thread begins to do."""
+        self._phases_begun += 1
+        self._phase = phase
 
-    def laggards(self) -> str:
-        """Return a sentence that names the processes whose main threads are furthest behind."""
+    def slowest_ranks(self) -> str:
+        """Return a sentence that names the processes that have begun the fewest phases."""
         try:
             beats = self._read(range(self._world))
         except RuntimeError:
-            return f"{_where()} does not answer"
+            return f"{_store_address()} does not answer"
         fields = {r: beat.split(" ", 2) for r, beat in beats.items() if beat != "done"}
-        behind = min(int(marks) for _, marks, _ in fields.values())
-        slow = [f"rank {r} ({f[2]})" for r, f in fields.items() if int(f[1]) == behind]
+        fewest = min(int(begun) for _, begun, _ in fields.values())
+        slow = [f"rank {r} ({f[2]})" for r, f in fields.items() if int(f[1]) == fewest]
         if len(slow) == len(fields) > 1:
             return "every rank waits at the same place"
         return f"the furthest behind: {', '.join(slow)}"
 
     def _run(self) -> None:
-        watched = [(self._rank + i) % self._world for i in range(1, _WATCHED + 1)]
-        watched = [r for r in dict.fromkeys(watched) if r != self._rank]
+        watched = {(self._rank + i) % self._world for i in range(1, _WATCHED + 1)} - {self._rank}
         last = dict.fromkeys(watched, "")
         seen = dict.fromkeys(watched, time.monotonic())
         answered = time.monotonic()
@@ -108,30 +110,30 @@ class Heartbeat:
                 beats = self._read(watched)
             except RuntimeError:
                 if now - answered > self._silence_s and not self._stopped.is_set():
-                    self._on_hang(f"{_where()} has not answered for {now - answered:.0f} s")
+                    self._on_hang(f"{_store_address()} has not answered for {now - answered:.0f} s")
                     return
                 continue
-            # A pause of this very process is no fault of the others.
+            # After a pause of this process the others' times are reset: it could not read them.
             paused = now - answered > 2 * self._interval_s + 1
             answered = time.monotonic()
             for r, beat in beats.items():
                 if beat != last[r] or beat == "done" or paused:
                     last[r], seen[r] = beat, answered
-            silent = [r for r in watched if answered - seen[r] > self._silence_s]
-            if silent:
+            hung = [r for r in watched if answered - seen[r] > self._silence_s]
+            if hung:
                 self._on_hang(
                     "; ".join(
-                        f"rank {r} gave no sign of life for {answered - seen[r]:.0f} s "
+                        f"rank {r} has sent no heartbeat for {answered - seen[r]:.0f} s "
                         f"(last: {last[r].split(' ', 2)[-1] or 'none'})"
-                        for r in silent
+                        for r in hung
                     )
                 )
                 return
 
     def _beat(self, count: int) -> None:
-        self._store.set(str(self._rank), f"{count} {self._marks} {self._doing}")
+        self._store.set(str(self._rank), f"{count} {self._phases_begun} {self._phase}")
 
-    def _read(self, ranks: range | list[int]) -> dict[int, str]:
+    def _read(self, ranks: Iterable[int]) -> dict[int, str]:
         ranks = [r for r in ranks if self._store.check([str(r)])]
         if not ranks:
             return {}
@@ -139,10 +141,10 @@ class Heartbeat:
         return {r: value.decode() for r, value in zip(ranks, values, strict=True)}
 
 
-def _own_connection(timeout_s: float) -> dist.Store:
-    """Return a client of the group's store with a connection of its own.
+def _connect(timeout_s: float) -> dist.Store:
+    """Return a client of the group's store with a separate connection.
 
-    The default store's connection is taken for as long as the main thread waits on it.
+    The connection of the default store is busy for as long as the main thread waits on it.
     """
     store = dist.TCPStore(
         os.environ["MASTER_ADDR"],
@@ -155,6 +157,6 @@ def _own_connection(timeout_s: float) -> dist.Store:
     return dist.PrefixStore(f"lunaris/heartbeat/{attempt}", store)
 
 
-def _where() -> str:
+def _store_address() -> str:
     address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
     return f"the group's store at {address} (rank 0's machine)"

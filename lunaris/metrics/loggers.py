@@ -1,46 +1,86 @@
-"""Where a run's metrics go: the console and `metrics.jsonl`."""
+"""Where a run's metrics go: the console, `metrics.jsonl`, and any further logger."""
 
 from __future__ import annotations
 
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import Protocol
 
 from tqdm import tqdm
 
-from lunaris.metrics.records import MetricsFile
+from lunaris.config.schema.root import Config
+from lunaris.metrics.records import MetricsFile, Row
 from lunaris.runs.run_dir import RunDir
 
 
-class Logger:
-    """Receives the rows of a run, on the process of rank 0.
+class Logger(Protocol):
+    """Receives the rows of a run, in the process of rank 0. A subclass overrides what it needs."""
 
-    This one drops them, which is what every other rank wants.
-    """
-
-    def start(self, run_dir: RunDir, cfg: Any, step: int) -> None:
-        """Begin, or go on after step `step`. cfg: the composed config."""
+    def start(self, run_dir: RunDir, cfg: Config, step: int) -> None:
+        """Begin, or continue after step `step`. cfg: the composed config."""
 
     def tick(self, step: int) -> None:
-        """Say that step `step` is done."""
+        """Report that step `step` is done."""
 
-    def log(self, row: dict[str, Any]) -> None:
-        """Record one row; it holds `step` and the metrics named in the design."""
+    def log(self, row: Row) -> None:
+        """Record one row: `step` and the metrics of that step by their names."""
 
     def message(self, text: str) -> None:
-        """Tell the person something that is not a metric."""
+        """Show the user a text that is not a metric."""
 
     def flush(self) -> None:
-        """Make what was logged durable."""
+        """Make the rows durable, because a checkpoint is about to be saved."""
 
     def finish(self) -> None:
-        """End; nothing is logged after."""
+        """Release what `start` opened; nothing is logged after this."""
 
 
-class LocalLogger(Logger):
+class Loggers:
+    """Calls several loggers in turn. With none it drops everything, as every other rank needs.
+
+    An exception of a logger other than the local one is reported once and removes that logger; it
+    never stops the run.
+    """
+
+    def __init__(self, loggers: dict[str, Logger]) -> None:
+        """loggers: by their names in the `logger` group of the config."""
+        self._loggers = dict(loggers)
+
+    def start(self, run_dir: RunDir, cfg: Config, step: int) -> None:
+        self._each(lambda logger: logger.start(run_dir, cfg, step))
+
+    def tick(self, step: int) -> None:
+        self._each(lambda logger: logger.tick(step))
+
+    def log(self, row: Row) -> None:
+        self._each(lambda logger: logger.log(row))
+
+    def message(self, text: str) -> None:
+        self._each(lambda logger: logger.message(text))
+
+    def flush(self) -> None:
+        self._each(lambda logger: logger.flush())
+
+    def finish(self) -> None:
+        self._each(lambda logger: logger.finish())
+
+    def _each(self, call: Callable[[Logger], None]) -> None:
+        for name, logger in list(self._loggers.items()):
+            try:
+                call(logger)
+            except Exception as error:
+                if isinstance(logger, LocalLogger):
+                    raise
+                del self._loggers[name]
+                reason = f"{type(error).__name__}: {error}"
+                say(f"logger.{name} failed and is dropped ({reason}); metrics.jsonl continues")
+
+
+class LocalLogger:
     """A progress bar on a terminal, plain lines in a log file, and `metrics.jsonl`."""
 
-    def start(self, run_dir: RunDir, cfg: Any, step: int) -> None:
+    def start(self, run_dir: RunDir, cfg: Config, step: int) -> None:
         """Open the metrics file after cutting rows past `step`, and show the bar."""
         self._file = MetricsFile(run_dir.metrics_path, step)
         self._max_steps = cfg.trainer.max_steps
@@ -58,7 +98,7 @@ class LocalLogger(Logger):
         """Move the bar."""
         self._bar.update(step - self._bar.n)
 
-    def log(self, row: dict[str, Any]) -> None:
+    def log(self, row: Row) -> None:
         """Write the row and show its losses and its speed."""
         self._file.append(row)
         for key, name, form in (
@@ -72,17 +112,11 @@ class LocalLogger(Logger):
             self._bar.set_postfix(self._shown, refresh=False)
             return
         shown = "  ".join(f"{name} {value}" for name, value in self._shown.items())
-        print(
-            f"step {row['step']}/{self._max_steps}  {shown}  ETA {self._eta(row['step'])}",
-            flush=True,
-        )
+        say(f"step {row['step']}/{self._max_steps}  {shown}  ETA {self._eta(row['step'])}")
 
     def message(self, text: str) -> None:
-        """Print a line without breaking the bar."""
-        if self._bar.disable:
-            print(text, flush=True)
-        else:
-            self._bar.write(text)
+        """Print the text."""
+        say(text)
 
     def flush(self) -> None:
         """Make the metrics file durable."""
@@ -98,3 +132,9 @@ class LocalLogger(Logger):
         done = max(1, step - first_step)
         left = (time.monotonic() - started) / done * (self._max_steps - step)
         return tqdm.format_interval(left)
+
+
+def say(text: str) -> None:
+    """Print a line without breaking a progress bar."""
+    tqdm.write(text)
+    sys.stdout.flush()

@@ -1,39 +1,39 @@
-"""The curves of a run as a picture."""
+"""The loss curves of a run as a picture."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from lunaris.metrics.records import read_rows
+from lunaris.metrics.records import Row, read_rows
 
 
 def plot_loss(metrics: Path, png: Path) -> None:
-    """Draw training and validation loss (nats a token) over steps from metrics.jsonl to `png`.
+    """Draw the training and validation loss (nats a token) of `metrics.jsonl` to the file `png`.
 
-    Also the smallest and largest share of tokens that any expert got, where there are experts.
+    A run with experts gets a second plot: the largest and smallest share of tokens of any expert.
     """
     rows = read_rows(metrics)
     has_experts = any("moe/min_load" in row for row in rows)
     figure = Figure(figsize=(8, 6 if has_experts else 4), layout="constrained")
     axes = figure.subplots(1 + has_experts, 1, sharex=True, squeeze=False)[:, 0]
-    for key, label, style in (
-        ("train/main_loss", "training", "-"),
-        ("val/loss", "validation", "o-"),
-    ):
-        points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-        if points:
-            axes[0].plot(*zip(*points, strict=True), style, label=label, markersize=4)
+    _draw(axes[0], rows, "train/main_loss", "training", "-")
+    _draw(axes[0], rows, "val/loss", "validation", "o-")
     axes[0].set_ylabel("cross-entropy (nats a token)")
-    axes[0].legend()
-    axes[0].grid(alpha=0.3)
     if has_experts:
-        for key, label in (("moe/max_load", "busiest expert"), ("moe/min_load", "idlest expert")):
-            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-            axes[1].plot(*zip(*points, strict=True), label=label)
+        _draw(axes[1], rows, "moe/max_load", "busiest expert", "-")
+        _draw(axes[1], rows, "moe/min_load", "idlest expert", "-")
         axes[1].set_ylabel("share of tokens, 1 = balanced")
-        axes[1].legend()
-        axes[1].grid(alpha=0.3)
+    for part in axes:
+        part.legend()
+        part.grid(alpha=0.3)
     axes[-1].set_xlabel("step")
     figure.savefig(png, dpi=120)
+
+
+def _draw(axes: Axes, rows: list[Row], key: str, label: str, style: str) -> None:
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    if points:
+        axes.plot(*zip(*points, strict=True), style, label=label, markersize=4)

@@ -1,4 +1,4 @@
-"""Tokens a second, model FLOPs utilisation, waiting for data, memory."""
+"""Tokens per second, model FLOPs utilisation, waiting for data, memory."""
 
 from __future__ import annotations
 
@@ -13,9 +13,10 @@ import torch
 _PEAK_BF16 = {
     "B200": 2250e12,
     "H200": 989e12,
-    "H100 PCIe": 756e12,
     "H100": 989e12,
+    "H100 PCIe": 756e12,
     "A100": 312e12,
+    "L40": 181e12,
     "L40S": 362e12,
     "L4": 121e12,
     "RTX 4090": 165e12,
@@ -27,10 +28,16 @@ _PEAK_BF16 = {
 
 def peak_flops(device: torch.device) -> float | None:
     """Return the device's peak bf16 FLOP/s, or None where it is not known (every CPU)."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in _PEAK_BF16.items() if part in name), None)
+    return named_peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def named_peak_flops(name: str) -> float | None:
+    """Return the peak bf16 FLOP/s of the GPU that CUDA calls `name`, or None for an unknown one.
+
+    The longest known part of the name decides: "H100 PCIe" is slower than any other "H100".
+    """
+    parts = [part for part in _PEAK_BF16 if part in name]
+    return _PEAK_BF16[max(parts, key=len)] if parts else None
 
 
 def peak_memory_gb(device: torch.device) -> float:
@@ -41,7 +48,7 @@ def peak_memory_gb(device: torch.device) -> float:
 
 
 class Meter:
-    """Measures the time between log rows, less what was spent evaluating and saving."""
+    """Measures the time between log rows without the time spent evaluating and saving."""
 
     def __init__(self, tokens_per_step: int, flops_per_token: float, peak: float | None) -> None:
         """tokens_per_step: of all processes; peak: FLOP/s of all processes, or None."""
@@ -57,13 +64,13 @@ class Meter:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Leave out what happens in this context."""
-        begun = time.perf_counter()
+        """Do not measure what happens in this context."""
+        began = time.perf_counter()
         yield
-        self._excluded += time.perf_counter() - begun
+        self._excluded += time.perf_counter() - began
 
     def row(self) -> dict[str, float | None]:
-        """Return the `perf/` metrics since the last call, and begin anew.
+        """Return the `perf/` metrics since the last call, and start to measure the next ones.
 
         On a GPU, call it after something that waited for the device (reading a loss).
         """

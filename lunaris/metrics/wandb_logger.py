@@ -1,67 +1,48 @@
-"""Weights & Biases beside the console and `metrics.jsonl`."""
+"""Weights & Biases: metrics, and one bar chart of expert use per layer."""
 
 from __future__ import annotations
 
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Literal, cast
 
 import wandb
-from omegaconf import OmegaConf
 
-from lunaris.atomic_files import read_json
-from lunaris.metrics.loggers import LocalLogger
+from lunaris.config.schema.root import Config
+from lunaris.config.typed import to_plain
+from lunaris.metrics.loggers import Logger, say
+from lunaris.metrics.records import Row
 from lunaris.runs.run_dir import RunDir
 
+_Mode = Literal["online", "offline", "disabled"]
 
-class WandbLogger(LocalLogger):
-    """Logs to W&B as well. A service that cannot be reached is said once and never stops the run.
 
-    The W&B run's id is kept in the run's folder (`wandb_id`), so that every attempt of a run goes
-    on in the same W&B run.
+class WandbLogger(Logger):
+    """Logs to W&B; writes to an offline folder when the service cannot be reached.
+
+    The W&B run's id is a file of the run's folder (`wandb_id`), so that every attempt of a run
+    continues the same W&B run.
     """
 
     def __init__(
         self, *, project: str, entity: str | None, group: str | None, tags: list[str], mode: str
     ) -> None:
-        self._settings: dict[str, Any] = {
-            "project": project,
-            "entity": entity,
-            "group": group,
-            "tags": list(tags),
-        }
-        self._mode = mode
-        self._run: Any = None
+        self._project, self._entity, self._group = project, entity, group
+        self._tags = list(tags)
+        self._mode = cast(_Mode, mode)
 
-    def start(self, run_dir: RunDir, cfg: Any, step: int) -> None:
-        """Start or resume the W&B run; fall back to offline, then to local logging alone."""
-        super().start(run_dir, cfg, step)
-        config: Any = OmegaConf.to_container(cfg, resolve=True)
-        config["provenance"] = read_json(run_dir.path / "provenance.json")
-        modes: list[Any] = list(dict.fromkeys((self._mode, "offline")))
-        for mode in modes:
-            try:
-                self._run = wandb.init(
-                    id=_run_id(run_dir.path / "wandb_id"),
-                    resume="allow",
-                    name=cfg.name,
-                    dir=str(run_dir.path),
-                    config=config,
-                    mode=mode,
-                    settings=wandb.Settings(init_timeout=60, silent=True),
-                    **self._settings,
-                )
-                # Its own axis: W&B's counter of calls refuses the steps of a resumed run.
-                self._run.define_metric("step")
-                self._run.define_metric("*", step_metric="step")
-                return
-            except (wandb.Error, OSError) as error:
-                self._run = None
-                self.message(f"W&B ({mode}) did not start: {error}")
+    def start(self, run_dir: RunDir, cfg: Config, step: int) -> None:
+        """Start or resume the W&B run. Raises wandb.Error or OSError when offline fails too."""
+        try:
+            self._init(run_dir, cfg, self._mode)
+        except (wandb.Error, OSError) as error:
+            if self._mode == "offline":
+                raise
+            say(f"W&B ({self._mode}) did not start: {error}; it is written offline")
+            self._init(run_dir, cfg, "offline")
 
-    def log(self, row: dict[str, Any]) -> None:
+    def log(self, row: Row) -> None:
         """Log the row; with a validation loss, also one bar chart of expert use a layer."""
-        super().log(row)
         scalars = {k: v for k, v in row.items() if not isinstance(v, list)}
         charts = {}
         if "val/loss" in row:
@@ -70,21 +51,30 @@ class WandbLogger(LocalLogger):
                 for key, value in row.items()
                 if key.startswith("moe/") and key.endswith("/load")
             }
-        self._safely("log", scalars | charts)
+        self._run.log(scalars | charts)
 
     def finish(self) -> None:
-        """End the W&B run and close the local files."""
-        self._safely("finish")
-        super().finish()
+        """End the W&B run."""
+        self._run.finish()
 
-    def _safely(self, verb: str, *args: Any) -> None:
-        if self._run is None:
-            return
-        try:
-            getattr(self._run, verb)(*args)
-        except (wandb.Error, OSError) as error:
-            self.message(f"W&B stopped answering ({error}); metrics.jsonl goes on")
-            self._run = None
+    def _init(self, run_dir: RunDir, cfg: Config, mode: _Mode) -> None:
+        config = to_plain(cfg) | {"provenance": run_dir.read_provenance()}
+        self._run = wandb.init(
+            id=_run_id(run_dir.path / "wandb_id"),
+            resume="allow",
+            name=cfg.name,
+            dir=str(run_dir.path),
+            config=config,
+            mode=mode,
+            project=self._project,
+            entity=self._entity,
+            group=self._group,
+            tags=self._tags,
+            settings=wandb.Settings(init_timeout=60, silent=True),
+        )
+        # A separate axis: W&B's counter of calls refuses the steps of a resumed run.
+        self._run.define_metric("step")
+        self._run.define_metric("*", step_metric="step")
 
 
 def _run_id(path: Path) -> str:
@@ -93,7 +83,7 @@ def _run_id(path: Path) -> str:
     return path.read_text().strip()
 
 
-def _expert_chart(key: str, load: list[float]) -> Any:
+def _expert_chart(key: str, load: list[float]) -> object:
     columns: list[str | int] = ["expert", "share of tokens"]
     table = wandb.Table(data=[[f"{i:03d}", share] for i, share in enumerate(load)], columns=columns)
     layer = key.split("/")[1].replace("_", " ")

@@ -6,9 +6,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lunaris.model.attention import Attention
-from lunaris.model.cache import LayerCache
-from lunaris.model.layers import RMSNorm
+from lunaris.model.attention.base import Attention
+from lunaris.model.feed_forward import RoutingStats
+from lunaris.model.layers import ModelShape, RMSNorm
 
 
 class Block(nn.Module):
@@ -18,26 +18,23 @@ class Block(nn.Module):
     norm="pre": h = x + Attn(RMSNorm(x)), out = h + FFN(RMSNorm(h)).
     """
 
-    def __init__(
-        self, attention: Attention, feed_forward: nn.Module, d_model: int, norm: str, dropout: float
-    ) -> None:
+    def __init__(self, attention: Attention, feed_forward: nn.Module, shape: ModelShape) -> None:
         super().__init__()
-        self.attention_norm = RMSNorm(d_model) if norm == "pre" else nn.Identity()
+        pre = shape.norm == "pre"
+        self.attention_norm = RMSNorm(shape.d_model) if pre else nn.Identity()
         self.attention = attention
-        self.feed_forward_norm = RMSNorm(d_model)
+        self.feed_forward_norm = RMSNorm(shape.d_model)
         self.feed_forward = feed_forward
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = nn.Dropout(shape.dropout)
 
     def forward(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        mask: Tensor | None = None,
-        cache: LayerCache | None = None,
-    ) -> tuple[Tensor, Any]:
-        """Return the residual stream and the feed-forward's routing statistics (None if dense)."""
-        attended = self.attention(self.attention_norm(x), cos, sin, mask, cache)
+        self, x: Tensor, prepared: Any, cache: Any = None
+    ) -> tuple[Tensor, RoutingStats | None]:
+        """Return the residual stream and the feed-forward's routing statistics (None if dense).
+
+        prepared, cache: as `Attention.forward` takes them.
+        """
+        attended = self.attention(self.attention_norm(x), prepared, cache)
         h = x + self.dropout(attended)
         y, stats = self.feed_forward(self.feed_forward_norm(h))
         return h + y, stats

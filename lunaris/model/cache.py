@@ -5,7 +5,9 @@ Shapes: B sequences, G key-value heads, L new positions, S positions in all, K h
 
 from __future__ import annotations
 
-import torch
+from dataclasses import dataclass
+from typing import Any
+
 from torch import Tensor
 
 
@@ -27,27 +29,9 @@ class LayerCache:
         return self._keys[:, :, :end].to(k.dtype), self._values[:, :, :end].to(v.dtype)
 
 
+@dataclass
 class KVCache:
-    """A preallocated cache of one batch of sequences, all of the same length."""
+    """The caches of all layers, each made by its attention, for one batch of equal lengths."""
 
-    def __init__(
-        self,
-        n_layers: int,
-        batch: int,
-        n_kv_heads: int,
-        max_len: int,
-        head_dim: int,
-        *,
-        device: torch.device,
-        dtype: torch.dtype,
-    ) -> None:
-        """Allocate [n_layers, 2, B, G, max_len, K] in `dtype`."""
-        data = torch.empty(
-            n_layers, 2, batch, n_kv_heads, max_len, head_dim, device=device, dtype=dtype
-        )
-        self.layers = [LayerCache(keys, values) for keys, values in data]
-
-    @property
-    def length(self) -> int:
-        """Positions that every layer has stored."""
-        return self.layers[-1].length
+    layers: list[Any]
+    length: int = 0  # positions that every layer holds

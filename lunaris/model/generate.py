@@ -8,10 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lunaris.model.transformer import Transformer
+
 
 @torch.no_grad()
 def stream(
-    model: Any,
+    model: Transformer,
     prompt: Tensor,
     max_new_tokens: int,
     *,
@@ -23,10 +25,9 @@ def stream(
 ) -> Iterator[Tensor]:
     """Yield the next token of each sequence ([B] int64), up to `max_new_tokens` times.
 
-    model: a Transformer in eval mode. prompt: [B, P] int64, P ≥ 1. temperature: 0 takes the
-    likeliest token. A sequence that has given `eot_id` gives nothing else; it ends once all have,
-    before a row of `eot_id` alone. Past the model's length, the later half of the context is read
-    anew.
+    model: in eval mode. prompt: [B, P] int64, P ≥ 1. temperature: 0 takes the likeliest token.
+    After `eot_id` a sequence repeats it; the iterator ends once all sequences have, without a row
+    of `eot_id` only. Past the model's length, the model reads the later half of the context again.
     """
     assert not model.training, "generation needs model.eval()"
     generator = torch.Generator(prompt.device).manual_seed(seed)
@@ -38,7 +39,7 @@ def stream(
         if cache.length + new.size(1) > model.max_seq_len:
             cache = model.new_cache(prompt.size(0))
             new = context = context[:, -max(1, model.max_seq_len // 2) :]
-        logits = model(new, cache=cache)[:, -1]
+        logits = model.logits(new, cache=cache)[:, -1]
         token = sample(logits, temperature, top_k, top_p, generator)
         if eot_id is not None:
             token = token.masked_fill(done, eot_id)
@@ -50,7 +51,7 @@ def stream(
         context = torch.cat((context, new), dim=1)[:, -model.max_seq_len :]
 
 
-def generate(model: Any, prompt: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
+def generate(model: Transformer, prompt: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:
     """Return the prompt with its continuation ([B, P + new] int64); arguments as of `stream`."""
     new = [token[:, None] for token in stream(model, prompt, max_new_tokens, **sampling)]
     return torch.cat((prompt, *new), dim=1)
@@ -63,7 +64,7 @@ def sample(
     top_p: float | None,
     generator: torch.Generator,
 ) -> Tensor:
-    """Return one token a row ([B] int64) of logits ([B, V] float32).
+    """Sample one token for each row of logits ([B, V] float32); return [B] int64.
 
     top_k: among the k likeliest; top_p: among the fewest whose mass reaches p (arXiv 1904.09751).
     """
@@ -76,7 +77,7 @@ def sample(
     if top_p is not None:
         ordered, index = logits.sort(dim=-1, descending=True)
         probs = ordered.softmax(dim=-1)
-        # Cut what comes after the mass is reached; the likeliest always stays.
+        # Remove the tokens after the mass is reached; the likeliest always remains.
         beyond = probs.cumsum(dim=-1) - probs >= top_p
         logits = logits.masked_fill(beyond.gather(1, index.argsort(dim=-1)), -torch.inf)
     return torch.multinomial(logits.softmax(dim=-1), 1, generator=generator).squeeze(1)

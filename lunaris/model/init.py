@@ -1,29 +1,61 @@
-"""Weights drawn by name, the same numbers wherever a shard of them lives."""
+"""Initial weights, drawn by parameter name, so that they do not depend on the sharding."""
 
 from __future__ import annotations
 
 import hashlib
+import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
+
+from lunaris.model.roles import Role, parameter_roles
+
+_STD = 0.02
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, seed: int, n_layers: int) -> None:
+    """Draw every parameter of `model` by its role, in place, and reset every buffer.
+
+    Norms are 1; everything else is normal with standard deviation 0.02, or 0.02/√(2·n_layers) where
+    it writes to the residual stream. The numbers depend on the seed and the parameter's name, not
+    on the device or the sharding. One matrix is drawn at a time, on the CPU; of stacked experts,
+    only those that this process holds a part of. A module with buffers fills them in its method
+    `reset_buffers()`.
+    """
+    roles = parameter_roles(model)
+    for name, parameter in model.named_parameters():
+        if Role.NORM in roles[name]:
+            _local(parameter).fill_(1.0)
+            continue
+        residual = Role.RESIDUAL_OUTPUT in roles[name]
+        fill_normal(parameter, _STD / math.sqrt(2 * n_layers) if residual else _STD, seed, name)
+    for module in model.modules():
+        reset = getattr(module, "reset_buffers", None)
+        if reset is not None:
+            reset()
+        # Memory that `to_empty` allocates holds anything.
+        assert reset is not None or not any(True for _ in module.buffers(recurse=False)), (
+            f"{type(module).__name__} has buffers and no reset_buffers()"
+        )
 
 
 def fill_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
     """Fill a parameter of two or three dimensions with normal numbers, in place.
 
     They depend on (seed, name) and the shape alone: not on the device, nor on how the parameter is
-    sharded (DTensor). Three dimensions are stacked experts, drawn one by one, so that an expert's
-    numbers do not depend on how many there are; only those of this process's shard are.
+    sharded (DTensor). Three dimensions are stacked matrices (experts), drawn one by one: the
+    numbers of one do not depend on how many there are, and a process draws only those of its shard.
     """
-    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-    held = [_held(parameter, dim) for dim in range(parameter.ndim)]
+    local = _local(parameter)
+    indices = [_local_indices(parameter, dim) for dim in range(parameter.ndim)]
     if parameter.ndim == 2:
-        local.copy_(_cut(seeded_normal(parameter.shape, std, seed, name), *held))
+        local.copy_(_cut(seeded_normal(parameter.shape, std, seed, name), *indices))
         return
-    for place, expert in enumerate(held[0].tolist()):
-        drawn = seeded_normal(parameter.shape[1:], std, seed, f"{name}[{expert}]")
-        local[place].copy_(_cut(drawn, *held[1:]))
+    for place, index in enumerate(indices[0].tolist()):
+        drawn = seeded_normal(parameter.shape[1:], std, seed, f"{name}[{index}]")
+        local[place].copy_(_cut(drawn, *indices[1:]))
 
 
 def seeded_normal(shape: tuple[int, ...], std: float, seed: int, name: str) -> Tensor:
@@ -33,11 +65,16 @@ def seeded_normal(shape: tuple[int, ...], std: float, seed: int, name: str) -> T
     return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
 
 
-def _held(parameter: Tensor, dim: int) -> Tensor:
+def _local(parameter: Tensor) -> Tensor:
+    """Return this process's shard of a parameter: all of it, unless it is a DTensor."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def _local_indices(parameter: Tensor, dim: int) -> Tensor:
     """Return the indices along a dimension ([n] int64, CPU) that this process's shard holds.
 
-    Found by sharding the indices as the parameter is: right for uneven shards and for a dimension
-    that is sharded twice.
+    It shards the indices in the same way as the parameter, which is right for uneven shards and for
+    a dimension that is sharded twice.
     """
     indices = torch.arange(parameter.size(dim))
     if not isinstance(parameter, DTensor):
@@ -49,12 +86,12 @@ def _held(parameter: Tensor, dim: int) -> Tensor:
         p if getattr(p, "dim", None) == dim else Replicate() for p in parameter.placements
     ]
     indices = indices.view(shape).to(mesh.device_type)
-    spread = distribute_tensor(indices, mesh, placements, src_data_rank=None)
-    return spread.to_local().flatten().cpu()
+    sharded = distribute_tensor(indices, mesh, placements, src_data_rank=None)
+    return sharded.to_local().flatten().cpu()
 
 
 def _cut(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return the named rows and columns of a matrix, without a copy where it is all of them."""
+    """Return some rows and columns of a matrix, without a copy where they are all of them."""
     if len(rows) < matrix.size(0):
         matrix = matrix[rows]
     return matrix[:, columns] if len(columns) < matrix.size(1) else matrix

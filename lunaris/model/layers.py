@@ -1,4 +1,4 @@
-"""Layers that the model and its feed-forwards share.
+"""The layers, and the shape of a model, that attention and feed-forwards share.
 
 Shapes: B sequences, L positions, D model width, H hidden width.
 """
@@ -12,16 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lunaris.model.roles import Role
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, kw_only=True)
 class ModelShape:
-    """What a feed-forward factory knows of the model it builds for."""
+    """The keys of the `model` group from which factories build the parts of each layer."""
 
     d_model: int
     n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    max_seq_len: int
+    rope_theta: float
+    dropout: float
     ffn_hidden_multiplier: float
     multiple_of: int
-    dropout: float
+    norm: str
 
 
 class RMSNorm(nn.Module):
@@ -37,6 +44,10 @@ class RMSNorm(nn.Module):
         """Return [..., dim] in the dtype of x."""
         return F.rms_norm(x.float(), (self.dim,), self.weight.float(), self.eps).type_as(x)
 
+    def parameter_roles(self) -> dict[str, Role]:
+        """Return the scale's role."""
+        return {"weight": Role.NORM}
+
 
 class SwiGLU(nn.Module):
     """(silu(x W_gate) · x W_up) W_down with gate and up fused (arXiv 2002.05202, eq. 6)."""
@@ -50,6 +61,10 @@ class SwiGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., D] for [..., D]."""
         return self.dropout(self.down(gated(self.gate_up(x))))
+
+    def parameter_roles(self) -> dict[str, Role]:
+        """Return the roles of the two projections."""
+        return {"gate_up.weight": Role.MATRIX, "down.weight": Role.MATRIX | Role.RESIDUAL_OUTPUT}
 
 
 def gated(gate_up: Tensor) -> Tensor:

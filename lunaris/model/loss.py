@@ -1,4 +1,4 @@
-"""Cross-entropy of a vocabulary projection, without ever holding all logits.
+"""The cross-entropy of a vocabulary projection, computed in chunks of positions.
 
 Shapes: T positions, D model width, V vocabulary.
 """
@@ -13,8 +13,8 @@ from torch.autograd.function import once_differentiable
 
 from lunaris.model.layers import compute_dtype
 
-# Logits held at once. A CPU is fastest while they stay near its cache (16 MiB of float32); a GPU
-# with chunks (256 MiB) so large that adding up the weight's gradient is little beside the products.
+# The number of logits in memory at once. A CPU is fastest while they stay near its cache (16 MiB of
+# float32); a GPU needs chunks (256 MiB) in which the products outweigh the weight's gradient sum.
 _LOGITS = {"cpu": 1 << 22}
 _LOGITS_GPU = 1 << 26
 
@@ -25,8 +25,8 @@ def linear_cross_entropy(
     """Return the mean cross-entropy [] (float32, nats) of softmax(x Wᵀ) against the targets.
 
     x: [..., D]; weight: [V, D]; targets: [...] int64, negative where there is none (0 for a batch
-    without any). chunk: positions whose logits are held at once; None: what suits the device. The
-    products run in autocast's dtype, the softmax and all sums in float32.
+    without any). chunk: positions whose logits are in memory at once; None: a size that suits the
+    device. The products run in autocast's dtype, the softmax and all sums in float32.
     """
     if chunk is None:
         chunk = max(64, _LOGITS.get(x.device.type, _LOGITS_GPU) // weight.size(0))
@@ -37,10 +37,10 @@ def linear_cross_entropy(
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes both gradients with the loss, chunk by chunk, so that no logits are kept.
+    """Computes both gradients together with the loss, chunk by chunk, and keeps no logits.
 
-    The gradients are kept without the factor 1 / targets, of order 1, for float16's sake; backward
-    scales them by it and by the incoming gradient at once.
+    The stored gradients lack the factor 1 / targets, so that float16 can represent them; backward
+    multiplies them by it and by the incoming gradient.
     """
 
     @staticmethod
@@ -53,7 +53,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         dtype: torch.dtype,
         with_grad: bool,
     ) -> Tensor:
-        # needs_input_grad says what a tensor asks for, under no_grad too.
+        # Under no_grad, too, needs_input_grad is true for a tensor that requires a gradient.
         need_x, need_weight = (with_grad and need for need in ctx.needs_input_grad[:2])
         grad_x = torch.empty_like(x) if need_x else None
         grad_weight = (

@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.distributed.tensor import DTensor
 
 from lunaris.model.layers import compute_dtype, gated
+from lunaris.model.roles import Role
 
 
 class Experts(nn.Module):
@@ -31,20 +32,24 @@ class Experts(nn.Module):
         their sum give zeros.
         """
         dtype = compute_dtype(x)
-        weights = (own_experts(self.gate_up).to(dtype), own_experts(self.down).to(dtype))
+        weights = (local_experts(self.gate_up).to(dtype), local_experts(self.down).to(dtype))
         with torch.autocast(x.device.type, enabled=False):
             if grouped_mm_fits(x, dtype, *weights):
                 return _grouped(x.to(dtype), counts, *weights)
             return _one_by_one(x.to(dtype), counts, *weights)
 
+    def parameter_roles(self) -> dict[str, Role]:
+        """Return the roles of the stacked weights."""
+        return {"gate_up": Role.EXPERT, "down": Role.EXPERT | Role.RESIDUAL_OUTPUT}
 
-def own_experts(weight: Tensor) -> Tensor:
-    """Return this process's part of a stacked weight: all of it, unless experts are spread."""
+
+def local_experts(weight: Tensor) -> Tensor:
+    """Return this process's experts of a stacked weight: all, without expert parallelism."""
     return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def grouped_mm_fits(x: Tensor, dtype: torch.dtype, *weights: Tensor) -> bool:
-    """Return whether `grouped_mm` is right and fast here: bf16 on a GPU, rows of 16 bytes.
+    """Return whether `grouped_mm` is correct and fast here: bf16 on a GPU, rows of 16 bytes.
 
     On a CPU it is slower than one product an expert (tests/benchmarks/LOG.md).
     """
@@ -54,7 +59,7 @@ def grouped_mm_fits(x: Tensor, dtype: torch.dtype, *weights: Tensor) -> bool:
 
 def _grouped(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     ends = counts.cumsum(0)
-    # Rows past the last expert's are not computed: keep what stands there out of both directions.
+    # Rows past the last expert's are not computed: their memory must reach neither direction.
     inside = (torch.arange(len(x), device=x.device) < ends[-1])[:, None]
     x = torch.where(inside, x, 0)
     offsets = ends.to(torch.int32)
@@ -65,9 +70,9 @@ def _grouped(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor
 
 
 class _ZeroWhereIdle(torch.autograd.Function):
-    """Weights as they are; their gradient made zero where an expert had no row.
+    """Returns the weights unchanged; their gradient is zero where an expert has no row.
 
-    Some GPUs leave there what the memory held before (pytorch/pytorch issue 172439).
+    Some GPUs leave uninitialised memory there (pytorch/pytorch issue 172439).
     """
 
     @staticmethod
@@ -84,11 +89,11 @@ class _ZeroWhereIdle(torch.autograd.Function):
 
 @torch.compiler.disable
 def _one_by_one(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    """One product an expert. On a GPU the counts are waited for: the path for fp32 and fp16."""
+    """Compute one product per expert, for fp32 and fp16; on a GPU this waits for the counts."""
     sizes = counts.tolist()
     rest = len(x) - sum(sizes)
     *parts, past = x.split([*sizes, rest])
-    # unbind and not indexing: its backward stacks once, where each index makes a full-size zero.
+    # The backward of unbind stacks once; that of an index allocates full-size zeros each time.
     outputs = [
         gated(part @ up) @ out
         for part, up, out in zip(parts, gate_up.unbind(), down.unbind(), strict=True)

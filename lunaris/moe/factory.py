@@ -1,19 +1,17 @@
-"""What the `moe` group chooses: how each layer's feed-forward is built."""
+"""The feed-forward factories that the `moe` group chooses from."""
 
 from __future__ import annotations
-
-from typing import Any
 
 from torch import Tensor, nn
 
 from lunaris.model.layers import ModelShape, SwiGLU, swiglu_hidden
 from lunaris.moe.experts import Experts
 from lunaris.moe.layer import MoE
-from lunaris.moe.router import Router
+from lunaris.moe.router.base import RouterFactory, RoutingSpec
 
 
 class Dense(nn.Module):
-    """A SwiGLU in the form of a feed-forward: no routing to report."""
+    """A SwiGLU as a feed-forward, which has no routing to report."""
 
     def __init__(self, d_model: int, hidden: int, dropout: float) -> None:
         super().__init__()
@@ -25,7 +23,7 @@ class Dense(nn.Module):
 
 
 class DenseFactory:
-    """A dense model."""
+    """A SwiGLU in every layer."""
 
     def __call__(self, layer: int, shape: ModelShape) -> nn.Module:
         """Return layer `layer`'s SwiGLU."""
@@ -39,6 +37,7 @@ class MoEFactory:
     def __init__(
         self,
         *,
+        router: RouterFactory,
         n_experts: int,
         n_experts_per_token: int,
         n_shared_experts: int = 0,
@@ -52,18 +51,19 @@ class MoEFactory:
         expert_hidden_multiplier: float | None = None,
         first_dense_layers: int = 0,
     ) -> None:
-        # router_lr_scale is the optimizer's: `lunaris.run` passes it there.
-        self._n_experts = n_experts
-        self._k = n_experts_per_token
+        # router_lr_scale belongs to the optimizer, to which `lunaris.run` passes it.
+        self._router = router
+        self._spec = RoutingSpec(
+            n_experts=n_experts,
+            n_experts_per_token=n_experts_per_token,
+            balancing=balancing,
+            aux_loss_weight=aux_loss_weight,
+            router_z_loss_weight=router_z_loss_weight,
+            bias_update_rate=bias_update_rate,
+            normalize_gates=normalize_gates,
+        )
         self._n_shared = n_shared_experts
         self._capacity_factor = capacity_factor
-        self._routing: dict[str, Any] = {
-            "balancing": balancing,
-            "aux_loss_weight": aux_loss_weight,
-            "z_loss_weight": router_z_loss_weight,
-            "bias_update_rate": bias_update_rate,
-            "normalize_gates": normalize_gates,
-        }
         self._multiplier = expert_hidden_multiplier
         self._first_dense = first_dense_layers
 
@@ -75,13 +75,13 @@ class MoEFactory:
         hidden = swiglu_hidden(shape.d_model, multiplier, shape.multiple_of)
         shared = None
         if self._n_shared:
-            # Experts that every token takes are one wider SwiGLU.
+            # The shared experts together are one wider SwiGLU.
             shared = SwiGLU(shape.d_model, self._n_shared * hidden, shape.dropout)
         return MoE(
-            Router(shape.d_model, self._n_experts, self._k, **self._routing),
-            Experts(self._n_experts, shape.d_model, hidden),
+            self._router(layer, shape, self._spec),
+            Experts(self._spec.n_experts, shape.d_model, hidden),
             shared,
-            n_experts=self._n_experts,
+            self._spec,
             capacity_factor=self._capacity_factor,
             dropout=shape.dropout,
         )

@@ -7,33 +7,23 @@ assignments.
 from __future__ import annotations
 
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lunaris.model.feed_forward import RoutedFeedForward, RoutingStats
 from lunaris.model.layers import SwiGLU
+from lunaris.moe.balance import within_capacity
 from lunaris.moe.experts import Experts
-from lunaris.moe.router import Router, within_capacity
+from lunaris.moe.router.base import Router, RoutingSpec
 
 
-class RoutingStats(NamedTuple):
-    """What one call tells about its routing; returned, so that a recomputed forward counts once.
+class MoE(RoutedFeedForward):
+    """Routed experts, each output scaled by its gate, plus shared experts that process every token.
 
-    loss: [] float32, weighted, with a gradient. load: [E] float32, tokens sent to each expert
-    before drops; dropped: [] float32, assignments dropped by capacity; both without a gradient.
-    """
-
-    loss: Tensor
-    load: Tensor
-    dropped: Tensor
-
-
-class MoE(nn.Module):
-    """Routed experts, each output scaled by its gate, plus experts that every token takes.
-
-    The gate lets the language-model loss reach the router. Capacity drops in training alone;
-    evaluation and generation never drop.
+    The gate lets the language-model loss reach the router. Capacity drops assignments in
+    training only; evaluation and generation never drop any.
     """
 
     def __init__(
@@ -41,8 +31,8 @@ class MoE(nn.Module):
         router: Router,
         experts: Experts,
         shared: SwiGLU | None,
+        spec: RoutingSpec,
         *,
-        n_experts: int,
         capacity_factor: float | None,
         dropout: float,
     ) -> None:
@@ -50,7 +40,8 @@ class MoE(nn.Module):
         self.router = router
         self.experts = experts
         self.shared = shared
-        self.n_experts = n_experts
+        self.n_experts = spec.n_experts
+        self.k = spec.n_experts_per_token
         self.capacity_factor = capacity_factor
         self.dropout = nn.Dropout(dropout)
 
@@ -81,21 +72,26 @@ class MoE(nn.Module):
         counts = counts.scatter_add_(0, flat, torch.ones_like(flat))[: self.n_experts]
         out = self.experts(_Dispatch.apply(x.flatten(0, 1), order, inverse, k), counts)
         out = _Dispatch.apply(out, inverse, order, 1).unflatten(0, gates.shape)
-        # One choice after the other: a float32 product of all at once would be k times as large.
+        # One choice after another: a float32 product of all choices would take k times the memory.
         choices = zip(out.unbind(2), gates.split(1, dim=2), strict=True)
         return reduce(torch.add, [choice * gate for choice, gate in choices])
 
     def idle_parameters(self) -> int:
         """Return how many parameters of the experts a token does not pass through."""
         total = sum(p.numel() for p in self.experts.parameters())
-        return total - total // self.n_experts * self.router.k
+        return total - total // self.n_experts * self.k
+
+    def update_balance(self, load: Tensor) -> None:
+        """Pass the load of a step on to the router."""
+        self.router.update_balance(load)
 
 
 class _Dispatch(torch.autograd.Function):
-    """Rows, k of each, in another order.
+    """Repeats each row k times and reorders the copies.
 
-    order: [T] which of the T = k · rows (the k of a row one after the other) comes where; inverse:
-    its inverse. The backward gathers and sums k neighbours: no atomic adds, so deterministic.
+    order: [T] the source of each output row among the T = k · rows copies, a row's k copies being
+    neighbours; inverse: [T] the inverse permutation. The backward gathers and sums k neighbours,
+    without atomic adds, so it is deterministic.
     """
 
     @staticmethod

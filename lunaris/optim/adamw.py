@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lunaris.optim.groups import by_layout, roles
+from lunaris.optim.groups import by_layout, group_by_role
 
 
 def build_adamw(
@@ -22,17 +22,17 @@ def build_adamw(
     """Return AdamW (arXiv 1711.05101) over the parameters of `model`.
 
     Matrices, embeddings, stacked experts and routers decay; norms do not. Routers learn at
-    `router_lr_scale` times the rate. Each group keeps its peak rate under `peak_lr`.
+    `router_lr_scale` times the rate. A group's `peak_lr` is its rate before the schedule.
     """
-    found = roles(model)
+    found = group_by_role(model)
     rows = [
         (found.matrices + found.embeddings, weight_decay, learning_rate),
-        (found.vectors, 0.0, learning_rate),
+        (found.norms, 0.0, learning_rate),
         (found.routers, weight_decay, learning_rate * router_lr_scale),
     ]
     groups = [
         {"params": params, "weight_decay": decay, "lr": rate, "peak_lr": rate}
-        for roled, decay, rate in rows
-        for params in by_layout(roled)
+        for members, decay, rate in rows
+        for params in by_layout(members)
     ]
     return torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=eps, fused=True)

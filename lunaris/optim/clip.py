@@ -16,10 +16,9 @@ from torch.distributed.tensor import DTensor
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
     """Return the norm [] of all gradients and scale them in place down to `max_norm`.
 
-    The norm is the square root of the sum of squares over every element of the whole model.
-    Sharded gradients (DTensor) may lie on several meshes: each process sums the squares of its
-    own shards, and one all-reduce a mesh dimension adds them up. max_norm: None leaves the
-    gradients alone.
+    The norm is the square root of the sum of squares over all elements of all gradients. Sharded
+    gradients (DTensor) may lie on several meshes: each process sums the squares of its shards, and
+    one all-reduce per mesh dimension adds them up. max_norm: None leaves the gradients unchanged.
     """
     groups: dict[_Layout | None, list[Tensor]] = {}
     grads = [p.grad for p in parameters if p.grad is not None]

@@ -1,44 +1,46 @@
-"""Which parameters decay, and which learn at a rate of their own."""
+"""The parameter groups of an optimizer: which weights decay, and at which rate they learn."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from lunaris.model.roles import Role, parameter_roles
+
 
 @dataclass
-class ParameterRoles:
-    """A model's parameters by role, each in the order of `named_parameters`.
+class ParameterGroups:
+    """A model's trainable parameters by role, each in the order of `named_parameters`.
 
-    `routers` are the gates of Mixture-of-Experts layers; `embeddings` the token embedding and an
-    untied head; `matrices` all other tensors of two or more dimensions, stacked experts among
-    them; `vectors` the norms.
+    matrices: the linear maps of the blocks, stacked experts among them. embeddings: the token
+    embedding and an untied head. norms: the scales of the norms. routers: the routers' weights.
     """
 
-    matrices: list[nn.Parameter] = field(default_factory=list)
-    embeddings: list[nn.Parameter] = field(default_factory=list)
-    routers: list[nn.Parameter] = field(default_factory=list)
-    vectors: list[nn.Parameter] = field(default_factory=list)
+    matrices: list[nn.Parameter]
+    embeddings: list[nn.Parameter]
+    norms: list[nn.Parameter]
+    routers: list[nn.Parameter]
 
 
-def roles(model: nn.Module) -> ParameterRoles:
-    """Sort the trainable parameters of `model` by role; a tied parameter is taken once."""
-    found = ParameterRoles()
-    for name, parameter in model.named_parameters():
-        if not parameter.requires_grad:
-            continue
-        parts = name.split(".")
-        if "router" in parts:
-            found.routers.append(parameter)
-        elif parameter.ndim < 2:
-            found.vectors.append(parameter)
-        elif "embedding" in parts or "head" in parts:
-            found.embeddings.append(parameter)
-        else:
-            found.matrices.append(parameter)
-    return found
+def group_by_role(model: nn.Module) -> ParameterGroups:
+    """Group the trainable parameters of `model` by their role; a tied parameter is taken once.
+
+    Raises UserError for a parameter without a role.
+    """
+    roles = parameter_roles(model)
+
+    def of(role: Role) -> list[nn.Parameter]:
+        named = model.named_parameters()
+        return [p for name, p in named if p.requires_grad and roles[name] & role]
+
+    return ParameterGroups(
+        matrices=of(Role.MATRIX | Role.EXPERT),
+        embeddings=of(Role.EMBEDDING),
+        norms=of(Role.NORM),
+        routers=of(Role.ROUTER),
+    )
 
 
 def by_layout(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
@@ -51,9 +53,9 @@ def by_layout(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
 
 
 def set_learning_rate(groups: list[dict[str, object]], multiplier: float) -> None:
-    """Set each group's `lr` to its own `peak_lr` times the schedule's multiplier.
+    """Set each group's `lr` to its `peak_lr` times the schedule's multiplier.
 
-    A group's peak already holds its scale (`moe.router_lr_scale`), so no step overwrites it.
+    The peak rate of the routers' group includes `moe.router_lr_scale`, so every step keeps it.
     """
     for group in groups:
         group["lr"] = group["peak_lr"] * multiplier  # type: ignore[operator]

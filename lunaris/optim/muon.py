@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lunaris.optim.groups import roles
+from lunaris.optim.groups import group_by_role
 
-# Quintic whose iterates pull every singular value in (0, 1] towards 1 (Muon's post, "3 tuned").
+# The quintic polynomial that moves all singular values in (0, 1] towards 1 (Muon's post).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
 
 
@@ -73,7 +73,7 @@ class Muon(torch.optim.Optimizer):
         update = orthogonalize(full, group["ns_steps"])
         scale = 0.2 * max(full.shape[-2:]) ** 0.5
         if isinstance(nesterov, DTensor):
-            # Every process holds the same full update: cut its shard, exchange nothing.
+            # All processes have the same full update, so each takes its shard without an exchange.
             update = distribute_tensor(
                 update, nesterov.device_mesh, nesterov.placements, src_data_rank=None
             )
@@ -111,13 +111,13 @@ def build_muon(
     """Return Muon over the matrices and stacked experts of `model`, AdamW over the rest.
 
     Matrices, embeddings and routers decay; norms do not. Routers learn at `router_lr_scale` times
-    the rate. Each group keeps its peak rate under `peak_lr`.
+    the rate. A group's `peak_lr` is its rate before the schedule.
     """
-    found = roles(model)
+    found = group_by_role(model)
     rows = [
         (found.matrices, False, weight_decay, learning_rate),
         (found.embeddings, True, weight_decay, learning_rate),
-        (found.vectors, True, 0.0, learning_rate),
+        (found.norms, True, 0.0, learning_rate),
         (found.routers, True, weight_decay, learning_rate * router_lr_scale),
     ]
     groups = [

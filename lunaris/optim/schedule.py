@@ -1,7 +1,7 @@
-"""Learning-rate schedules as pure functions of the step: there is nothing to save or restore.
+"""Learning-rate schedules as pure functions of the step: they have no state to save.
 
 Each is called with the index of the step about to be taken (0 for the first) and returns the
-multiplier of every group's own peak rate.
+multiplier of every group's peak rate.
 """
 
 from __future__ import annotations

@@ -1,85 +1,101 @@
-"""What the loop knows of a parallelism, and what all of them share."""
+"""The interface between the training loop and a parallelism, and what all of them share."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lunaris.distributed import session as distributed
+from lunaris.distributed import collectives, session
+from lunaris.distributed.mesh import Mesh
 from lunaris.precision import Precision
+
+if TYPE_CHECKING:
+    from lunaris.model.transformer import Transformer
+
+T = TypeVar("T")
 
 
 class Parallelism:
-    """Spreads a model over the processes of a run. Every process is a data rank.
+    """Distributes a model over the processes of a run.
 
-    Subclasses say how in `wrap`, and when gradients are exchanged in `micro_step`. All of them
-    leave in `parameter.grad` the gradient of the mean over processes of their losses.
+    Subclasses define in `wrap` how, and in `micro_step` when gradients are exchanged. All of them
+    leave in `parameter.grad` the gradient of the mean over the data ranks of their losses.
+
+    device: this process's. world_size: the number of processes. data_rank, data_world_size: which
+    part of every global batch this process works on, and how many parts there are. is_writer:
+    whether this process writes what a run has once (logger, status, plot).
     """
 
-    def __init__(self) -> None:
-        self.rank = distributed.rank()
-        self.world_size = distributed.world_size()
-        self.device = distributed.device()
+    def __init__(self, mesh: Mesh | None = None) -> None:
+        """mesh: all processes of the run; None makes each of them a replica."""
+        rank = session.rank()
+        self.mesh = mesh or Mesh(replicate=session.world_size())
+        self.device = session.device()
+        self.world_size = self.mesh.world_size
+        self.data_rank = self.mesh.data_rank(rank)
+        self.data_world_size = self.mesh.data_world_size
+        self.is_writer = rank == 0
 
     def wrap(
         self, model: nn.Module, *, precision: Precision, seed: int, compile: bool
     ) -> nn.Module:
-        """Return what the loop calls, built from a model on the meta device.
+        """Return the module that the loop calls, built from a model on the meta device.
 
         Memory is allocated for this process's part only, and filled by `model.init_weights(seed)`,
-        which gives the same numbers whatever the parallelism. compile: torch.compile each block.
+        with the same numbers under every parallelism. compile: torch.compile each block.
         """
         raise NotImplementedError
 
-    def micro_step(self, model: nn.Module, last: bool) -> AbstractContextManager[Any]:
+    def micro_step(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Return the context of one micro-step's forward and backward.
 
-        Gradients are complete, over micro-steps and processes, once the context of the last one
-        is left.
+        When the context of the last one ends, gradients are complete over all micro-steps and data
+        ranks.
         """
-        distributed.mark("a micro-step")
+        session.set_phase("a micro-step")
         return nullcontext()
 
     def sum(self, values: Tensor) -> Tensor:
-        """Return the sum of `values` (any shape, on the device) over all processes."""
-        if self.world_size > 1:
-            distributed.mark("summing metrics over the processes")
+        """Return the sum of `values` (any shape, on the device) over all data ranks."""
+        if self.data_world_size > 1:
+            session.set_phase("summing metrics over the processes")
             values = values.contiguous().clone()
             dist.all_reduce(values)
         return values
 
     def agree(self, flag: bool) -> bool:
-        """Return whether any process says true; called once a step, after it, by all."""
-        distributed.mark("the end of a step")
-        result = distributed.any_rank(flag)
-        distributed.end_first_step()
+        """Return whether `flag` is true in any process; all call this once, after each step."""
+        session.set_phase("the end of a step")
+        result = collectives.any_rank(flag)
+        session.end_first_step()
         return result
 
-    def barrier(self) -> None:
-        """Wait for every process."""
-        distributed.barrier()
+    def gather(self, value: T) -> list[T]:
+        """Return every process's (picklable) value, in the order of process ranks."""
+        session.set_phase("gathering metrics of the processes")
+        return collectives.gather_objects(value)
 
 
-def unwrap(model: nn.Module) -> Any:
+def unwrap(model: nn.Module) -> Transformer:
     """Return the Transformer inside what `wrap` returned: itself, for every parallelism here."""
-    return model
+    return cast("Transformer", model)
 
 
 def materialize(model: nn.Module, device: torch.device, seed: int) -> None:
-    """Allocate a model that is on the meta device, and draw its weights from `seed`."""
+    """Allocate memory on `device` for a model on the meta device; draw its weights from `seed`."""
     model.to_empty(device=device)
     model.init_weights(seed)  # type: ignore[operator]
 
 
-def compile_blocks(model: Any) -> None:
-    """Compile each block's forward: blocks are alike, so one compilation serves all.
+def compile_blocks(model: nn.Module) -> None:
+    """Compile each block's forward method; blocks are alike, so one compilation serves all.
 
-    The forward method is compiled and not the module, so that names stay clean and hooks of
-    FSDP run outside the compiled region.
+    The module is not compiled, so that parameter names do not change and FSDP's hooks run outside
+    the compiled region.
     """
-    for block in model.blocks:
+    for block in unwrap(model).blocks:
         block.forward = torch.compile(block.forward)

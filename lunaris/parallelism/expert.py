@@ -1,7 +1,8 @@
-"""Expert parallelism: each process of a group holds a part of every layer's experts.
+"""Expert parallelism: each process of a group has a part of every layer's experts.
 
-All processes stay data ranks: a layer sends each token to the process that holds its expert and
-takes the result back, two all-to-all exchanges a layer (GShard, arXiv 2006.16668, section 3).
+Every process still reads its own sequences: a layer sends each token to the process that has the
+token's expert and gets the result back, by two all-to-all exchanges (GShard, arXiv 2006.16668,
+section 3).
 
 Legend: E experts, P processes of an expert group, T tokens of this process, R tokens it receives.
 """
@@ -19,33 +20,22 @@ from torch.distributed.tensor import DTensor, Shard
 
 from lunaris.errors import UserError
 from lunaris.model.layers import compute_dtype
+from lunaris.model.roles import Role, modules_with
 
 
 def expert_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that hold stacked experts (attribute `experts`), in the model's order."""
-    return [m for name, m in model.named_modules() if name.rpartition(".")[2] == "experts"]
+    """Return the modules that hold stacked experts, in the model's order."""
+    return modules_with(model, Role.EXPERT)
 
 
-def router_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that hold a router's weights (attribute `router`), in order."""
-    return [m for name, m in model.named_modules() if name.rpartition(".")[2] == "router"]
-
-
-def check_degree(degree: int, processes: int, within: str) -> None:
-    """Raise UserError unless `degree` divides the `processes` that experts are spread over."""
-    if processes % degree:
-        raise UserError(
-            f"parallelism.expert_parallel={degree}: must divide {within}, which is {processes}"
-        )
-
-
-def spread_experts(model: nn.Module, mesh: DeviceMesh, compile: bool) -> None:
-    """Spread every layer's experts over the one-dimensional `mesh`, the model still on meta.
+def shard_experts(model: nn.Module, mesh: DeviceMesh, compile: bool) -> None:
+    """Shard every layer's experts over the one-dimensional `mesh`; the model is still on meta.
 
     Stacked weights [E, …] become DTensors sharded on the experts, so that checkpoints know the
-    whole tensor; the module's forward, over its own E/P experts, is put behind the exchange.
+    complete tensor. The module's forward, which computes E/P experts, is wrapped in the exchange.
+    Raises UserError if P does not divide E.
     """
-    parts, own = mesh.size(), mesh.get_local_rank()
+    parts, part = mesh.size(), mesh.get_local_rank()
     for experts in expert_modules(model):
         for name, parameter in list(experts.named_parameters(recurse=False)):
             count = parameter.size(0)
@@ -53,20 +43,20 @@ def spread_experts(model: nn.Module, mesh: DeviceMesh, compile: bool) -> None:
                 raise UserError(
                     f"parallelism.expert_parallel={parts}: must divide moe.n_experts={count}"
                 )
-            local = parameter.detach().chunk(parts)[own]
-            spread = DTensor.from_local(local.contiguous(), mesh, [Shard(0)], run_check=False)
-            experts.register_parameter(name, nn.Parameter(spread))
+            local = parameter.detach().chunk(parts)[part]
+            sharded = DTensor.from_local(local.contiguous(), mesh, [Shard(0)], run_check=False)
+            experts.register_parameter(name, nn.Parameter(sharded))
         exchange = _Exchange(experts.forward, mesh.get_group())
-        # Sizes that change with every batch, and collectives: a compiled block stops here.
+        # Not compiled: its sizes change with every batch, and it runs collectives.
         experts.forward = torch.compiler.disable(exchange) if compile else exchange
 
 
 @torch.no_grad()
 def scale_expert_grads(model: nn.Module, factor: float) -> None:
-    """Scale the gradients of spread experts in place.
+    """Scale the gradients of sharded experts in place.
 
-    They hold the tokens of every process of an expert group, where other gradients hold those of
-    one: after the average over the processes beside it, they are too large by the group's size.
+    The gradient of an expert sums over the tokens of all processes of its group, other gradients
+    over those of one process; `factor` turns such sums into the average over the data ranks.
     """
     grads = expert_grads(model)
     if grads:
@@ -74,13 +64,13 @@ def scale_expert_grads(model: nn.Module, factor: float) -> None:
 
 
 def expert_grads(model: nn.Module) -> list[Tensor]:
-    """Return this process's part of the gradients of spread experts."""
+    """Return this process's part of the gradients of sharded experts."""
     found = (p.grad for module in expert_modules(model) for p in module.parameters())
     return [grad.to_local() for grad in found if isinstance(grad, DTensor)]
 
 
 class _Exchange:
-    """The forward of a module of experts, with every token taken to its expert and back."""
+    """The forward of a module of experts that sends every token to its expert and back."""
 
     def __init__(
         self, forward: Callable[[Tensor, Tensor], Tensor], group: dist.ProcessGroup
@@ -93,9 +83,9 @@ class _Exchange:
         """Return the experts' outputs [T, D] for tokens `x` [T, D] sorted by expert.
 
         counts: [E] tokens of each expert, T or fewer in all; rows past their sum give zeros. The
-        sizes of the exchange must be known to the host, so this waits for the device once.
+        host must know the sizes of the exchange, so this waits for the device once.
         """
-        # [P, E/P]: row p holds what goes to, and what comes from, process p.
+        # [P, E/P]: row p has the numbers of tokens sent to, and received from, process p.
         sent = counts.view(self._parts, -1).contiguous()
         received = torch.empty_like(sent)
         dist.all_to_all_single(received, sent, group=self._group)
@@ -113,7 +103,7 @@ class _Exchange:
 def _by_expert(received: Tensor, total: int) -> Tensor:
     """Return the order [R] that sorts tokens from (process, expert) to (expert, process).
 
-    received: [P, E/P] tokens from each process for each own expert; total: their sum, R.
+    received: [P, E/P] tokens from each process for each local expert; total: their sum, R.
     """
     experts = torch.arange(received.size(1), device=received.device).repeat(received.size(0))
     of_token = experts.repeat_interleave(received.reshape(-1).long(), output_size=total)
@@ -121,7 +111,7 @@ def _by_expert(received: Tensor, total: int) -> Tensor:
 
 
 class _AllToAll(torch.autograd.Function):
-    """Exchange rows between the processes of a group; the gradient goes the way back."""
+    """Exchange rows between the processes of a group; the backward returns their gradients."""
 
     @staticmethod
     def forward(

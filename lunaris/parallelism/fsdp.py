@@ -1,4 +1,4 @@
-"""Parameters, gradients and optimizer state sharded (ZeRO-3), by torch's fully_shard."""
+"""Sharded data parallelism (ZeRO-3) by torch's fully_shard, with and without replicas."""
 
 from __future__ import annotations
 
@@ -8,96 +8,31 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import Shard
 
-from lunaris.distributed import session as distributed
-from lunaris.errors import UserError
+from lunaris.distributed import session
+from lunaris.distributed.mesh import Mesh
+from lunaris.model.roles import Role, parameters_in
 from lunaris.parallelism.base import Parallelism, compile_blocks, materialize
 from lunaris.parallelism.expert import (
-    check_degree,
     expert_modules,
-    router_modules,
     scale_expert_grads,
-    spread_experts,
+    shard_experts,
 )
 from lunaris.precision import Precision
 
 
 class FSDP(Parallelism):
-    """Shards over all processes; a block's parameters are gathered while it computes.
+    """Shards parameters, gradients and optimizer state over all processes.
 
-    In bf16 and fp16 a block's matrices are cast before they are gathered, which halves the
-    traffic; gradients are reduced in float32. What autocast reads in float32 stays so: embeddings
-    and the head are gathered as they are; norms and routers inside blocks, a few thousandths of
-    the parameters, are not sharded at all, since a gather of their own inside each block would
-    cost more than it saves. The numbers are those of autocast without sharding.
-    """
-
-    def __init__(self, *, expert_parallel: int = 1, reshard_after_forward: bool = True) -> None:
-        super().__init__()
-        distributed.ensure_group()
-        self._expert_parallel = expert_parallel
-        self._reshard = reshard_after_forward
-        self._replicated: list[nn.Parameter] = []
-
-    def meshes(self) -> Meshes:
-        """Return the meshes: of the experts, and of everything else."""
-        check_degree(self._expert_parallel, self.world_size, "the number of processes")
-        return Meshes.build(self.device.type, 1, self.world_size, self._expert_parallel)
-
-    def wrap(
-        self, model: nn.Module, *, precision: Precision, seed: int, compile: bool
-    ) -> nn.Module:
-        """Shard the model, allocate this process's shards and draw their weights."""
-        meshes = self.meshes()
-        if meshes.expert is not None:
-            spread_experts(model, meshes.expert, compile)
-        if compile:
-            compile_blocks(model)
-        half = None if precision.dtype == torch.float32 else precision.dtype
-        exact = set() if half is None else set(_read_exactly(model.blocks))  # type: ignore[arg-type]
-        # Activations keep their dtype between blocks: autocast decides, as without sharding.
-        inside = MixedPrecisionPolicy(
-            param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False
-        )
-        around = MixedPrecisionPolicy(cast_forward_inputs=False)
-        for block in model.blocks:  # type: ignore[union-attr]
-            if meshes.expert is not None:
-                for experts in expert_modules(block):
-                    _shard(experts, meshes.beside_experts, self._reshard, inside, exact)
-            _shard(block, meshes.dense, self._reshard, inside, exact)
-        # The root's are needed first in the backward, right after the forward.
-        _shard(model, meshes.dense, False, around, exact)
-        materialize(model, self.device, seed)
-        if half is not None:
-            self._replicated = _read_exactly(model.blocks)  # type: ignore[arg-type]
-        return model
-
-    @contextmanager
-    def micro_step(self, model: nn.Module, last: bool) -> Iterator[None]:
-        """Reduce gradients to shards in every micro-step: whole ones would not fit.
-
-        Across replicas (HSDP) they are summed in the last one only.
-        """
-        assert isinstance(model, FSDPModule)
-        model.set_requires_all_reduce(last)
-        model.set_is_last_backward(last)
-        with super().micro_step(model, last):
-            yield
-        if not last:
-            return
-        if self._replicated and self.world_size > 1:
-            _average([p.grad for p in self._replicated if p.grad is not None], self.world_size)
-        if self._expert_parallel > 1:
-            scale_expert_grads(model, 1 / self._expert_parallel)
-
-
-class HSDP(FSDP):
-    """Shards within groups of `shard_size` processes and replicates across the groups.
-
-    The gathers stay within a group (one machine, say); only gradients of shards cross.
+    A block's parameters are gathered while it computes. In bf16 and fp16 its matrices are cast
+    before they are gathered, which halves the traffic; gradients are reduced in float32. Parameters
+    that autocast reads in float32 are not cast: embeddings and the head are gathered in float32;
+    norms and routers inside blocks, a few thousandths of the parameters, are not sharded at all,
+    since a separate gather of them in each block would cost more than it saves. The numbers are
+    those of autocast without sharding.
     """
 
     def __init__(
@@ -107,54 +42,83 @@ class HSDP(FSDP):
         reshard_after_forward: bool = True,
         shard_size: int | None = None,
     ) -> None:
-        """shard_size: None takes the processes of one machine."""
-        super().__init__(
-            expert_parallel=expert_parallel, reshard_after_forward=reshard_after_forward
+        """shard_size: processes of a replica; None makes one replica of all.
+
+        Raises UserError if it does not divide the number of processes, or `expert_parallel` does
+        not divide the processes of a replica.
+        """
+        super().__init__(Mesh.sharded(session.world_size(), expert_parallel, shard_size))
+        session.ensure_group()
+        self._reshard = reshard_after_forward
+        self._replicated: list[nn.Parameter] = []
+
+    def wrap(
+        self, model: nn.Module, *, precision: Precision, seed: int, compile: bool
+    ) -> nn.Module:
+        """Shard the model, allocate this process's shards and draw their weights."""
+        meshes = self.mesh.sharded_meshes(self.device.type)
+        if meshes.expert is not None:
+            shard_experts(model, meshes.expert, compile)
+        if compile:
+            compile_blocks(model)
+        half = None if precision.dtype == torch.float32 else precision.dtype
+        exact = set() if half is None else set(_read_exactly(model.blocks))  # type: ignore[arg-type]
+        # Autocast decides the dtype of activations between blocks, as without sharding.
+        inside = MixedPrecisionPolicy(
+            param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
-        self._shard_size = shard_size or distributed.local_world_size()
+        around = MixedPrecisionPolicy(cast_forward_inputs=False)
+        for block in model.blocks:  # type: ignore[union-attr]
+            if meshes.expert is not None:
+                for experts in expert_modules(block):
+                    _shard(experts, meshes.within_expert, self._reshard, inside, exact)
+            _shard(block, meshes.dense, self._reshard, inside, exact)
+        # The root's parameters stay gathered: the backward, which follows, needs them first.
+        _shard(model, meshes.dense, False, around, exact)
+        materialize(model, self.device, seed)
+        if half is not None:
+            self._replicated = _read_exactly(model.blocks)  # type: ignore[arg-type]
+        return model
 
-    def meshes(self) -> Meshes:
-        """Return the meshes: of the experts, and of everything else."""
-        size = self._shard_size
-        if self.world_size % size:
-            raise UserError(
-                f"parallelism.shard_size={size}: must divide the {self.world_size} processes"
-            )
-        check_degree(self._expert_parallel, size, "parallelism.shard_size")
-        return Meshes.build(self.device.type, self.world_size // size, size, self._expert_parallel)
+    @contextmanager
+    def micro_step(self, model: nn.Module, last: bool) -> Iterator[None]:
+        """Reduce gradients to shards in every micro-step, since complete ones may not fit.
+
+        Across replicas (HSDP) they are summed in the last micro-step only.
+        """
+        assert isinstance(model, FSDPModule)
+        model.set_requires_all_reduce(last)
+        model.set_is_last_backward(last)
+        with super().micro_step(model, last):
+            yield
+        if not last:
+            return
+        if self._replicated and self.data_world_size > 1:
+            _average([p.grad for p in self._replicated if p.grad is not None], self.data_world_size)
+        if self.mesh.expert > 1:
+            scale_expert_grads(model, 1 / self.mesh.expert)
 
 
-class Meshes:
-    """The device meshes of a sharded model.
+class HSDP(FSDP):
+    """Shards within groups of `shard_size` processes and replicates across the groups.
 
-    dense: [shards], or [replicas, shards]; what is not an expert. expert: [P] processes that share
-    one set of experts, None without expert parallelism. beside_experts: the dimensions that are
-    left, over which an expert's own tensors are sharded, and replicated.
+    Parameters are gathered within a group (of one machine, for example); only the gradients of
+    shards are exchanged across groups.
     """
 
     def __init__(
-        self, dense: DeviceMesh, expert: DeviceMesh | None, beside_experts: DeviceMesh
+        self,
+        *,
+        expert_parallel: int = 1,
+        reshard_after_forward: bool = True,
+        shard_size: int | None = None,
     ) -> None:
-        self.dense = dense
-        self.expert = expert
-        self.beside_experts = beside_experts
-
-    @classmethod
-    def build(cls, device_type: str, replicas: int, shards: int, experts: int) -> Meshes:
-        """Return the meshes of replicas × shards processes; neighbours share experts."""
-        names: tuple[str, ...] = ("shard",)
-        shape: tuple[int, ...] = (shards,)
-        if replicas > 1:
-            names, shape = ("replica", *names), (replicas, *shape)
-        dense = init_device_mesh(device_type, shape, mesh_dim_names=names)
-        if experts == 1:
-            return cls(dense, None, dense)
-        whole = init_device_mesh(
-            device_type,
-            (*shape[:-1], shards // experts, experts),
-            mesh_dim_names=(*names, "expert"),
+        """shard_size: None takes the processes of one machine; otherwise as for FSDP."""
+        super().__init__(
+            expert_parallel=expert_parallel,
+            reshard_after_forward=reshard_after_forward,
+            shard_size=shard_size or session.local_world_size(),
         )
-        return cls(dense, whole["expert"], whole[names])
 
 
 def _shard(
@@ -162,7 +126,7 @@ def _shard(
     mesh: DeviceMesh,
     reshard: bool,
     policy: MixedPrecisionPolicy,
-    left_whole: set[nn.Parameter],
+    ignored: set[nn.Parameter],
 ) -> None:
     fully_shard(
         module,
@@ -170,19 +134,18 @@ def _shard(
         reshard_after_forward=reshard,
         shard_placement_fn=lambda parameter: _placement(parameter, mesh.size(-1)),
         mp_policy=policy,
-        ignored_params=left_whole,
+        ignored_params=ignored,
     )
 
 
 def _read_exactly(blocks: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of the blocks' routers and norms."""
-    routers = {p for module in router_modules(blocks) for p in module.parameters()}
-    return [p for p in blocks.parameters() if p.ndim < 2 or p in routers]
+    """Return the parameters that autocast reads in float32: the blocks' routers and norms."""
+    return parameters_in(blocks, Role.ROUTER | Role.NORM)
 
 
 @torch.no_grad()
 def _average(grads: list[Tensor], world_size: int) -> None:
-    """Replace gradients by their averages over all processes, in one exchange."""
+    """Average gradients over all processes, in place and in one all-reduce."""
     flat = torch.cat([grad.reshape(-1) for grad in grads])
     dist.all_reduce(flat)
     flat /= world_size
@@ -193,7 +156,7 @@ def _average(grads: list[Tensor], world_size: int) -> None:
 def _placement(parameter: nn.Parameter, shards: int) -> Shard:
     """Return the dimension to shard: the first that divides evenly, else the first.
 
-    Stacked experts that are spread over processes are cut along another dimension.
+    Experts that are sharded over processes already are sharded along another dimension here.
     """
     taken = {p.dim for p in getattr(parameter, "placements", ()) if isinstance(p, Shard)}
     for dim, size in enumerate(parameter.shape):

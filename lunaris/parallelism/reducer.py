@@ -1,8 +1,9 @@
-"""The average of replicated gradients over processes, while the backward is still running.
+"""Averages replicated gradients over processes while the backward is still running.
 
-torch's DistributedDataParallel orders its buckets anew after the first backward: the sums of the
-second step are then made in another order than those of a first step after a resume, and more
-than two processes no longer resume bit for bit. Here the buckets stay as they are.
+torch's DistributedDataParallel changes the order of its buckets after the first backward. The
+second step then adds up in another order than the first step after a resume does, and more than
+two processes do not resume bit for bit. Here the buckets never change. Replicas on a device mesh
+(`fully_shard` or `replicate`) are exact too, but slower and larger: tests/benchmarks/ddp.py.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _BUCKET_BYTES = 25 << 20
 
 @dataclass
 class _Bucket:
-    """Parameters whose gradients are averaged in one exchange."""
+    """Parameters whose gradients are averaged in one all-reduce."""
 
     parameters: list[nn.Parameter]
     missing: int = 0
@@ -27,10 +28,10 @@ class _Bucket:
 
 
 class Reducer:
-    """Averages the gradients of `parameters` over all processes, bucket by bucket."""
+    """Averages the gradients of `parameters` over all processes, one bucket at a time."""
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
-        # The last layers' gradients come first.
+        # The backward computes the last layers' gradients first.
         self._buckets = _fill_buckets(parameters[::-1])
         self._of = {p: bucket for bucket in self._buckets for p in bucket.parameters}
         self._next = len(self._buckets)
@@ -38,13 +39,13 @@ class Reducer:
             parameter.register_post_accumulate_grad_hook(self._arrived)
 
     def begin(self) -> None:
-        """Exchange the gradients of the backward that comes next."""
+        """Average the gradients of the backward that comes next."""
         self._next = 0
         for bucket in self._buckets:
             bucket.missing = len(bucket.parameters)
 
     def finish(self) -> None:
-        """Wait for the exchanges; gradients are views of their buckets afterwards."""
+        """Wait for the all-reduces; gradients are views of their buckets afterwards."""
         while self._next < len(self._buckets):
             self._launch()
         for bucket in self._buckets:
@@ -55,7 +56,7 @@ class Reducer:
 
     def _arrived(self, parameter: nn.Parameter) -> None:
         self._of[parameter].missing -= 1
-        # Every process launches the buckets in this order, whatever order gradients come in.
+        # Every process must launch the buckets in the same order, whichever is complete first.
         while self._next < len(self._buckets) and self._buckets[self._next].missing == 0:
             self._launch()
 
@@ -64,7 +65,7 @@ class Reducer:
         self._next += 1
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in bucket.parameters]
         bucket.flat = torch.cat([grad.detach().reshape(-1) for grad in grads])
-        # Views from here on, which frees the gradients while others are still computed.
+        # Gradients become views, which frees their memory while others are still computed.
         parts = bucket.flat.split([grad.numel() for grad in grads])
         for parameter, part in zip(bucket.parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)

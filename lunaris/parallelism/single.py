@@ -1,4 +1,4 @@
-"""One process, the whole model."""
+"""A complete model in one process."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from lunaris.precision import Precision
 
 
 class Single(Parallelism):
-    """The model as it is, in one process."""
+    """No parallelism: one process has the complete model."""
 
     def wrap(
         self, model: nn.Module, *, precision: Precision, seed: int, compile: bool

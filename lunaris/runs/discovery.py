@@ -1,60 +1,42 @@
-"""The runs and sweeps below a folder, found by their files. No torch, no Hydra."""
+"""The runs and sweeps below a folder, recognised by their files. No torch, no Hydra."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
 
-from lunaris.atomic_files import read_json
 from lunaris.errors import UserError
-
-_MANIFEST = "manifest.json"
-_CONFIG = "config.yaml"
+from lunaris.runs.run_dir import RunDir
+from lunaris.runs.sweep_manifest import are_texts, read_points
 
 
 @dataclass(frozen=True)
-class Listed:
-    """A run's folder, or a sweep's point that may have no folder (any more)."""
+class FoundRun:
+    """A run, or a point of a sweep. The folder of a point may be absent.
+
+    overrides: as given on the command line; of a point, those that not all points of its sweep
+    share. sweep: the folder of the point's sweep.
+    """
 
     path: Path
     name: str
-    # As given on the command line; of a point those that not all points of its sweep share.
     overrides: list[str]
     sweep: Path | None = None
 
 
 def is_run(folder: Path) -> bool:
-    """Say whether `folder` holds a run."""
-    return (folder / _CONFIG).is_file()
+    """Return whether `folder` holds a run."""
+    return RunDir(folder).config_path.is_file()
 
 
 def is_sweep(folder: Path) -> bool:
-    """Say whether `folder` holds a sweep."""
-    return _points(folder) is not None
+    """Return whether `folder` holds a sweep."""
+    return read_points(folder) is not None
 
 
-def _points(folder: Path) -> list[dict[str, Any]] | None:
-    """Return the rows of a sweep's manifest, without those that cannot be read; None: no sweep."""
-    rows = read_json(folder / _MANIFEST).get("points")
-    if not isinstance(rows, list):
-        return None
-    return [
-        row
-        for row in rows
-        if isinstance(row, dict)
-        and _are_texts([row.get("name"), row.get("dir")])
-        and _are_texts(row.get("overrides"))
-    ]
-
-
-def _are_texts(value: object) -> TypeGuard[list[str]]:
-    return isinstance(value, list) and all(isinstance(text, str) for text in value)
-
-
-def find(folder: Path) -> list[Listed]:
-    """Return the run in `folder`, the points of the sweep, or all below it, sorted by path.
+def find_runs(folder: Path) -> list[FoundRun]:
+    """Return the run in `folder`, the points of the sweep in it, or all below it, sorted by path.
 
     Raises UserError when there are none.
     """
@@ -73,12 +55,12 @@ def find(folder: Path) -> list[Listed]:
     return found
 
 
-def _in(folder: Path) -> Iterator[Listed]:
+def _in(folder: Path) -> Iterator[FoundRun]:
     if is_run(folder):
-        overrides = read_json(folder / "provenance.json").get("overrides")
-        yield Listed(folder, folder.name, overrides if _are_texts(overrides) else [])
-    elif folder.is_dir() and (rows := _points(folder)) is not None:
-        shared = set.intersection(*(set(row["overrides"]) for row in rows)) if rows else set()
-        for row in rows:
-            own = [text for text in row["overrides"] if len(rows) == 1 or text not in shared]
-            yield Listed(folder / row["dir"], row["name"], own, folder)
+        overrides = RunDir(folder).noted("overrides")
+        yield FoundRun(folder, folder.name, overrides if are_texts(overrides) else [])
+    elif folder.is_dir() and (points := read_points(folder)) is not None:
+        shared = set.intersection(*(set(p.overrides) for p in points)) if points else set()
+        for point in points:
+            given = [text for text in point.overrides if len(points) == 1 or text not in shared]
+            yield FoundRun(folder / point.dir, point.name, given, folder)

@@ -4,7 +4,7 @@
     python tests/benchmarks/fsdp_memory.py --processes 1 2 4 8 --layers 24
     python tests/benchmarks/fsdp_memory.py --device cuda --processes 1 2 4 8
 
-Trains three steps of a dense model in float32. State is what a process holds of parameters,
+Trains three steps of a dense model in float32. State is a process's part of parameters,
 gradients and AdamW's moments; peak is the resident set (CPU) or the allocator's peak (CUDA) above
 what the process took before the model was built; the ratio is against one process, replicated.
 """
@@ -24,10 +24,13 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from lunaris.distributed import session as distributed
+from lunaris.distributed import collectives, session
 from lunaris.metrics.throughput import peak_memory_gb
+from lunaris.model.attention.gqa import GQAFactory
+from lunaris.model.layers import ModelShape
 from lunaris.model.transformer import Transformer
 from lunaris.moe.factory import DenseFactory
+from lunaris.objective.next_token import NextToken
 from lunaris.optim.adamw import build_adamw
 from lunaris.optim.clip import clip_grad_norm
 from lunaris.parallelism.base import Parallelism
@@ -86,11 +89,11 @@ def _measure(parallelism: str, processes: int, args: argparse.Namespace) -> list
 
 
 def _worker(args: argparse.Namespace) -> None:
-    with distributed.session(args.device or None, 600.0):
+    with session.join(args.device or None, 600.0):
         parallelism: Parallelism = FSDP() if args.worker == "fsdp" else DDP()
         result = _train(parallelism, args)
-        found = distributed.gather_objects(result)
-        if parallelism.rank == 0:
+        found = collectives.gather_objects(result)
+        if parallelism.is_writer:
             print(json.dumps(found))
 
 
@@ -98,21 +101,25 @@ def _train(parallelism: Parallelism, args: argparse.Namespace) -> dict[str, floa
     device = parallelism.device
     gc.collect()
     before = _now_mib(device)
+    shape = ModelShape(
+        d_model=args.width, n_layers=args.layers, n_heads=8, n_kv_heads=8, max_seq_len=_SEQ_LEN,
+        rope_theta=1e4, dropout=0.0, ffn_hidden_multiplier=4.0, multiple_of=32, norm="pre",
+    )  # fmt: skip
     with torch.device("meta"):
         bare = Transformer(
-            vocab_size=_VOCAB, d_model=args.width, n_layers=args.layers, n_heads=8, n_kv_heads=8,
-            max_seq_len=_SEQ_LEN, rope_theta=1e4, dropout=0.0, ffn_hidden_multiplier=4.0,
-            multiple_of=32, tie_embeddings=True, norm="pre", feed_forward=DenseFactory(),
+            shape, vocab_size=_VOCAB, tie_embeddings=True, attention=GQAFactory(),
+            feed_forward=DenseFactory(),
         )  # fmt: skip
     model = parallelism.wrap(bare, precision=Precision("fp32", device), seed=0, compile=False)
     optimizer = build_adamw(
         model, learning_rate=1e-3, weight_decay=0.1, betas=(0.9, 0.95), eps=1e-8
     )
     tokens = torch.randint(_VOCAB, (1, _SEQ_LEN + 1), device=device)
+    batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
     for _ in range(_STEPS):
         optimizer.zero_grad()
         with parallelism.micro_step(model, last=True):
-            model(tokens[:, :-1], tokens[:, 1:]).loss.backward()
+            NextToken()(model, batch).total.backward()
         clip_grad_norm(model.parameters(), 1.0)
         optimizer.step()
     held = [value for state in optimizer.state.values() for value in state.values()]

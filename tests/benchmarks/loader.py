@@ -101,7 +101,7 @@ def timed(batches: Iterator[object], count: int) -> float:
 
 def lunaris_batches(corpus: Path, args: argparse.Namespace) -> Iterator[object]:
     data = ShardsData(dir=str(corpus), val_fraction=0)
-    data.prepare()
+    data.ensure_ready()
     loader = Loader(
         data.train(args.seq_len, seed=0), batch_size=args.batch_size, vocab_size=data.vocab_size
     )

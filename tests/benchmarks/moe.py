@@ -18,6 +18,7 @@ from torch import nn
 from lunaris.model.layers import ModelShape
 from lunaris.moe.experts import Experts, _grouped, _one_by_one
 from lunaris.moe.factory import DenseFactory, MoEFactory
+from lunaris.moe.router.softmax import SoftmaxRouterFactory
 
 CASES = {
     "switch, 8 experts": ({"n_experts": 8, "n_experts_per_token": 1}, 1.0),
@@ -48,10 +49,15 @@ def main() -> None:
     torch.manual_seed(0)
     print(f"threads {torch.get_num_threads()}, {args.tokens} tokens, float32")
     for d_model in args.d_model:
-        shape = ModelShape(d_model, 4, 4.0, 32, 0.0)
+        shape = ModelShape(
+            d_model=d_model, n_layers=4, n_heads=4, n_kv_heads=4, max_seq_len=256, rope_theta=1e4,
+            dropout=0.0, ffn_hidden_multiplier=4.0, multiple_of=32, norm="pre",
+        )  # fmt: skip
         dense = layer_step(DenseFactory()(0, shape), d_model, args.tokens)
         for name, (keys, width) in CASES.items():
-            factory = MoEFactory(**keys, expert_hidden_multiplier=4.0 * width)
+            factory = MoEFactory(
+                router=SoftmaxRouterFactory(), **keys, expert_hidden_multiplier=4.0 * width
+            )
             ours, reference = best(
                 layer_step(factory(0, shape), d_model, args.tokens), dense, args.rounds
             )

@@ -69,7 +69,7 @@ def documents(size: int) -> list[bytes]:
 
 
 def make_tokenizer() -> None:
-    from lunaris.data.tokenizer import train_bpe
+    from lunaris.data.prepare.folder_tokenizer import train_bpe
 
     train_bpe((text.decode() for text in documents(8_000_000)), 8192, Path("tokenizer.json"))
 

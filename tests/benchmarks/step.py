@@ -19,11 +19,11 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from lunaris.config.compose import compose
-from lunaris.distributed import session as distributed
+from lunaris.distributed import session
 from lunaris.distributed.signals import StopSignal
 from lunaris.parallelism.base import unwrap
 from lunaris.run import build
-from lunaris.runs.run_dir import create
+from lunaris.runs.create import create
 from lunaris.train import train_step
 
 
@@ -37,7 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         cfg = compose([*args.overrides, "name=benchmark", f"out_dir={folder}/run"])
         run_dir = create(cfg, "benchmark", [])
-        with distributed.session(cfg.trainer.device, 600.0), StopSignal() as stop:
+        with session.join(cfg.trainer.device, 600.0), StopSignal() as stop:
             run = build(run_dir.read_config(), run_dir, stop)
             try:
                 measure(run, args.steps, args.rounds)

@@ -40,10 +40,11 @@ def timed(module, name, label):
     setattr(owner, last, call)
 import lunaris.launch.sweep.slurm_array
 timed("lunaris.config.compose", "Composer.compose", "compose and check")
-timed("lunaris.runs.run_dir", "create", "freeze folders")
+timed("lunaris.launch.sweep.points", "create", "freeze folders")
+timed("lunaris.launch.slurm", "create", "freeze folders")
 timed("lunaris.launch.snapshot", "take", "copy the code")
 timed("submitit.core.utils", "CommandFunction.__call__", "sbatch")
-timed("lunaris.launch.slurm", "_record_sending", "note in the folders")
+timed("lunaris.launch.slurm", "_mark_queued", "note in the folders")
 timed("lunaris.runs.run_dir", "RunDir.write_status", "of which status.json")
 imported = time.perf_counter()
 from lunaris.__main__ import main

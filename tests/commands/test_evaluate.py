@@ -34,59 +34,53 @@ def test_the_loss_of_the_last_checkpoint_is_the_one_that_training_saw(
 
 
 def test_any_folder_of_shards(
-    tiny: Callable[..., Any],
-    run_here: Callable[[Any], RunDir],
+    finished: RunDir,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    run_dir = run_here(tiny())
     (tmp_path / "shards").mkdir()
     np.save(tmp_path / "shards/a.npy", np.arange(2000, dtype=np.uint16) % 64)
-    assert main([str(run_dir.path), f"data.dir={tmp_path}/shards", "trainer.batch_size=3"]) == 0
+    assert main([str(finished.path), f"data.dir={tmp_path}/shards", "trainer.batch_size=3"]) == 0
     assert "val/perplexity" in capsys.readouterr().out
 
 
 def test_an_id_outside_the_vocabulary_is_named(
-    tiny: Callable[..., Any],
-    run_here: Callable[[Any], RunDir],
+    finished: RunDir,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    run_dir = run_here(tiny())
-    monkeypatch.setattr("lunaris.data.shards._SCAN_BYTES", 2)  # sees the first id only
+    monkeypatch.setattr("lunaris.data.shard_folder._SCAN_BYTES", 2)  # sees the first id only
     Path("a").mkdir()
     np.save("a/all.npy", np.array([1] * 50 + [64] + [1] * 50, np.uint16))
     with pytest.raises(UserError, match="holds the id 64, outside the vocabulary of 64"):
-        main([str(run_dir.path), "data.dir=a"])
+        main([str(finished.path), "data.dir=a"])
 
 
 def test_several_folders_are_told_apart(
-    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir], capsys: pytest.CaptureFixture[str]
+    finished: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = run_here(tiny())
     for name, step in (("a", 1), ("b", 7)):
         Path(name).mkdir()
         np.save(Path(name) / "all.npy", (np.arange(2000) * step % 64).astype(np.uint16))
     losses = {}
     for folders in ("[a,b]", "a", "b"):
         capsys.readouterr()
-        assert main([str(run_dir.path), f"data.dir={folders}", "--json"]) == 0
+        assert main([str(finished.path), f"data.dir={folders}", "--json"]) == 0
         losses[folders] = json.loads(capsys.readouterr().out)
     assert losses["[a,b]"]["val/a/loss"] == pytest.approx(losses["a"]["val/loss"], rel=1e-6)
     assert losses["[a,b]"]["val/b/loss"] == pytest.approx(losses["b"]["val/loss"], rel=1e-6)
 
 
 def test_of_a_few_sequences_each_source_counts_by_its_length(
-    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir], capsys: pytest.CaptureFixture[str]
+    finished: RunDir, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = run_here(tiny())
     for name, step, tokens in (("a", 1, 170), ("b", 7, 50)):
         Path(name).mkdir()
         np.save(Path(name) / "val.npy", (np.arange(tokens) * step % 64).astype(np.uint16))
     capsys.readouterr()
     folders = ["data.dir=[a,b]", "--max-sequences", "2", "--json"]
-    assert main([str(run_dir.path), *folders]) == 0
+    assert main([str(finished.path), *folders]) == 0
     row = json.loads(capsys.readouterr().out)
-    length = run_dir.read_config().model.max_seq_len
+    length = finished.read_config().model.max_seq_len
     a, b = ((tokens - 1) // length for tokens in (170, 50))
     assert a > b >= 2
     expected = (a * row["val/a/loss"] + b * row["val/b/loss"]) / (a + b)
@@ -106,12 +100,9 @@ def test_of_a_few_sequences_each_source_counts_by_its_length(
         (["--step", "3"], "no checkpoint of step 3; there are 8, 4"),
     ],
 )
-def test_bad_input_is_one_message(
-    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir], arguments: list[str], message: str
-) -> None:
-    run_dir = run_here(tiny())
+def test_bad_input_is_one_message(finished: RunDir, arguments: list[str], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        main([str(run_dir.path), *arguments])
+        main([str(finished.path), *arguments])
 
 
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:

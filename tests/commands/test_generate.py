@@ -9,8 +9,9 @@ import pytest
 
 from lunaris.commands.evaluate import main as evaluate
 from lunaris.commands.generate import main
+from lunaris.data.prepare.build import build_shards
+from lunaris.data.prepare.folder_tokenizer import train_bpe
 from lunaris.data.text import TextData
-from lunaris.data.tokenizer import train_bpe
 from lunaris.errors import UserError
 from lunaris.runs.run_dir import RunDir
 
@@ -47,10 +48,8 @@ def prepared(folder: str, words: str, eot: str) -> None:
     )
     Path(folder, "made.json").unlink()
     Path(f"{folder}.txt").write_text(words * 200)
-    TextData(
-        dir=folder, files=f"{folder}.txt", tokenizer=f"{folder}.json", eot=eot, processes=1,
-        val_fraction=0.0,
-    ).make()  # fmt: skip
+    keys = {"tokenizer": f"{folder}.json", "eot": eot, "processes": 1, "val_fraction": 0.0}
+    build_shards(TextData(dir=folder, files=f"{folder}.txt", **keys))
 
 
 def test_the_runs_own_tokenizer_is_kept_and_no_other_taken_for_it(

@@ -37,7 +37,7 @@ def test_from_files_to_sequences(capfd: pytest.CaptureFixture[str]) -> None:
     assert "out: 2 shards are as they were written" in capfd.readouterr().out
 
     data = ShardsData(dir="out")
-    data.prepare()
+    data.ensure_ready()
     assert data.vocab_size == 300 and data.tokenizer_path is not None
     val = data.val(seq_len=32)["out"]
     row = np.empty((1, 33), dtype=np.int64)
@@ -84,7 +84,36 @@ def test_what_needs_no_preparation(capfd: pytest.CaptureFixture[str]) -> None:
     assert "needs data.dir" in capfd.readouterr().err
 
 
-def test_a_damaged_shard_is_found(capfd: pytest.CaptureFixture[str]) -> None:
+_CUSTOM = """
+from pathlib import Path
+from lunaris.config.schema.data import TextDataConfig
+from lunaris.data.prepare.file_source import FileSource
+from lunaris.data.prepare.pipeline import write_shards
+from lunaris.data.prepare.spec import PrepareSpec, settings_of
+from lunaris.data.prepared import PreparedData
+
+
+class CustomData(PreparedData):
+    schema = TextDataConfig
+
+    def build_shards(self):
+        sources = [FileSource("custom", [Path("a.jsonl")])]
+        settings = settings_of(self.keys, sources, [1.0])
+        return write_shards(PrepareSpec(self.keys, sources, [1.0], settings))
+"""
+
+
+def test_a_custom_class_builds_its_shards(
+    capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_corpus()
+    Path("custom.py").write_text(_CUSTOM)
+    monkeypatch.syspath_prepend(".")
+    assert main([*COMMAND, "data._target_=custom.CustomData", "data.files=[]"]) == 0
+    assert "custom: 200 documents, " in capfd.readouterr().out
+
+
+def test_a_corrupt_shard_is_found(capfd: pytest.CaptureFixture[str]) -> None:
     write_corpus()
     assert main([*COMMAND, "data.files=[a.jsonl]"]) == 0
     shard = Path("out/train_00000.npy")

@@ -1,4 +1,4 @@
-"""`lunaris resume`: what is not done goes on, as it was launched."""
+"""`lunaris resume`: what is not done is continued, as it was launched."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from lunaris.__main__ import main
-from lunaris.runs.run_dir import RunDir, create
+from lunaris.runs.create import create
+from lunaris.runs.run_dir import RunDir
 
 SMALL = [
     "data=synthetic", "data.n_tokens=20000", "data.vocab_size=64", "model.d_model=16",
@@ -34,7 +35,7 @@ def steps(path: Path) -> list[int]:
     return [json.loads(line)["step"] for line in lines]
 
 
-def test_a_run_goes_on_from_its_checkpoint(tiny: Callable[..., Any]) -> None:
+def test_a_run_continues_from_its_checkpoint(tiny: Callable[..., Any]) -> None:
     cfg = tiny("trainer.max_steps=4", "checkpoint.save_interval=1")
     run_dir = create(cfg, "lunaris train", ["seed=1"])
     assert main(["resume", str(run_dir.path)]) == 0
@@ -47,6 +48,7 @@ def test_a_run_goes_on_from_its_checkpoint(tiny: Callable[..., Any]) -> None:
     assert provenance["overrides"] == ["seed=1"] and len(provenance["attempts"]) == 2
 
 
+@pytest.mark.slow
 def test_of_a_moved_sweep_only_what_is_asked_for_runs_again(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -65,6 +67,7 @@ def test_of_a_moved_sweep_only_what_is_asked_for_runs_again(
     assert "nothing to do" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_point_with_another_config_than_the_manifest_s_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -77,7 +80,8 @@ def test_a_point_with_another_config_than_the_manifest_s_is_refused(
     assert "seed: 2 → 5" in capsys.readouterr().err
 
 
-def test_a_point_whose_data_is_gone_keeps_no_other_from_going_on(
+@pytest.mark.slow
+def test_a_point_whose_data_is_gone_does_not_stop_the_others(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     shards("k1", 1)

@@ -67,7 +67,7 @@ def test_what_cannot_be_read_hides_no_other_run(capsys: pytest.CaptureFixture[st
     assert main(["runs", "--json"]) == 0
 
 
-def test_a_failure_without_a_word_shows_the_log_s_last_line(
+def test_a_failure_without_an_error_shows_the_log_s_last_line(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     make_run(Path("run"), state="failed", step=0)
@@ -85,7 +85,7 @@ def test_json_holds_a_row_a_run(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 @pytest.mark.parametrize("folder", ["nowhere", "."])
-def test_a_folder_without_runs_is_the_person_s_error(
+def test_a_folder_without_runs_is_a_user_error(
     folder: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["runs", folder]) == 2

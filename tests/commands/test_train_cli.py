@@ -1,4 +1,4 @@
-"""`lunaris train` as a person types it: exit codes, what is printed, what is left on the disk."""
+"""`lunaris train` as a user types it: exit codes, what is printed, what is left on the disk."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_bad_input_ends_with_2_and_one_message(
     assert os.listdir() == []
 
 
-def test_a_run_leaves_its_folder_and_goes_on_from_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_leaves_its_folder_and_continues_from_it(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["train", *SMOKE]) == 0
     run_dir = RunDir("runs/x")
     assert run_dir.read_status()["state"] == "done"
@@ -75,8 +75,6 @@ def test_a_run_leaves_its_folder_and_goes_on_from_it(capsys: pytest.CaptureFixtu
         ("optimizer._target_=json.JSONDecoder", "=json.JSONDecoder: its keys do not fit: got an"),
         ("trainer.batch_size=99999999999999", "batch_size=99999999999999 and model.max_seq_len=32"),
         ("data.n_tokens=99999999999999", "out of memory for the data, lunaris.data.synthetic.Sy"),
-        ("optimizer._target_=json.tool.json", "=json.tool.json: cannot be imported: not a class"),
-        ("optimizer._target_=json.JSONDecoder.no", "cannot be imported: Error loading 'json.JSON"),
     ],
 )
 def test_what_shows_only_at_the_start_is_told_in_one_line(
@@ -125,7 +123,7 @@ def test_cfg_shows_what_would_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert shown == "# @package moe\n_target_: lunaris.moe.factory.DenseFactory\n"
     assert main(["train", "--cfg", "job", "-p", "model.d_model"]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "128"
-    # What has to be given still is shown.
+    # A key without a value is shown too.
     for part, value in (("data.dir", "???"), ("model.vocab_size", "null")):
         assert main(["train", "--cfg", "job", "data=shards", "-p", part]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == value
@@ -167,11 +165,11 @@ def test_a_shell_completes_commands_groups_options_and_keys(
 
 
 def test_help_names_every_group_and_option(capsys: pytest.CaptureFixture[str]) -> None:
-    from lunaris.config.options import GROUPS, options
+    from lunaris.config.keys import group_names, options
 
     assert main(["train", "--help"]) == 0
     shown = capsys.readouterr().out
-    for group in GROUPS:
+    for group in group_names():
         assert f"\n  {group}\n" in shown
         for option in options(group):
             assert f"\n    {option.name} " in shown

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 from pathlib import Path
 
@@ -9,11 +10,10 @@ import pytest
 from omegaconf import OmegaConf
 
 from lunaris.config.compose import compose
-from lunaris.config.options import EXPERIMENT, folders, options
-from lunaris.config.schema.root import SCHEMAS
+from lunaris.config.keys import EXPERIMENT, folders, groups, options, options_of
 
 FOLDER = folders()[0]
-OPTIONS = [(group, option.name) for group in SCHEMAS for option in options(group)]
+OPTIONS = [(group, option.name) for group in groups() for option in options(group)]
 EXPERIMENTS = [option.name for option in options(EXPERIMENT)]
 # What an option cannot know by itself.
 NEEDED = {
@@ -24,16 +24,24 @@ NEEDED = {
 }
 
 
-def test_every_schema_has_its_option_and_every_option_its_schema() -> None:
-    for group, schemas in SCHEMAS.items():
-        assert {option.name for option in options(group)} == set(schemas)
+def test_every_schema_has_an_option() -> None:
+    for group, schemas in groups().items():
+        for schema in schemas:
+            assert options_of(schema, group), f"no option of {group} has the schema {schema}"
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
 def test_every_option_composes_to_its_schema(group: str, option: str) -> None:
     choice = f"{group}={option}"
     cfg = compose([choice, *NEEDED.get(choice, [])], check_data=False)
-    assert OmegaConf.get_type(cfg[group]) is SCHEMAS[group][option]
+    node = functools.reduce(getattr, group.split("/"), cfg)
+    chosen = node[option] if group == "logger" else node
+    assert option in options_of_its_schema(group, type(chosen))
+
+
+def options_of_its_schema(group: str, schema: type) -> list[str]:
+    assert schema in groups()[group]
+    return options_of(schema, group)
 
 
 @pytest.mark.parametrize(("group", "option"), OPTIONS, ids=lambda value: value)
@@ -55,14 +63,14 @@ def test_an_experiment_opens_with_the_command_that_runs_it(experiment: str) -> N
 
 def test_an_option_holds_its_difference_only() -> None:
     # But the model's sizes, which stay when the defaults (those of nano) are tuned.
-    for group, schemas in SCHEMAS.items():
-        for option, schema in schemas.items() if group != "model" else ():
-            text = (FOLDER / group / f"{option}.yaml").read_text()
-            own = OmegaConf.create(text)
-            own.pop("defaults")
+    for group, schemas in groups().items():
+        for schema in schemas if group != "model" else ():
             base = OmegaConf.structured(schema)
-            for key, value in own.items():
-                assert base[key] != value, f"{group}/{option}.yaml repeats {key}"
+            for option in options_of(schema, group):
+                text = (FOLDER / group / f"{option}.yaml").read_text()
+                for key, value in OmegaConf.create(text).items():
+                    if key != "defaults":
+                        assert base[key] != value, f"{group}/{option}.yaml repeats {key}"
 
 
 def test_the_example_run_of_the_earlier_lunaris() -> None:

@@ -20,12 +20,17 @@ TABLE: list[tuple[str, str]] = [
     ("n_experts=3", "n_experts: no such key or group; did you mean moe.n_experts?"),
     ("model.learning_rate=1", "did you mean optimizer.learning_rate?"),
     ("model.d_model.x=3", "model.d_model.x: model.d_model is a value"),
-    ("foo=3", "foo: no such key or group; allowed are name, seed, out_dir, model, moe, data"),
+    ("foo=3", "foo: no such key or group; allowed are name, seed, out_dir, model, attention"),
     ("+moe.n_experts=16", "write moe.n_experts=… without the plus"),
     ("~moe.n_experts", "~moe.n_experts: a key cannot be removed"),
     ("~moe", "~moe: a group cannot be removed; allowed are moe=…: fine_grained, none, switch"),
-    ("moe=none moe.n_experts=4", "moe.n_experts: moe=none has no such key; moe=switch, moe=top2"),
-    ("logger.tags=[a]", "logger.tags: logger=local has no such key; logger=wandb has it"),
+    ("moe=none moe.n_experts=4", "moe.n_experts: moe=none has no such key; moe=fine_grained, "),
+    ("logger.tags=[a]", "logger.tags: no such key; did you mean logger.wandb.tags?"),
+    ("logger.wandb.tags=[a]", "logger wandb is not chosen; choose it by logger=[local,wandb]"),
+    (
+        "logger=wandb logger.wandb.tag=[a]",
+        "tag: no such key; did you mean logger.wandb.t",
+    ),
     # options
     ("moe=swich", "moe=swich: no such option; allowed are fine_grained, none, switch, top2; did"),
     ("moe=null", "moe=null: no such option; allowed are "),
@@ -112,7 +117,9 @@ TABLE: list[tuple[str, str]] = [
     # classes
     ("moe._target_=lunaris.moe.factory.Moe", "did you mean lunaris.moe.factory.MoEFactory?"),
     ("moe._target_=lunaris.moe.factory.DenseFactory", "choose it by moe=none"),
-    ("moe._target_=json.decoder.JSONDecodr", "decoder.py has no JSONDecodr; did you mean JSOND"),
+    ("moe._target_=json.decoder.JSONDecodr", "json.decoder has no JSONDecodr; did you mean JSOND"),
+    ("optimizer._target_=json.tool.json", "=json.tool.json: not a class"),
+    ("optimizer._target_=json.JSONDecoder.no", "=json.JSONDecoder.no: JSONDecoder has no no"),
     ("moe._target_=no_such_package.MoE", "no such module on the Python path"),
     ("moe._target_=MoE", "moe._target_=MoE: must be the dotted path of a class"),
 ]

@@ -12,7 +12,8 @@ import pytest
 
 from lunaris.data import manifest as manifests
 from lunaris.data.manifest import Manifest, ShardEntry
-from lunaris.data.shards import ShardsData, inspect, verify
+from lunaris.data.shard_folder import inspect, verify
+from lunaris.data.shards import ShardsData
 from lunaris.data.token_stream import TokenStream
 from lunaris.errors import UserError
 
@@ -47,7 +48,7 @@ def write_manifest(
 def test_sequences_cross_shards(tmp_path: Path) -> None:
     write_shards(tmp_path / "s", [5, 1, 7, 12])
     data = ShardsData(dir=str(tmp_path / "s"), val_fraction=0)
-    data.prepare()
+    data.ensure_ready()
     part = data.train(seq_len=4, seed=0)
     assert len(part) == (25 - 1) // 4
     rows = np.empty((len(part), 5), dtype=np.int64)
@@ -80,7 +81,7 @@ def test_more_shards_than_open_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_epochs_go_on_and_each_holds_all(tmp_path: Path) -> None:
     write_shards(tmp_path / "s", [401])
     data = ShardsData(dir=str(tmp_path / "s"), val_fraction=0)
-    data.prepare()
+    data.ensure_ready()
     part = data.train(seq_len=4, seed=9)
     rows = np.empty((300, 5), dtype=np.int64)
     part.gather(np.arange(300), rows)
@@ -92,7 +93,7 @@ def test_epochs_go_on_and_each_holds_all(tmp_path: Path) -> None:
 def test_held_out_tail_is_never_trained_on(tmp_path: Path) -> None:
     write_shards(tmp_path / "s", [500, 500])
     data = ShardsData(dir=str(tmp_path / "s"), val_fraction=0.1)
-    data.prepare()
+    data.ensure_ready()
     train, val = data.train(8, 0), data.val(8)["s"]
     rows = np.empty((len(train), 9), dtype=np.int64)
     train.gather(np.arange(len(train)), rows)
@@ -111,7 +112,7 @@ def test_val_part_by_manifest_by_name_and_by_folder(tmp_path: Path) -> None:
     write_shards(tmp_path / "other", [50], first=100)
     for folder, val_dir in (("m", None), ("n", None), ("alone", str(tmp_path / "other"))):
         data = ShardsData(dir=str(tmp_path / folder), val_dir=val_dir)
-        data.prepare()
+        data.ensure_ready()
         assert len(data.train(10, 0)) == 9
         ((_, val),) = data.val(10).items()
         rows = np.empty((len(val), 11), dtype=np.int64)
@@ -158,7 +159,7 @@ def test_absent_or_empty_folder(tmp_path: Path) -> None:
 def test_too_few_tokens_for_a_sequence(tmp_path: Path) -> None:
     write_shards(tmp_path / "s", [10])
     data = ShardsData(dir=str(tmp_path / "s"), val_fraction=0)
-    data.prepare()
+    data.ensure_ready()
     assert len(data.train(9, 0)) == 1
     with pytest.raises(UserError, match=r"10 training tokens.*model\.max_seq_len=10"):
         data.train(10, 0)
@@ -167,16 +168,15 @@ def test_too_few_tokens_for_a_sequence(tmp_path: Path) -> None:
 def test_given_vocabulary_must_hold_the_ids(tmp_path: Path) -> None:
     write_shards(tmp_path / "s", [10])
     data = ShardsData(dir=str(tmp_path / "s"), vocab_size=9)
-    data.prepare()
-    with pytest.raises(UserError, match=r"data\.vocab_size=9: the shards hold ids up to 9"):
-        _ = data.vocab_size
+    with pytest.raises(UserError, match=r"data\.vocab_size=9: must be at least 10, .* up to 9"):
+        data.ensure_ready()
 
 
 def test_masking_needs_an_end_of_text(tmp_path: Path) -> None:
     write_shards(tmp_path / "s", [10])
     data = ShardsData(dir=str(tmp_path / "s"), document_masking=True)
     with pytest.raises(UserError, match=r"data\.eot_id"):
-        data.prepare()
+        data.ensure_ready()
 
 
 @pytest.mark.parametrize(
@@ -196,14 +196,19 @@ def test_folders_that_cannot_go_together(keys: dict[str, Any], message: str) -> 
     write_manifest(Path("known"))
     write_manifest(Path("foreign"), tokenizer="another")
     with pytest.raises(UserError, match=message):
-        ShardsData(**keys).prepare()
+        ShardsData(**keys).ensure_ready()
+
+
+def test_keys_of_another_kind_of_data_are_refused() -> None:
+    with pytest.raises(UserError, match="its keys do not fit ShardsDataConfig: .*'files'"):
+        ShardsData(dir="a", files="b")
 
 
 def test_the_vocabulary_holds_the_validation_folders_ids_too() -> None:
     write_shards(Path("2024"), [10])
     write_shards(Path("b"), [10], first=50)
     data = ShardsData(dir=2024, val_dir="b")
-    data.prepare()
+    data.ensure_ready()
     assert data.vocab_size == 60
 
 
@@ -212,7 +217,7 @@ SPOILT: list[tuple[str, Callable[[Path], object], str]] = [
     ("part_001.npy", _truncate, "truncated"),
     ("part_001.npy", lambda p: np.save(p, np.ones(9, np.uint16)), "9 tokens of uint16, .* 10 tok"),
     ("part_001.npy", lambda p: np.save(p, np.ones(10, np.uint32)), "of uint32"),
-    ("tokenizer.json", lambda p: p.write_text("{ }"), "another tokenizer"),
+    ("tokenizer.json", lambda p: p.write_text("{ }"), "not the tokenizer that"),
     ("tokenizer.json", lambda p: p.unlink(), "absent"),
     ("manifest.json", lambda p: p.write_text("{"), "cannot be read as JSON"),
     ("manifest.json", lambda p: p.write_text("[]"), "not a manifest"),
@@ -242,7 +247,7 @@ def test_verify_finds_a_changed_token(tmp_path: Path) -> None:
     np.save(file, tokens)
     inspect(tmp_path / "s")
     data = ShardsData(dir=str(tmp_path / "s"), verify=True)
-    for check in (lambda: verify(tmp_path / "s"), data.prepare):
+    for check in (lambda: verify(tmp_path / "s"), data.ensure_ready):
         with pytest.raises(UserError, match="part_001.npy: its contents changed"):
             check()
 
@@ -252,10 +257,10 @@ def test_mixed_folders_must_share_a_tokenizer(tmp_path: Path) -> None:
         write_shards(tmp_path / name, [100])
         write_manifest(tmp_path / name)
     dirs = [str(tmp_path / "a"), str(tmp_path / "b")]
-    ShardsData(dir=dirs).prepare()
+    ShardsData(dir=dirs).ensure_ready()
     (tmp_path / "b" / "tokenizer.json").write_text("{ }")
     raw = json.loads((tmp_path / "b" / "manifest.json").read_text())
     raw["tokenizer_hash"] = manifests.sha256(tmp_path / "b" / "tokenizer.json")
     (tmp_path / "b" / "manifest.json").write_text(json.dumps(raw))
     with pytest.raises(UserError, match=r"b was made with another tokenizer than .*a"):
-        ShardsData(dir=dirs).prepare()
+        ShardsData(dir=dirs).ensure_ready()

@@ -25,7 +25,7 @@ def test_most_tokens_have_few_followers() -> None:
 
 def test_train_and_val_are_apart() -> None:
     data = SyntheticData(vocab_size=32, n_tokens=4001)
-    data.prepare()
+    data.ensure_ready()
     train, val = data.train(16, seed=0), data.val(16)["synthetic"]
     assert (len(train), len(val)) == (250, 31)
     row = np.empty((1, 17), dtype=np.int64)
@@ -35,6 +35,6 @@ def test_train_and_val_are_apart() -> None:
 
 def test_too_few_tokens() -> None:
     data = SyntheticData(n_tokens=16)
-    data.prepare()
+    data.ensure_ready()
     with pytest.raises(UserError, match="16 training tokens"):
         data.train(16, seed=0)

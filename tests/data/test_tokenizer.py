@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from lunaris.data.prepare.folder_tokenizer import train_bpe
 from lunaris.data.text_split import split_bytes
-from lunaris.data.tokenizer import TextTokenizer, byte_alphabet, train_bpe
+from lunaris.data.tokenizer import TextTokenizer, byte_alphabet
 from lunaris.errors import UserError
 
 TEXT = "The cat sat on the mat. Der Fuß, naïve — 漢字とかな 😀 x = f(1, 2)\n" * 40

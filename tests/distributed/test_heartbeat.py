@@ -1,4 +1,4 @@
-"""Signs of life between processes; here two of them are threads of this one."""
+"""Heartbeats between processes; here two of them are threads of this process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _TIMEOUT_S = 2.0
 
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.TCPStore]:
-    """Hold the group's store, found through the environment."""
+    """Serve the group's store, at the address that the environment names."""
     server = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", str(server.port))
@@ -26,7 +26,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[dist.TCPStore]:
 
 @pytest.fixture
 def pair(store: dist.TCPStore) -> Iterator[tuple[Heartbeat, Heartbeat, queue.Queue[str]]]:
-    """Yield the beats of two ranks and what rank 0 reports."""
+    """Yield the heartbeats of two ranks and what rank 0 reports."""
     reports: queue.Queue[str] = queue.Queue()
     beats = (
         Heartbeat(0, 2, _TIMEOUT_S, reports.put),
@@ -41,11 +41,11 @@ def pair(store: dist.TCPStore) -> Iterator[tuple[Heartbeat, Heartbeat, queue.Que
 
 def test_silent_rank_is_named(pair: tuple[Heartbeat, Heartbeat, queue.Queue[str]]) -> None:
     _, other, reports = pair
-    other.mark("a micro-step")
+    other.set_phase("a micro-step")
     other._stopped.wait(0.3)
-    other._stopped.set()  # Neither beats nor says good-bye, as a stopped process.
+    other._stopped.set()  # It sends no more heartbeats and no "done", like a stopped process.
     report = reports.get(timeout=60)
-    assert report.startswith("rank 1 gave no sign of life") and "a micro-step" in report
+    assert report.startswith("rank 1 has sent no heartbeat") and "a micro-step" in report
 
 
 def test_rank_that_ends_is_not_missed(pair: tuple[Heartbeat, Heartbeat, queue.Queue[str]]) -> None:
@@ -55,14 +55,14 @@ def test_rank_that_ends_is_not_missed(pair: tuple[Heartbeat, Heartbeat, queue.Qu
         reports.get(timeout=1.5 * _TIMEOUT_S)
 
 
-def test_rank_that_lags_is_named(pair: tuple[Heartbeat, Heartbeat, queue.Queue[str]]) -> None:
+def test_slowest_rank_is_named(pair: tuple[Heartbeat, Heartbeat, queue.Queue[str]]) -> None:
     first, other, reports = pair
     for _ in range(3):
-        first.mark("a micro-step")
-    other.mark("loading data")
+        first.set_phase("a micro-step")
+    other.set_phase("loading data")
     for beat in (first, other):
         beat._beat(99)
-    assert first.laggards() == "the furthest behind: rank 1 (loading data)"
+    assert first.slowest_ranks() == "the furthest behind: rank 1 (loading data)"
 
 
 def test_lost_store_ends_the_process(store: dist.TCPStore) -> None:

@@ -1,4 +1,4 @@
-"""Runs started on this machine: several workers, and what may happen to them."""
+"""Runs on this machine with several workers, and the failures of workers."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ import psutil
 import pytest
 import torch
 
-from lunaris.checkpoint import damage
+from lunaris.checkpoint import find_corruption
 from lunaris.launch.elastic import exit_code
 from lunaris.launch.local import Local
 
@@ -57,7 +57,7 @@ def wait_for(condition: Callable[[], Any], launcher: subprocess.Popen[str]) -> A
 @contextmanager
 def started(cfg: Any, command: list[str] | None = None) -> Iterator[subprocess.Popen[str]]:
     """Freeze the run of a config and start its processes; end what is left of them."""
-    from lunaris.runs.run_dir import create
+    from lunaris.runs.create import create
 
     run_dir = create(cfg, "test", [])
     process = subprocess.Popen(
@@ -145,7 +145,7 @@ def test_torchrun_is_the_same(tiny: Callable[..., Any], run_here: Any, tmp_path:
 def test_saving_in_the_background_disturbs_nothing(
     tiny: Callable[..., Any], parallelism: str
 ) -> None:
-    # A save under way at every step, whose collectives must not meet those of training.
+    # One save runs at every step; its collectives must not mix with those of training.
     keys = [*_TWO, f"parallelism={parallelism}", "checkpoint.save_interval=1"]
     keys += ["checkpoint.consolidated=true", "checkpoint.keep_last=null", "trainer.eval_interval=2"]
     weights = {}
@@ -157,7 +157,7 @@ def test_saving_in_the_background_disturbs_nothing(
         folder = Path(cfg.out_dir)
         steps = sorted(path.name for path in (folder / "checkpoints").iterdir())
         assert steps == [f"step_{step:08d}" for step in range(1, 9)]
-        assert all(damage(folder / "checkpoints" / step) is None for step in steps)
+        assert all(find_corruption(folder / "checkpoints" / step) is None for step in steps)
         weights[background] = torch.load(folder / "model.pt", weights_only=True)
     assert weights["true"].keys() == weights["false"].keys()
     assert all(
@@ -194,7 +194,7 @@ def test_stopped_worker_is_named(tiny: Callable[..., Any]) -> None:
         took = time.monotonic() - began
         assert not hung.is_running()
     assert launcher.returncode == 1
-    assert "rank 1 gave no sign of life" in err
+    assert "rank 1 has sent no heartbeat" in err
     # The promise is the timeout; a machine busy with other tests gets as much again.
     assert took < 2 * timeout_s
 

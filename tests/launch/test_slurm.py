@@ -1,4 +1,4 @@
-"""What is sent to SLURM, without a SLURM: the script, the environment, the way back."""
+"""What is sent to SLURM, tested without one: the script, the environment, the requeue."""
 
 from __future__ import annotations
 
@@ -16,10 +16,11 @@ from lunaris.__main__ import main
 from lunaris.atomic_files import read_json
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import UserError
-from lunaris.launch import slurm_task as task
+from lunaris.launch import slurm_task
 from lunaris.launch.slurm import Slurm
 from lunaris.launch.slurm_task import Task
-from lunaris.runs.run_dir import RunDir, create
+from lunaris.runs.create import create
+from lunaris.runs.run_dir import RunDir
 
 GOLDEN = Path(__file__).parent / "fsdp_4x8.sbatch"
 FAKE_CLIENT = """\
@@ -137,7 +138,7 @@ def test_what_slurm_requeued_or_someone_cancelled_is_left_alone(
     assert "requeue 7" not in calls()
 
 
-def test_a_refused_requeue_is_told(tiny: Any, scontrol: Any) -> None:
+def test_a_refused_requeue_is_reported(tiny: Any, scontrol: Any) -> None:
     scontrol(code=1)
     code, status = after_stop(tiny)
     assert (code, status["state"]) == (3, "stopped")
@@ -149,7 +150,7 @@ def test_a_refused_requeue_is_told(tiny: Any, scontrol: Any) -> None:
     [("00:01:05", 65), ("1-02:00:00", 93600), ("05:00", 300), ("UNLIMITED", None), (None, None)],
 )
 def test_slurm_s_times_are_read(text: str | None, seconds: int | None) -> None:
-    assert task._seconds(text) == seconds
+    assert slurm_task._seconds(text) == seconds
 
 
 def test_the_error_of_the_rank_that_failed_first_is_kept(
@@ -160,7 +161,7 @@ def test_the_error_of_the_rank_that_failed_first_is_kept(
     for rank, at in ((0, 20.0), (2, 10.0)):
         text = f'{{"message": {{"message": "fault {rank}", "extraInfo": {{"time": {at}}}}}}}'
         (run_dir.logs / f".error_{rank}.json").write_text(text)
-    task._record_failure(run_dir, 0)
+    slurm_task._record_failure(run_dir, 0)
     assert run_dir.read_status()["last_error"] == "rank 2: fault 2"
 
 
@@ -177,7 +178,7 @@ def test_a_submission_is_rehearsed_on_this_machine(tiny: Callable[..., Any]) -> 
         "launch=slurm", "launch.cluster=local", "launch.tasks_per_node=2", "parallelism=ddp",
         "launch.wait=true",
     )  # fmt: skip
-    # A process of its own: its job is a child, of which Python would warn here.
+    # In a separate process: the job is a child process, about which Python would warn here.
     code = f"import sys; from lunaris.launch.slurm import Slurm; from lunaris.config.compose \
 import compose; cfg = compose({_overrides(cfg)!r}); sys.exit(Slurm.of(cfg).submit(cfg, 'x', []))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -206,3 +207,55 @@ def test_a_sweep_takes_further_sbatch_options(capsys: pytest.CaptureFixture[str]
     script = capsys.readouterr().out
     assert "#SBATCH --exclude=node13\n" in script and "#SBATCH --array=0-1%2\n" in script
     assert not os.listdir()
+
+
+def test_a_run_that_is_a_job_already_is_not_sent_again(tiny: Callable[..., Any]) -> None:
+    cfg = tiny("launch=slurm")
+    run_dir = create(cfg, "test", [])
+    # The process of init, which lives as long as the machine runs.
+    run_dir.write_status(state="running", job_id="local-1")
+    with pytest.raises(UserError, match="is already running, as job local-1; `lunaris cancel"):
+        Slurm.of(cfg).submit(cfg, "test", [])
+
+
+def test_a_requeued_job_gets_another_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Environment:
+        def export(self, **keys: object) -> None: ...
+
+    monkeypatch.setattr(slurm_task, "TorchDistributedEnvironment", Environment)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    ports = []
+    for restarts in ("0", "1"):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
+        slurm_task.export_ranks()
+        ports.append(int(os.environ["MASTER_PORT"]))
+    assert ports[0] != ports[1] and all(24_500 <= port < 32_500 for port in ports)
+
+
+@pytest.mark.parametrize(
+    ("rank", "code", "ends", "requeued"),
+    [("0", 0, 0, False), ("0", 3, 7, True), ("1", 3, 0, False), ("1", 1, 1, False)],
+)
+def test_rank_0_alone_requeues_and_only_failures_end_a_task(
+    tiny: Any, monkeypatch: pytest.MonkeyPatch, rank: str, code: int, ends: int, requeued: bool
+) -> None:
+    run_dir = create(tiny("launch=slurm"), "test", [])
+    stops: list[float] = []
+
+    def after_stop(self: Task, run_dir: RunDir, seconds: float) -> int:
+        stops.append(seconds)
+        return 7
+
+    for name in ("OMP_NUM_THREADS", "TORCHELASTIC_ERROR_FILE", "RANK"):
+        monkeypatch.setenv(name, rank)
+    monkeypatch.setattr(slurm_task, "export_ranks", lambda: None)
+    monkeypatch.setattr(slurm_task, "main", lambda argv: code)
+    monkeypatch.setattr(Task, "_after_stop", after_stop)
+    if ends:
+        with pytest.raises(SystemExit) as ended:
+            Task(run_dir.path)()
+        assert ended.value.code == ends
+    else:
+        Task(run_dir.path)()
+    assert bool(stops) == requeued

@@ -18,7 +18,7 @@ def test_rows_past_the_resumed_step_and_a_half_written_line_are_cut(tmp_path: Pa
     assert read_rows(path) == rows[:2] + [{"step": 3, "train/loss": 0.25}]
 
 
-def test_a_run_that_saved_nothing_begins_its_metrics_anew(tmp_path: Path) -> None:
+def test_a_run_that_saved_nothing_starts_its_metrics_over(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 0, "val/loss": 4.0}\n{"step": 1, "train/loss": 3.9}\n')
     MetricsFile(path, resume_step=0).close()

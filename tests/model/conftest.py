@@ -3,12 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from lunaris.model.attention.gqa import GQAFactory
+from lunaris.model.layers import ModelShape
 from lunaris.model.transformer import Transformer
 from lunaris.moe.factory import DenseFactory, MoEFactory
+from lunaris.moe.router.softmax import SoftmaxRouterFactory
+
+SHAPE = ModelShape(
+    d_model=16,
+    n_layers=2,
+    n_heads=4,
+    n_kv_heads=2,
+    max_seq_len=24,
+    rope_theta=10000.0,
+    dropout=0.0,
+    ffn_hidden_multiplier=2.0,
+    multiple_of=8,
+    norm="qk_reorder",
+)
 
 
 @pytest.fixture
@@ -19,25 +36,20 @@ def make_model() -> Callable[..., Transformer]:
         moe: dict[str, Any] | None = None, *, seed: int | None = 0, **keys: Any
     ) -> Transformer:
         routed = {"n_experts": 4, "n_experts_per_token": 2} | (moe or {})
-        factory = MoEFactory(**routed) if moe is not None else DenseFactory()
-        model = Transformer(
-            **{
-                "vocab_size": 40,
-                "d_model": 16,
-                "n_layers": 2,
-                "n_heads": 4,
-                "n_kv_heads": 2,
-                "max_seq_len": 24,
-                "rope_theta": 10000.0,
-                "dropout": 0.0,
-                "ffn_hidden_multiplier": 2.0,
-                "multiple_of": 8,
-                "tie_embeddings": True,
-                "norm": "qk_reorder",
-                "feed_forward": factory,
-                **keys,
-            }
+        factory = (
+            MoEFactory(router=SoftmaxRouterFactory(), **routed)
+            if moe is not None
+            else DenseFactory()
         )
+        parts = {
+            "vocab_size": 40,
+            "tie_embeddings": True,
+            "attention": GQAFactory(),
+            "feed_forward": factory,
+            "activation_checkpointing": False,
+        }
+        parts |= {key: keys.pop(key) for key in parts.keys() & keys.keys()}
+        model = Transformer(replace(SHAPE, **keys), **parts)
         if seed is not None:
             model.init_weights(seed)
             for parameter in model.parameters():  # far from zero, so that differences show

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lunaris.model.transformer import ModelOutput, Transformer
+from lunaris.model.transformer import Transformer
+from lunaris.objective.base import ObjectiveOutput
+from lunaris.objective.next_token import NextToken
 
 Make = Callable[..., Transformer]
 MOES: list[dict[str, Any] | None] = [
@@ -27,6 +29,12 @@ def batch(b: int = 3, length: int = 12) -> tuple[Tensor, Tensor]:
     torch.manual_seed(1)
     tokens = torch.randint(0, 40, (b, length + 1))
     return tokens[:, :-1], tokens[:, 1:].clone()
+
+
+def losses(
+    model: Transformer, tokens: Tensor, targets: Tensor, rows: slice = slice(None)
+) -> ObjectiveOutput:
+    return NextToken()(model, {"tokens": tokens[rows], "targets": targets[rows]})
 
 
 def grads(model: Transformer) -> dict[str, Tensor]:
@@ -47,7 +55,7 @@ def test_the_last_token_changes_no_earlier_logit(
     tokens, _ = batch()
     other = tokens.clone()
     other[:, -1] = (tokens[:, -1] + 1) % 40
-    a, b = model(tokens), model(other)
+    a, b = model.logits(tokens), model.logits(other)
     torch.testing.assert_close(a[:, :-1], b[:, :-1], rtol=1e-6, atol=1e-6)
     assert not torch.allclose(a[:, -1], b[:, -1])
 
@@ -58,7 +66,8 @@ def test_a_sequence_does_not_see_another(make_model: Make, moe: dict[str, Any] |
     tokens, _ = batch()
     other = tokens.clone()
     other[1] = (tokens[1] + 7) % 40
-    torch.testing.assert_close(model(tokens)[[0, 2]], model(other)[[0, 2]], rtol=1e-5, atol=1e-5)
+    a, b = model.logits(tokens), model.logits(other)
+    torch.testing.assert_close(a[[0, 2]], b[[0, 2]], rtol=1e-5, atol=1e-5)
 
 
 @norms
@@ -71,8 +80,9 @@ def test_decoding_with_a_cache_equals_the_full_forward(
     tokens, _ = batch()
     cache = model.new_cache(len(tokens))
     with torch.no_grad():
-        parts = [model(part, cache=cache) for part in tokens.split(chunks, dim=1)]
-        torch.testing.assert_close(torch.cat(parts, dim=1), model(tokens), rtol=1e-5, atol=1e-5)
+        parts = [model.logits(part, cache=cache) for part in tokens.split(chunks, dim=1)]
+        full = model.logits(tokens)
+    torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=1e-5, atol=1e-5)
     assert cache.length == 12
 
 
@@ -81,11 +91,11 @@ def test_packed_documents_equal_separate_ones(make_model: Make, moe: dict[str, A
     model = make_model(moe).eval()
     tokens, _ = batch(2, 12)
     documents = torch.tensor([[0] * 5 + [1] * 7, [3] * 12])
-    packed = model(tokens, documents=documents)
-    torch.testing.assert_close(packed[:1, :5], model(tokens[:1, :5]), rtol=1e-5, atol=1e-5)
+    packed = model.logits(tokens, documents=documents)
+    torch.testing.assert_close(packed[:1, :5], model.logits(tokens[:1, :5]), rtol=1e-5, atol=1e-5)
     # Rotary positions count on through a pack; attention knows their differences alone.
-    torch.testing.assert_close(packed[:1, 5:], model(tokens[:1, 5:]), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(packed[1:], model(tokens[1:]), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(packed[:1, 5:], model.logits(tokens[:1, 5:]), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(packed[1:], model.logits(tokens[1:]), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("tie", [True, False])
@@ -96,15 +106,17 @@ def test_losses_equal_cross_entropy_of_the_logits(
     model = make_model(moe, tie_embeddings=tie).train()
     tokens, targets = batch()
     targets[0, :4] = -100
-    out = model(tokens, targets)
-    assert isinstance(out, ModelOutput)
-    out.main_loss.backward()
+    out = losses(model, tokens, targets)
+    main = out.losses["main"].value
+    main.backward()
     got = grads(model)
-    plain = F.cross_entropy(model(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100)
+    plain = F.cross_entropy(
+        model.logits(tokens).flatten(0, 1), targets.flatten(), ignore_index=-100
+    )
     plain.backward()
-    torch.testing.assert_close(out.main_loss, plain)
+    torch.testing.assert_close(main, plain)
     torch.testing.assert_close(got, grads(model), rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(out.loss, out.main_loss + out.aux_loss)
+    torch.testing.assert_close(out.total, main + out.losses["aux"].value)
     layers = 0 if moe is None else 2 - moe.get("first_dense_layers", 0)
     assert out.load.shape == ((layers, 4) if layers else (0, 0))
     k = 0 if moe is None else moe.get("n_experts_per_token", 2)
@@ -122,11 +134,11 @@ def test_activation_checkpointing_changes_nothing(
     for recompute in (False, True):
         model = make_model(moe, activation_checkpointing=recompute, dropout=dropout).train()
         torch.manual_seed(5)
-        out = model(tokens, targets)
-        out.loss.backward()
-        results.append((out._replace(loss=out.loss.detach()), grads(model)))
+        out = losses(model, tokens, targets)
+        out.total.backward()
+        results.append((out, grads(model)))
     (plain, g), (again, h) = results
-    torch.testing.assert_close(again.loss, plain.loss.detach())
+    torch.testing.assert_close(again.total, plain.total)
     # Counts are returned by the first forward alone; a recomputed one adds nothing.
     assert torch.equal(again.load, plain.load) and torch.equal(again.dropped, plain.dropped)
     torch.testing.assert_close(h, g)
@@ -138,15 +150,16 @@ def test_accumulation_over_sequences_changes_nothing(
 ) -> None:
     model = make_model(moe).train()
     tokens, targets = batch(4)
-    whole = model(tokens, targets)
-    whole.loss.backward()
+    whole = losses(model, tokens, targets)
+    whole.total.backward()
     want = grads(model)
     parts = []
     for rows in (slice(0, 1), slice(1, 2), slice(2, 3), slice(3, 4)):
-        parts.append(model(tokens[rows], targets[rows]))
-        (parts[-1].loss / 4).backward()
+        parts.append(losses(model, tokens, targets, rows))
+        (parts[-1].total / 4).backward()
     torch.testing.assert_close(grads(model), want, rtol=1e-4, atol=1e-5)
-    torch.testing.assert_close(sum(p.aux_loss for p in parts) / 4, whole.aux_loss)
+    aux = [p.losses["aux"].value for p in (whole, *parts)]
+    torch.testing.assert_close(sum(aux[1:]) / 4, aux[0])
     torch.testing.assert_close(sum(p.load for p in parts), whole.load)
     torch.testing.assert_close(sum(p.dropped for p in parts), whole.dropped)
 
@@ -154,8 +167,8 @@ def test_accumulation_over_sequences_changes_nothing(
 def test_balance_moves_once_a_call_and_only_there(make_model: Make) -> None:
     model = make_model({"balancing": "bias", "bias_update_rate": 0.25}).train()
     tokens, targets = batch()
-    out = model(tokens, targets)
-    out.loss.backward()
+    out = losses(model, tokens, targets)
+    out.total.backward()
     biases = [block.feed_forward.router.balance_bias for block in model.blocks]
     assert not any(bias.any() for bias in biases)
     model.update_balance(out.load)
@@ -165,20 +178,20 @@ def test_balance_moves_once_a_call_and_only_there(make_model: Make) -> None:
 
 def test_the_language_model_loss_trains_every_router(make_model: Make) -> None:
     model = make_model({"n_experts_per_token": 1}).train()
-    model(*batch()).main_loss.backward()
+    losses(model, *batch()).losses["main"].value.backward()
     for block in model.blocks:
         assert block.feed_forward.router.weight.grad.abs().max() > 1e-6
 
 
 def test_bf16_autocast_trains_with_float32_weights(make_model: Make) -> None:
     model = make_model({"capacity_factor": 1.0}).train()
-    exact = model(*batch()).loss.item()
+    exact = losses(model, *batch()).total.item()
     with torch.autocast("cpu", torch.bfloat16):
-        out = model(*batch())
-        assert model(batch()[0]).dtype == torch.float32
-    out.loss.backward()
-    assert out.loss.dtype == torch.float32
-    assert abs(out.loss.item() - exact) < 0.1 * exact
+        out = losses(model, *batch())
+        assert model.logits(batch()[0]).dtype == torch.float32
+    out.total.backward()
+    assert out.total.dtype == torch.float32
+    assert abs(out.total.item() - exact) < 0.1 * exact
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in grads(model).values())
 
 
@@ -186,9 +199,9 @@ def test_a_cache_takes_autocast_dtype(make_model: Make) -> None:
     model = make_model({}).eval()
     tokens, _ = batch()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        full = model(tokens)
+        full = model.logits(tokens)
         cache = model.new_cache(len(tokens))
-        parts = [model(part, cache=cache) for part in tokens.split([5, 7], dim=1)]
+        parts = [model.logits(part, cache=cache) for part in tokens.split([5, 7], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), full, rtol=0.1, atol=0.3)
 
 
@@ -219,7 +232,7 @@ def test_compiled_blocks_give_the_same(make_model: Make, backend: str) -> None:
         if compiled:
             for block in model.blocks:
                 block.forward = torch.compile(block.forward, backend=backend)
-        out = model(tokens, targets)
-        out.loss.backward()
-        results.append((out.loss.detach(), grads(model)))
+        out = losses(model, tokens, targets)
+        out.total.backward()
+        results.append((out.total.detach(), grads(model)))
     torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-5)

@@ -11,6 +11,20 @@ from torch import nn
 
 from lunaris.model.layers import ModelShape
 from lunaris.moe.factory import MoEFactory
+from lunaris.moe.router.softmax import SoftmaxRouterFactory
+
+SHAPE = ModelShape(
+    d_model=8,
+    n_layers=1,
+    n_heads=2,
+    n_kv_heads=2,
+    max_seq_len=64,
+    rope_theta=10000.0,
+    dropout=0.0,
+    ffn_hidden_multiplier=2.0,
+    multiple_of=4,
+    norm="pre",
+)
 
 
 @pytest.fixture
@@ -19,8 +33,8 @@ def make_layer() -> Callable[..., nn.Module]:
 
     def make(**keys: Any) -> nn.Module:
         torch.manual_seed(0)
-        keys = {"n_experts": 4, "n_experts_per_token": 1} | keys
-        layer = MoEFactory(**keys)(0, ModelShape(8, 1, 2.0, 4, 0.0))
+        keys = {"router": SoftmaxRouterFactory(), "n_experts": 4, "n_experts_per_token": 1} | keys
+        layer = MoEFactory(**keys)(0, SHAPE)
         for parameter in layer.parameters():
             nn.init.normal_(parameter, std=0.5)
         return layer

@@ -7,12 +7,26 @@ import torch
 from lunaris.model.layers import ModelShape
 from lunaris.moe.factory import Dense, DenseFactory, MoEFactory
 from lunaris.moe.layer import MoE
+from lunaris.moe.router.softmax import SoftmaxRouterFactory
 
-SHAPE = ModelShape(d_model=12, n_layers=3, ffn_hidden_multiplier=4.0, multiple_of=8, dropout=0.0)
+SHAPE = ModelShape(
+    d_model=12,
+    n_layers=3,
+    n_heads=2,
+    n_kv_heads=2,
+    max_seq_len=64,
+    rope_theta=10000.0,
+    dropout=0.0,
+    ffn_hidden_multiplier=4.0,
+    multiple_of=8,
+    norm="pre",
+)
 
 
 def test_the_first_layers_are_dense() -> None:
-    factory = MoEFactory(n_experts=4, n_experts_per_token=1, first_dense_layers=2)
+    factory = MoEFactory(
+        router=SoftmaxRouterFactory(), n_experts=4, n_experts_per_token=1, first_dense_layers=2
+    )
     assert [type(factory(layer, SHAPE)) for layer in range(3)] == [Dense, Dense, MoE]
 
 
@@ -20,7 +34,11 @@ def test_widths_are_two_thirds_rounded_up() -> None:
     dense = DenseFactory()(0, SHAPE)
     assert dense.swiglu.down.in_features == 32  # 2/3 · 4 · 12
     layer = MoEFactory(
-        n_experts=4, n_experts_per_token=2, n_shared_experts=2, expert_hidden_multiplier=1.5
+        router=SoftmaxRouterFactory(),
+        n_experts=4,
+        n_experts_per_token=2,
+        n_shared_experts=2,
+        expert_hidden_multiplier=1.5,
     )(0, SHAPE)
     assert layer.experts.gate_up.shape == (4, 12, 2 * 16)  # 2/3 · 1.5 · 12 = 12, up to 16
     assert layer.shared.down.in_features == 2 * 16

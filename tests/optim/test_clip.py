@@ -10,15 +10,15 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 
-from lunaris.distributed import session as distributed
+from lunaris.distributed import session
 from lunaris.optim.clip import clip_grad_norm
 
 
 @pytest.fixture
 def mesh() -> Iterator[DeviceMesh]:
     """Yield a 1 × 1 mesh of this process; what several processes do is in test_spread."""
-    with distributed.session("cpu", 60.0):
-        distributed.ensure_group()
+    with session.join("cpu", 60.0):
+        session.ensure_group()
         yield init_device_mesh("cpu", (1, 1), mesh_dim_names=("replica", "shard"))
 
 
@@ -42,20 +42,20 @@ def test_agrees_with_torch(max_norm: float | None) -> None:
 
 
 def test_plain_and_sharded_together(mesh: DeviceMesh) -> None:
-    """Several meshes and placements in one model: experts beside the rest."""
+    """One model has several meshes and placements: those of experts and those of the rest."""
     plain, expected = parameters((3, 4), (5,), (2, 6)), parameters((3, 4), (5,), (2, 6))
-    whole = nn.utils.clip_grad_norm_(expected, 0.5)
+    total = nn.utils.clip_grad_norm_(expected, 0.5)
     sharded = [plain[0]]
     for parameter, at, placements in (
         (plain[1], mesh["shard"], [Shard(0)]),
         (plain[2], mesh, [Replicate(), Shard(1)]),
     ):
-        spread = nn.Parameter(DTensor.from_local(parameter.detach(), at, placements))
-        spread.grad = DTensor.from_local(parameter.grad, at, placements)
-        sharded.append(spread)
+        local = nn.Parameter(DTensor.from_local(parameter.detach(), at, placements))
+        local.grad = DTensor.from_local(parameter.grad, at, placements)
+        sharded.append(local)
     norm = clip_grad_norm(sharded, 0.5)
     assert not isinstance(norm, DTensor)
-    assert norm.item() == pytest.approx(whole.item(), rel=1e-6)
+    assert norm.item() == pytest.approx(total.item(), rel=1e-6)
     for a, b in zip(sharded, expected, strict=True):
         grad = a.grad.to_local() if isinstance(a.grad, DTensor) else a.grad
         torch.testing.assert_close(grad, b.grad)

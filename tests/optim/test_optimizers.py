@@ -4,23 +4,33 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lunaris.model.roles import Role
 from lunaris.optim.adamw import build_adamw
-from lunaris.optim.groups import roles, set_learning_rate
+from lunaris.optim.groups import group_by_role, set_learning_rate
 from lunaris.optim.muon import build_muon, orthogonalize
 
 ADAM = {"learning_rate": 0.01, "weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-8}
 
 
 class Toy(nn.Module):
-    """One parameter of each role, named as the transformer names them."""
+    """One parameter of each role, under names that say nothing."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(7, 4)
-        self.up = nn.Linear(4, 6, bias=False)
-        self.experts = nn.Parameter(torch.randn(3, 4, 6))
-        self.router = nn.Linear(4, 3, bias=False)
-        self.norm = nn.Parameter(torch.ones(4))
+        self.a = nn.Embedding(7, 4)
+        self.b = nn.Linear(4, 6, bias=False)
+        self.c = nn.Parameter(torch.randn(3, 4, 6))
+        self.d = nn.Linear(4, 3, bias=False)
+        self.e = nn.Parameter(torch.ones(4))
+
+    def parameter_roles(self) -> dict[str, Role]:
+        return {
+            "a.weight": Role.EMBEDDING,
+            "b.weight": Role.MATRIX,
+            "c": Role.EXPERT | Role.RESIDUAL_OUTPUT,
+            "d.weight": Role.ROUTER,
+            "e": Role.NORM,
+        }
 
     def loss(self) -> Tensor:
         return sum((p * torch.arange(p.numel()).view_as(p).cos()).sum() for p in self.parameters())
@@ -28,11 +38,11 @@ class Toy(nn.Module):
 
 def test_each_parameter_has_one_role() -> None:
     model = Toy()
-    found = roles(model)
-    assert [id(p) for p in found.matrices] == [id(model.experts), id(model.up.weight)]
-    assert [id(p) for p in found.embeddings] == [id(model.embedding.weight)]
-    assert [id(p) for p in found.routers] == [id(model.router.weight)]
-    assert [id(p) for p in found.vectors] == [id(model.norm)]
+    found = group_by_role(model)
+    assert [id(p) for p in found.matrices] == [id(model.c), id(model.b.weight)]
+    assert [id(p) for p in found.embeddings] == [id(model.a.weight)]
+    assert [id(p) for p in found.routers] == [id(model.d.weight)]
+    assert [id(p) for p in found.norms] == [id(model.e)]
 
 
 @pytest.mark.parametrize(
@@ -42,12 +52,12 @@ def test_stacked_experts_decay_norms_do_not_and_the_router_keeps_its_scale(build
     model = Toy()
     optimizer = build(model, **ADAM, router_lr_scale=0.5)
     by_parameter = {id(p): g for g in optimizer.param_groups for p in g["params"]}
-    assert by_parameter[id(model.experts)]["weight_decay"] == 0.1
-    assert by_parameter[id(model.norm)]["weight_decay"] == 0.0
+    assert by_parameter[id(model.c)]["weight_decay"] == 0.1
+    assert by_parameter[id(model.e)]["weight_decay"] == 0.0
     for multiplier in (0.1, 1.0, 0.3):
         set_learning_rate(optimizer.param_groups, multiplier)
-        assert by_parameter[id(model.up.weight)]["lr"] == pytest.approx(0.01 * multiplier)
-        assert by_parameter[id(model.router.weight)]["lr"] == pytest.approx(0.005 * multiplier)
+        assert by_parameter[id(model.b.weight)]["lr"] == pytest.approx(0.01 * multiplier)
+        assert by_parameter[id(model.d.weight)]["lr"] == pytest.approx(0.005 * multiplier)
 
 
 def test_muon_steps_its_adamw_groups_as_torch_does() -> None:
@@ -61,9 +71,9 @@ def test_muon_steps_its_adamw_groups_as_torch_does() -> None:
             model.loss().backward()
             optimizer.step()
             optimizer.zero_grad()
-    for name in ("embedding.weight", "router.weight", "norm"):
+    for name in ("a.weight", "d.weight", "e"):
         torch.testing.assert_close(ours.get_parameter(name), theirs.get_parameter(name))
-    assert not torch.allclose(ours.up.weight, theirs.up.weight)
+    assert not torch.allclose(ours.b.weight, theirs.b.weight)
 
 
 def test_orthogonalize_pulls_every_singular_value_near_one() -> None:
@@ -74,3 +84,51 @@ def test_orthogonalize_pulls_every_singular_value_near_one() -> None:
     assert values.min() > 0.6 and values.max() < 1.3
     for one, alone in zip(result, stacked, strict=True):
         torch.testing.assert_close(one, orthogonalize(alone, steps=8))
+
+
+def reference_muon(weight: Tensor, grads: list[Tensor], rate: float, decay: float) -> Tensor:
+    """Return a matrix after Muon steps in float64, written as its papers do.
+
+    Newton-Schulz keeps the singular vectors, so it is a polynomial of the singular values.
+    """
+    weight, momentum = weight.double(), torch.zeros_like(weight, dtype=torch.float64)
+    for grad in grads:
+        momentum = 0.9 * momentum + 0.1 * grad
+        u, values, v = torch.linalg.svd(0.1 * grad + 0.9 * momentum, full_matrices=False)
+        values = values / values.norm(dim=-1, keepdim=True)
+        for _ in range(5):
+            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+        update = u @ torch.diag_embed(values) @ v
+        scale = 0.2 * max(weight.shape[-2:]) ** 0.5
+        weight = weight - rate * decay * weight - rate * scale * update
+    return weight
+
+
+@pytest.mark.parametrize("name", ["b.weight", "c"])
+def test_muon_steps_matrices_by_its_formula(name: str) -> None:
+    torch.manual_seed(0)
+    model = Toy()
+    parameter = model.get_parameter(name)
+    begin = parameter.detach().clone()
+    grads = [torch.randn(begin.shape, dtype=torch.float64) for _ in range(3)]
+    optimizer = build_muon(model, momentum=0.9, ns_steps=5, **ADAM)
+    for grad in grads:
+        parameter.grad = grad.float()
+        optimizer.step()
+    want = reference_muon(begin, grads, rate=0.01, decay=0.1)
+    torch.testing.assert_close(
+        parameter - begin, want - begin, check_dtype=False, rtol=1e-3, atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (32, 128), (4, 96, 48)], ids=str)
+def test_muons_update_is_as_large_as_adamws(shape: tuple[int, ...]) -> None:
+    """The root mean square of a step without decay is about 0.2 of the rate (arXiv 2502.16982)."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.weight = nn.Parameter(torch.zeros(shape))
+    model.parameter_roles = lambda: {"weight": Role.MATRIX}
+    optimizer = build_muon(model, momentum=0.9, ns_steps=5, **ADAM | {"learning_rate": 1.0})
+    model.weight.grad = torch.randn(shape)
+    optimizer.step()
+    assert 0.16 < model.weight.square().mean().sqrt().item() < 0.24

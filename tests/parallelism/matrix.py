@@ -2,7 +2,7 @@
 
 PLAN is a JSON list of folders, each with a run's config.yaml. Each run goes through the real
 build and loop. Rank 0 leaves `hashes.json` (one hash a global batch) and `weights.json` (one
-hash a rank, of its weights and optimizer state) beside the run's own files.
+hash a rank, of its weights and optimizer state) next to the run's own files.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch.distributed.tensor import DTensor
 
-from lunaris.data.loader import Loader, StepBatch
-from lunaris.distributed import session as distributed
+from lunaris.data.loader import Loader
+from lunaris.distributed import collectives, session
 from lunaris.distributed.signals import StopSignal
+from lunaris.objective.base import Batch
 from lunaris.precision import Precision
 from lunaris.run import build
 from lunaris.runs.run_dir import RunDir
@@ -37,10 +38,10 @@ class Recorded:
     def wait_s(self) -> float:
         return self._loader.wait_s
 
-    def __iter__(self) -> Iterator[StepBatch]:
+    def __iter__(self) -> Iterator[Batch]:
         for batch in self._loader:
             # [W][A, B, L] → [A, W, B, L]: micro-step m of rank r has sequences (m · W + r) · B on.
-            parts = distributed.gather_objects(torch.stack([batch.tokens, batch.targets]))
+            parts = collectives.gather_objects(torch.stack([batch["tokens"], batch["targets"]]))
             whole = torch.stack(parts, dim=2).contiguous()
             self.hashes.append(hashlib.sha256(whole.numpy().tobytes()).hexdigest())
             yield batch
@@ -67,8 +68,8 @@ def train_one(folder: Path) -> None:
         finally:
             loader.close()
             run.logger.finish()
-    weights = distributed.gather_objects(weights_hash(run))
-    if distributed.rank() == 0:
+    weights = collectives.gather_objects(weights_hash(run))
+    if session.rank() == 0:
         (folder / "hashes.json").write_text(json.dumps(run.loader.hashes))  # type: ignore[attr-defined]
         (folder / "weights.json").write_text(json.dumps(weights))
 
@@ -79,7 +80,7 @@ def check_overflow_is_agreed() -> None:
     optimizer = torch.optim.SGD([parameter], lr=1.0)
     scaler = Precision("fp16", torch.device("cpu")).scaler
     scaler.scale(parameter.sum()).backward()
-    if distributed.rank() == distributed.world_size() - 1:
+    if session.rank() == session.world_size() - 1:
         parameter.grad[0] = float("inf")  # type: ignore[index]
     scaler.unscale_(optimizer)
     scaler.step(optimizer)
@@ -90,7 +91,7 @@ def check_overflow_is_agreed() -> None:
 
 def main() -> None:
     """Train every run of the plan in one process group."""
-    with distributed.session("cpu", 120.0):
+    with session.join("cpu", 120.0):
         check_overflow_is_agreed()
         for folder in json.loads(Path(sys.argv[1]).read_text()):
             train_one(Path(folder))

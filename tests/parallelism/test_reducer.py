@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lunaris.distributed import session as distributed
+from lunaris.distributed import session
 from lunaris.parallelism import reducer
 from lunaris.parallelism.reducer import Reducer
 
@@ -16,8 +16,8 @@ from lunaris.parallelism.reducer import Reducer
 @pytest.fixture(autouse=True)
 def group() -> Iterator[None]:
     """Make a group of this process; sums over several are in test_spread."""
-    with distributed.session("cpu", 60.0):
-        distributed.ensure_group()
+    with session.join("cpu", 60.0):
+        session.ensure_group()
         yield
 
 

@@ -1,12 +1,12 @@
-"""A run's numbers do not depend on how it is spread over processes, nor on a stop in between.
+"""A run's numbers depend neither on the parallelism nor on a stop in between.
 
 Real runs, each in the real loop. One group of processes of each size trains all runs of that size
-(`matrix.py`), for starting a group takes longer than training.
+(`matrix.py`), since starting a group takes longer than training.
 
-The tolerance: a spread run adds the same float32 numbers in another order, so a loss or a norm is
-off by a few units in the last place (1.2e-7), and the next steps carry that on. Ten steps stay
-within 2e-7; a unit too much of anything (a gradient counted twice, a dropped token) is 1e-3 and
-more. 1e-6 lies between.
+The tolerance: a distributed run adds the same float32 numbers in another order, so a loss or a
+norm differs by a few units in the last place (1.2e-7), which the next steps add to. Ten steps stay
+within 2e-7; a real error (a gradient counted twice, a dropped token) is 1e-3 and more. 1e-6 lies
+between.
 """
 
 from __future__ import annotations
@@ -18,14 +18,16 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-# Sequences of every run's global batch, whatever it is spread over.
+from lunaris.config.schema.root import Config
+
+# Sequences of every run's global batch, whatever the parallelism.
 GLOBAL_BATCH = 8
 STEPS, SAVED_AT = 10, 8
 TOLERANCE = 1e-6
@@ -51,15 +53,15 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Setup:
-    """A way to spread a run: how many processes, and the overrides that say how."""
+    """A way to distribute a run: how many processes, and the overrides that define it."""
 
     processes: int
     parallelism: str
     experts: int = 1
 
     def __str__(self) -> str:
-        spread = f"+ep{self.experts}" if self.experts > 1 else ""
-        return f"{self.parallelism}{spread}@{self.processes}"
+        experts = f"+ep{self.experts}" if self.experts > 1 else ""
+        return f"{self.parallelism}{experts}@{self.processes}"
 
     def overrides(self) -> list[str]:
         rows = [f"parallelism={self.parallelism}", f"launch.processes={self.processes}"]
@@ -109,7 +111,7 @@ CASES = [
     for model in MODELS
     if setup.experts == 1 or model != "dense"
 ]
-# One process of pytest-xdist takes the whole file, so that each group is started once.
+# One process of pytest-xdist runs all of this file, so that each group is started once.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 _SMALL = [
@@ -133,28 +135,23 @@ _SMALL = [
 
 
 @lru_cache
-def _composed(*overrides: str) -> dict[str, Any]:
-    from omegaconf import OmegaConf
-
+def _composed(*overrides: str) -> Config:
     from lunaris.config.compose import compose
 
-    found = OmegaConf.to_container(compose([*_SMALL, *overrides]), resolve=True)
-    assert isinstance(found, dict)
-    return found
+    return compose([*_SMALL, *overrides])
 
 
 def write_run(folder: Path, model: str, setup: Setup) -> Path:
     """Freeze the config of a small run in `folder`."""
-    from omegaconf import OmegaConf
-
+    from lunaris.config.frozen import to_yaml
     from lunaris.runs.run_dir import RunDir
 
     # Composed once a model and once a setup: what a setup says is in these groups alone.
     spread = _composed("moe.n_experts=4", *setup.overrides())
-    groups = {group: spread[group] for group in ("parallelism", "launch", "trainer")}
-    cfg = _composed(*MODELS[model]) | groups | {"name": folder.name, "out_dir": str(folder)}
+    groups = {group: getattr(spread, group) for group in ("parallelism", "launch", "trainer")}
+    cfg = replace(_composed(*MODELS[model]), **groups, name=folder.name, out_dir=str(folder))
     folder.mkdir(parents=True)
-    RunDir(folder).write_config(OmegaConf.create(cfg))
+    RunDir(folder).config_path.write_bytes(to_yaml(cfg))
     return folder
 
 
@@ -255,7 +252,7 @@ def assert_same_curve(expected: list[dict[str, Any]], found: list[dict[str, Any]
 
 
 @pytest.mark.parametrize(("model", "setup"), CASES)
-def test_numbers_do_not_depend_on_the_spread(
+def test_numbers_do_not_depend_on_the_parallelism(
     trained: Callable[[str, Setup], Path], model: str, setup: Setup
 ) -> None:
     expected, found = rows(trained(model, SINGLE)), rows(trained(model, setup))

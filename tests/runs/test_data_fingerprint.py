@@ -1,4 +1,4 @@
-"""A run goes on only with the tokens that it was begun with."""
+"""A run continues only on the tokens that it was started with."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lunaris.__main__ import main
+from lunaris.data.prepare.build import build_shards
 from lunaris.data.shards import ShardsData
 from lunaris.data.text import TextData
 from lunaris.errors import UserError
@@ -63,7 +64,8 @@ def test_prepared_shards_are_known_by_their_checksums(
 ) -> None:
     def prepare(words: str) -> None:
         Path("text.txt").write_text(words * 300)
-        TextData(dir="made", files="text.txt", vocab_size=280, processes=1, val_fraction=0.0).make()
+        keys: dict[str, Any] = {"vocab_size": 280, "processes": 1, "val_fraction": 0.0}
+        build_shards(TextData(dir="made", files="text.txt", **keys))
 
     prepare("one two three ")
     cfg = tiny(*keys("made"))
@@ -89,9 +91,21 @@ def test_before_the_first_checkpoint_any_data_is_taken(
     assert run_dir.noted("data") == {"a": digest_of("a")}
 
 
+def test_a_run_without_a_fingerprint_gets_one_when_it_continues(
+    tiny: Callable[..., Any], run_here: RunHere
+) -> None:
+    save("a/0.npy", 1)
+    cfg = tiny(*keys("a"))
+    run_dir = run_here(cfg)
+    stopped_after_one_step(run_dir)
+    run_dir.note(data=None)
+    run_here(cfg)
+    assert run_dir.noted("data") == {"a": digest_of("a")}
+
+
 def digest_of(folder: str) -> str:
     data = ShardsData(dir=folder)
-    data.prepare()
+    data.ensure_ready()
     return data.digests()[folder]
 
 
@@ -124,7 +138,7 @@ def test_a_digest_is_of_what_is_trained_on(tiny: Callable[..., Any], run_here: R
     save("a/0.npy", 1)
     cfg = tiny(*keys("a"))
     stopped_after_one_step(run_here(cfg))
-    # With a validation part of its own, nothing is held out of the training shards.
+    # With a separate validation shard, no part of the training shards is set aside.
     save("a/val.npy", 2, 500)
     with pytest.raises(UserError, match="other tokens"):
         run_here(cfg)

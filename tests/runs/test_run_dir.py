@@ -6,26 +6,41 @@ import sys
 from pathlib import Path
 
 import pytest
-from omegaconf import DictConfig, OmegaConf
 
 from lunaris.config.identity import identity
+from lunaris.config.schema.attention import GQAConfig
+from lunaris.config.schema.data import SyntheticDataConfig
+from lunaris.config.schema.launch import LocalLaunchConfig
+from lunaris.config.schema.logger import LocalLoggerConfig, WandbLoggerConfig
+from lunaris.config.schema.moe import NoMoEConfig
+from lunaris.config.schema.objective import NextTokenConfig
+from lunaris.config.schema.optimizer import AdamWConfig
+from lunaris.config.schema.parallelism import SingleConfig
+from lunaris.config.schema.root import Config
+from lunaris.config.schema.schedule import CosineConfig
+from lunaris.config.schema.trainer import TrainerConfig
 from lunaris.errors import UserError
-from lunaris.runs.run_dir import RunDir, create
+from lunaris.runs import create as creation
+from lunaris.runs.create import create
+from lunaris.runs.run_dir import RunDir
 
 
-def config(tmp_path: Path, **trainer: object) -> DictConfig:
-    return OmegaConf.create(
-        {
-            "name": "x",
-            "out_dir": str(tmp_path / "runs/x"),
-            "seed": 1,
-            "model": {"d_model": 8},
-            "data": {"n_tokens": 9},
-            "trainer": {"max_steps": 3, "batch_size": 4, "gradient_accumulation_steps": 2}
-            | trainer,
-            "launch": {"processes": 1},
-            "logger": {},
-        }
+def config(tmp_path: Path, **trainer: int) -> Config:
+    return Config(
+        name="x",
+        out_dir=str(tmp_path / "runs/x"),
+        attention=GQAConfig(),
+        moe=NoMoEConfig(),
+        objective=NextTokenConfig(),
+        data=SyntheticDataConfig(),
+        parallelism=SingleConfig(),
+        optimizer=AdamWConfig(),
+        schedule=CosineConfig(),
+        trainer=TrainerConfig(
+            **{"max_steps": 3, "batch_size": 4, "gradient_accumulation_steps": 2} | trainer
+        ),
+        logger={"local": LocalLoggerConfig()},
+        launch=LocalLaunchConfig(),
     )
 
 
@@ -65,11 +80,11 @@ def test_another_config_is_refused_with_the_differing_keys(tmp_path: Path) -> No
 def test_keys_that_do_not_change_the_numbers_may_change(tmp_path: Path) -> None:
     create(config(tmp_path), "", [])
     other = config(tmp_path, batch_size=2)
-    other.launch.processes = 2
-    other.logger = {"project": "p"}
+    other.launch = LocalLaunchConfig(processes=2)
+    other.logger["wandb"] = WandbLoggerConfig(project="p")
     assert identity(other) == identity(config(tmp_path))
     create(other, "", [])
-    assert RunDir(tmp_path / "runs/x").read_config().launch.processes == 2
+    assert RunDir(tmp_path / "runs/x").read_config().launch.world_size() == 2
 
 
 def test_a_second_job_is_refused_and_a_dead_one_frees_the_folder(tmp_path: Path) -> None:
@@ -101,16 +116,16 @@ def test_attempts_are_counted_in_the_provenance(tmp_path: Path) -> None:
 def test_a_config_that_is_not_whole_is_named(tmp_path: Path, text: str) -> None:
     run_dir = create(config(tmp_path), "lunaris train", [])
     run_dir.config_path.write_text(text)
-    with pytest.raises(UserError, match=r"runs/x/config\.yaml: (cannot be read|is not whole)"):
+    with pytest.raises(UserError, match=r"runs/x/config\.yaml: (cannot be read|is incomplete)"):
         run_dir.read_config()
 
 
 def test_a_folder_that_cannot_be_written_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(self: RunDir, cfg: object) -> None:
+    def refused(path: Path, content: bytes) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(RunDir, "write_config", refused)
+    monkeypatch.setattr(creation, "replace_file", refused)
     with pytest.raises(UserError, match="out_dir=.*: cannot be written: Permission denied"):
         create(config(tmp_path), "lunaris train", [])

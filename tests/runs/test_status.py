@@ -1,4 +1,4 @@
-"""Where runs stand: what their files and SLURM say, put together."""
+"""The states of runs, from their files and from SLURM."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from pathlib import Path
 import pytest
 
 from lunaris.atomic_files import write_json
-from lunaris.runs import status as jobs
 from lunaris.runs.run_dir import RunDir
-from lunaris.runs.status import JobState, judge
+from lunaris.runs.slurm_client import (
+    LOCAL,
+    JobState,
+    ask_slurm,
+    cancel_jobs,
+    current_job_id,
+    is_process,
+)
+from lunaris.runs.status import last_line, logs_of, resolve_state, resolve_states
 
 Clients = Callable[..., None]
 
@@ -28,9 +35,9 @@ def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clients:
         for name in ("squeue", "sacct"):
             text = outputs.get(name)
             client = folder / name
-            # None: as they do without accounting, or when a job is forgotten.
-            said = "exit 1" if text is None else f"cat <<'END'\n{text}\nEND"
-            client.write_text(f"#!/bin/sh\n{said}\n")
+            # None: without accounting, or when SLURM has forgotten the job.
+            shown = "exit 1" if text is None else f"cat <<'END'\n{text}\nEND"
+            client.write_text(f"#!/bin/sh\n{shown}\n")
             client.chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
 
@@ -44,7 +51,7 @@ def run(path: Path, **status: object) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("own", "job", "expected"),
+    ("written", "job", "expected"),
     [
         ("done", None, "done"),
         ("done", "COMPLETING", "done"),
@@ -60,6 +67,19 @@ def run(path: Path, **status: object) -> Path:
         ("running", "NODE_FAIL", "node_fail"),
         ("running", "OUT_OF_MEMORY", "out_of_memory"),
         ("running", "TIMEOUT", "timeout"),
+        ("running", "DEADLINE", "timeout"),
+        ("queued", "DEADLINE", "timeout"),
+        ("running", "BOOT_FAIL", "node_fail"),
+        ("running", "REVOKED", "cancelled"),
+        ("running", "A_STATE_OF_TOMORROW", "failed"),
+        ("stopped", "TIMEOUT", "timeout"),
+        ("stopped", "COMPLETING", "stopped"),
+        ("stopped", "COMPLETED", "stopped"),
+        ("running", "COMPLETING", "running"),
+        ("running", "SUSPENDED", "running"),
+        ("running", "STAGE_OUT", "running"),
+        ("stopped", "REQUEUED", "queued"),
+        ("stopped", "REQUEUE_HOLD", "queued"),
         ("running", "PREEMPTED", "preempted"),
         ("stopped", "CANCELLED", "cancelled"),
         ("queued", "CANCELLED", "cancelled"),
@@ -70,11 +90,11 @@ def run(path: Path, **status: object) -> Path:
         ("stopped", None, "stopped"),
     ],
 )
-def test_own_word_and_slurm_s_are_put_together(
-    tmp_path: Path, own: str, job: str | None, expected: str
+def test_a_state_comes_from_the_run_and_from_slurm(
+    tmp_path: Path, written: str, job: str | None, expected: str
 ) -> None:
-    status = {"state": own, "job_id": "7"}
-    assert judge(tmp_path, status, JobState(job) if job else None).state == expected
+    status = {"state": written, "job_id": "7"}
+    assert resolve_state(tmp_path, status, JobState(job) if job else None).state == expected
 
 
 @pytest.mark.parametrize(
@@ -94,19 +114,19 @@ def test_where_slurm_has_forgotten_the_job_its_log_tells(
     log = tmp_path / "3_0_log.out"
     log.write_text(f"submitit INFO - Starting with JobEnvironment(job_id=3)\n{line}\n")
     status = {"state": "running", "job_id": "3", "job_log": str(log)}
-    assert judge(tmp_path, status, None).state == expected
+    assert resolve_state(tmp_path, status, None).state == expected
 
 
 def test_what_ended_an_earlier_attempt_does_not_count(tmp_path: Path) -> None:
     log = tmp_path / "log.out"
     log.write_text("DUE TO PREEMPTION\nStarting with JobEnvironment(x)\nstep 1\n")
     status = {"state": "running", "job_id": "3", "job_log": str(log)}
-    assert judge(tmp_path, status, None).state == "failed"
+    assert resolve_state(tmp_path, status, None).state == "failed"
 
 
 def test_the_queue_is_asked_first_then_the_accounting(clients: Clients) -> None:
     clients(squeue="1|RUNNING|None\n9_0|PENDING|Resources", sacct="1|FAILED|1:0\n2|TIMEOUT|0:0")
-    found = jobs.ask_slurm(["1", "2", "9_0", "5"])
+    found = ask_slurm(["1", "2", "9_0", "5"])
     assert found == {
         "1": JobState("RUNNING"),
         "2": JobState("TIMEOUT"),
@@ -116,12 +136,12 @@ def test_the_queue_is_asked_first_then_the_accounting(clients: Clients) -> None:
 
 def test_without_queue_and_accounting_nothing_is_known(clients: Clients) -> None:
     clients()
-    assert jobs.ask_slurm(["1"]) == {}
+    assert ask_slurm(["1"]) == {}
 
 
 def test_records_of_many_elements_are_read(clients: Clients) -> None:
     clients(squeue="7_[1-2,5%4]|PENDING|JobArrayTaskLimit\n8|CANCELLED|None")
-    found = jobs.ask_slurm(["7_1", "7_2", "7_3", "7_5", "8_4"])
+    found = ask_slurm(["7_1", "7_2", "7_3", "7_5", "8_4"])
     assert {i: s.name for i, s in found.items()} == {
         "7_1": "PENDING",
         "7_2": "PENDING",
@@ -132,41 +152,116 @@ def test_records_of_many_elements_are_read(clients: Clients) -> None:
 
 def test_who_cancelled_is_not_part_of_the_state(clients: Clients) -> None:
     clients(sacct="3|CANCELLED by 1000|0:0")
-    assert jobs.ask_slurm(["3"]) == {"3": JobState("CANCELLED")}
+    assert ask_slurm(["3"]) == {"3": JobState("CANCELLED")}
 
 
 def test_a_folder_without_a_status_is_missing(tmp_path: Path) -> None:
-    assert jobs.states([tmp_path / "nothing"])[0].state == "missing"
+    assert resolve_states([tmp_path / "nothing"])[0].state == "missing"
 
 
 def test_a_run_of_this_machine_runs_as_long_as_its_process(tmp_path: Path) -> None:
     path = run(tmp_path / "run", state="running", job_id=None)
     write_json(path / "provenance.json", {"attempts": [{"host": socket.gethostname()}]})
     (path / ".lock").write_text(f"process {os.getpid()} on {socket.gethostname()}")
-    assert jobs.states([path])[0].state == "running"
+    assert resolve_states([path])[0].state == "running"
     ended = subprocess.Popen(["true"])
     ended.wait()
     (path / ".lock").write_text(f"process {ended.pid} on {socket.gethostname()}")
-    assert jobs.states([path])[0].state == "failed"
+    assert resolve_states([path])[0].state == "failed"
 
 
-def test_a_run_of_another_machine_is_believed(tmp_path: Path) -> None:
+def test_the_status_of_a_run_on_another_machine_counts(tmp_path: Path) -> None:
     path = run(tmp_path / "run", state="running", job_id=None)
     write_json(path / "provenance.json", {"attempts": [{"host": "elsewhere"}]})
-    assert jobs.states([path])[0].state == "running"
+    assert resolve_states([path])[0].state == "running"
 
 
 def test_the_job_s_id_is_that_of_the_array_s_element(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SUBMITIT_EXECUTOR", raising=False)
-    assert jobs.current_job_id() is None
+    assert current_job_id() is None
     monkeypatch.setenv("SLURM_JOB_ID", "12")
-    assert jobs.current_job_id() == "12"
+    assert current_job_id() == "12"
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "10")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
-    assert jobs.current_job_id() == "10_2"
+    assert current_job_id() == "10_2"
 
 
 def test_cancelling_a_local_job_ends_what_it_started(tmp_path: Path) -> None:
     shell = subprocess.Popen(["sh", "-c", "sleep 60; true"])
-    jobs.cancel([f"{jobs.LOCAL}{shell.pid}"])
+    cancel_jobs([f"{LOCAL}{shell.pid}"])
     assert shell.wait(timeout=10) != 0
+
+
+@pytest.mark.parametrize(
+    ("status", "job", "state", "remark"),
+    [
+        ({"state": "running"}, JobState("NODE_FAIL", "n1"), "node_fail", "n1"),
+        (
+            {"state": "running", "last_error": "Boom"},
+            JobState("NODE_FAIL", "n1"),
+            "node_fail",
+            "Boom",
+        ),
+        ({"state": "queued", "job_id": "7", "cancelled": 1.0}, None, "cancelled", ""),
+        ({"state": "stopped", "stop_cause": "preempted"}, None, "preempted", ""),
+        ({"state": "failed", "last_error": "Boom"}, None, "failed", "Boom"),
+        ({"state": "queued", "job_id": "7"}, None, "missing", "never started"),
+        ({"state": "queued"}, None, "missing", ""),
+        (
+            {"state": "queued"},
+            JobState("FAILED"),
+            "failed",
+            "the job ended before the run started",
+        ),
+        (
+            {"state": "running", "job_id": "7"},
+            None,
+            "failed",
+            "the process disappeared without an error",
+        ),
+        ({"state": "queued"}, JobState("PENDING", "Priority"), "queued", "Priority"),
+    ],
+)
+def test_a_state_says_why(
+    tmp_path: Path, status: dict[str, object], job: JobState | None, state: str, remark: str
+) -> None:
+    found = resolve_state(tmp_path, status, job)
+    assert (found.state, found.remark) == (state, remark)
+    assert found.active == (state == "queued")
+
+
+def test_a_stop_without_a_cause_takes_it_from_the_job_s_log(tmp_path: Path) -> None:
+    log = tmp_path / "log.out"
+    log.write_text("*** JOB 3 ON n1 CANCELLED AT 2026-11-23T03:35:35 DUE TO TIME LIMIT ***\n")
+    status = {"state": "stopped", "job_log": str(log)}
+    assert resolve_state(tmp_path, status, None).state == "timeout"
+
+
+def test_a_local_job_is_looked_up_by_its_process_alone(tmp_path: Path, clients: Clients) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    paths = [
+        run(tmp_path / str(pid), state="running", job_id=f"{LOCAL}{pid}")
+        for pid in (os.getpid(), ended.pid)
+    ]
+    clients(squeue="\n".join(f"{LOCAL}{path.name}|PENDING|None" for path in paths))
+    assert [state.state for state in resolve_states(paths)] == ["running", "failed"]
+
+
+def test_a_zombie_is_no_process() -> None:
+    with subprocess.Popen(["true"]) as child:
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert not is_process(child.pid)
+    assert is_process(os.getpid())
+
+
+def test_logs_are_those_of_the_ranks_in_order_then_the_job_s(tmp_path: Path) -> None:
+    names = ["rank_0.log", "rank_2.log", "rank_10.log", "job.out"]
+    (tmp_path / "logs").mkdir()
+    for name in names:
+        (tmp_path / "logs" / name).touch()
+    status = {"job_log": str(tmp_path / "logs" / "job.out")}
+    assert [log.name for log in logs_of(tmp_path, status)] == names
+    assert last_line(logs_of(tmp_path, status)) == ""
+    (tmp_path / "logs" / "rank_2.log").write_text("one\n two \n\n")
+    assert last_line(logs_of(tmp_path, status)) == "two"

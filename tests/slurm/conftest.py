@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from lunaris.runs import status as jobs
+from lunaris.runs.status import resolve_states
 
 _HERE = Path(__file__).parent
 _REST_S = 3
@@ -97,7 +97,7 @@ class Site:
             # As `lunaris runs` sees it, but without a process for every look.
             with pytest.MonkeyPatch.context() as patch:
                 patch.setenv("SLURM_CONF", str(self.cluster.conf))
-                return jobs.states([self.dir / run])[0].state in states
+                return resolve_states([self.dir / run])[0].state in states
 
         self.wait_for(reached, seconds)
         return self.rows(run)[0]

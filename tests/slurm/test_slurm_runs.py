@@ -180,10 +180,10 @@ def test_cancel_ends_a_waiting_and_a_running_job(site: Any) -> None:
     pace = site.dir / "pace-cancelled"
     pace.write_text("0.5")
     site.train("waiting", "launch.additional_parameters.hold=true")
-    site.train("running", on(site, 3), PACE=str(pace))
+    site.train("running", "trainer.max_steps=1000", on(site, 3), PACE=str(pace))
     assert site.rows("runs/waiting")[0]["state"] == "queued"
     refused = site.lunaris("resume", "runs/waiting", code=2)
-    assert "is queued already" in refused
+    assert "is already queued" in refused
     site.wait_for(lambda: site.status("runs/running").get("step", 0) >= 1)
     for run in ("runs/waiting", "runs/running"):
         assert "cancelled job" in site.lunaris("cancel", run)

@@ -108,12 +108,13 @@ def test_states_are_right_once_the_queue_has_forgotten_the_jobs(
     site.train("ok")
     site.train("error", "data.seed=13")
     site.train("held", "launch.additional_parameters.hold=true")
-    site.train("killed", **env)
-    site.train("limited", "launch.additional_parameters.signal=USR1@1", **env)
+    long = "trainer.max_steps=1000"
+    site.train("killed", long, **env)
+    site.train("limited", long, "launch.additional_parameters.signal=USR1@1", **env)
     site.wait_for(lambda: site.status("runs/killed").get("step", 0) >= 1)
     site.wait_for(lambda: site.status("runs/limited").get("step", 0) >= 1)
     site.cluster.client("scancel", site.status("runs/held")["job_id"])
-    # As the kernel's out-of-memory killer ends a process: at once, without a word.
+    # As the kernel ends a process that takes too much memory.
     pid = (site.dir / "runs/killed/.lock").read_text().split()[1]
     os.kill(int(pid), 9)
     site.cluster.client("scancel", site.status("runs/limited")["job_id"])

@@ -7,14 +7,14 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from lunaris.config.schema.base import Component, free
 from lunaris.config.schema.checks import one_of, within
 
 
 @dataclass
-class DataConfig:
+class DataConfig(Component):
     """The keys that every kind of data has."""
 
-    _target_: str = MISSING
     # Tokens of one document neither attend to nor predict those of another.
     document_masking: bool = False
 
@@ -50,7 +50,7 @@ class ShardsDataConfig(DataConfig):
     vocab_size: int | None = None
     # Null: the manifest's; without one, needed for document_masking.
     eot_id: int | None = None
-    verify: bool = False
+    verify: bool = free(False)
 
     def __post_init__(self) -> None:
         within("data.val_fraction", self.val_fraction, 0.0, 0.9)
@@ -92,9 +92,9 @@ class PreparedDataConfig(DataConfig):
     on_exhausted: str = "continue"
     seed: int = 0
     # Null: one a processor.
-    processes: int | None = None
-    on_error: str = "fail"
-    verify: bool = False
+    processes: int | None = free(None)
+    on_error: str = free("fail")
+    verify: bool = free(False)
 
     def __post_init__(self) -> None:
         within("data.vocab_size", self.vocab_size, 257, 2**32)

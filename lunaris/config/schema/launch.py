@@ -5,21 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
-
+from lunaris.config.schema.base import Component
 from lunaris.config.schema.checks import above_zero, one_of, within
 
 
 @dataclass
-class LaunchConfig:
-    """What every way of starting processes has."""
+class LaunchConfig(Component):
+    """The keys that every launcher has."""
 
-    _target_: str = MISSING
     # Seconds after which a collective that did not complete ends the job, past the first step.
     collective_timeout_s: float = 120.0
 
     def __post_init__(self) -> None:
         above_zero("launch.collective_timeout_s", self.collective_timeout_s)
+
+    def world_size(self) -> int:
+        """Return the number of processes that the launcher starts."""
+        return int(getattr(self, "processes", 1))
 
 
 @dataclass
@@ -75,3 +77,11 @@ class SlurmLaunchConfig(LaunchConfig):
         within("launch.gpus_per_node", self.gpus_per_node, low=0)
         within("launch.max_num_timeout", self.max_num_timeout, low=0)
         above_zero("launch.mem_gb", self.mem_gb)
+
+    def processes_per_node(self) -> int:
+        """Return the tasks of one node: as given, else one per GPU, else one."""
+        return self.tasks_per_node or self.gpus_per_node or 1
+
+    def world_size(self) -> int:
+        """Return the number of processes that the launcher starts."""
+        return self.nodes * self.processes_per_node()

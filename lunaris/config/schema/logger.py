@@ -4,19 +4,25 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lunaris.config.schema.base import Component
 from lunaris.config.schema.checks import one_of
 
 
 @dataclass
-class LocalLoggerConfig:
+class LoggerConfig(Component):
+    """Where metrics go."""
+
+
+@dataclass
+class LocalLoggerConfig(LoggerConfig):
     """The console and `metrics.jsonl`."""
 
     _target_: str = "lunaris.metrics.loggers.LocalLogger"
 
 
 @dataclass
-class WandbLoggerConfig:
-    """The console, `metrics.jsonl` and Weights & Biases."""
+class WandbLoggerConfig(LoggerConfig):
+    """Weights & Biases."""
 
     _target_: str = "lunaris.metrics.wandb_logger.WandbLogger"
     project: str = "lunaris"
@@ -26,4 +32,4 @@ class WandbLoggerConfig:
     mode: str = "online"
 
     def __post_init__(self) -> None:
-        one_of("logger.mode", self.mode, ("online", "offline", "disabled"))
+        one_of("logger.wandb.mode", self.mode, ("online", "offline", "disabled"))

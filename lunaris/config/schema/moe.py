@@ -3,20 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
+from lunaris.config.schema.base import Component, component
 from lunaris.config.schema.checks import above_zero, one_of, within
 from lunaris.errors import UserError
 
 
 @dataclass
-class NoMoEConfig:
+class FeedForwardConfig(Component):
+    """What builds the feed-forward of each layer."""
+
+
+@dataclass
+class RouterConfig(Component):
+    """What chooses the experts of a token."""
+
+
+@dataclass
+class SoftmaxRouterConfig(RouterConfig):
+    """Softmax over the experts, then the k largest (arXiv 2101.03961)."""
+
+    _target_: str = "lunaris.moe.router.softmax.SoftmaxRouterFactory"
+
+
+@dataclass
+class NoMoEConfig(FeedForwardConfig):
     """A dense model: every feed-forward is one SwiGLU."""
 
     _target_: str = "lunaris.moe.factory.DenseFactory"
 
 
 @dataclass
-class MoEConfig:
+class MoEConfig(FeedForwardConfig):
     """A Mixture-of-Experts feed-forward in every layer from `first_dense_layers` on."""
 
     _target_: str = "lunaris.moe.factory.MoEFactory"
@@ -35,6 +54,7 @@ class MoEConfig:
     # Null: the model's ffn_hidden_multiplier.
     expert_hidden_multiplier: float | None = None
     first_dense_layers: int = 0
+    router: Any = component(RouterConfig, SoftmaxRouterConfig)
 
     def __post_init__(self) -> None:
         within("moe.n_experts", self.n_experts, low=1)

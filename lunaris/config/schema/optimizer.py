@@ -4,12 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lunaris.config.schema.base import Component
 from lunaris.config.schema.checks import above_zero, within
 from lunaris.errors import UserError
 
 
 @dataclass
-class AdamWConfig:
+class OptimizerConfig(Component):
+    """What updates the weights."""
+
+
+@dataclass
+class AdamWConfig(OptimizerConfig):
     """AdamW (arXiv 1711.05101); decay on matrices and stacked experts, not on norms."""
 
     _target_: str = "lunaris.optim.adamw.build_adamw"
@@ -24,6 +30,7 @@ class AdamWConfig:
         above_zero("optimizer.eps", self.eps)
         if len(self.betas) != 2:
             raise UserError(f"optimizer.betas={list(self.betas)}: must be a list of 2 numbers")
+        self.betas = (self.betas[0], self.betas[1])  # A list where a file gave it.
         for beta in self.betas:
             if not 0 <= beta < 1:
                 raise UserError(f"optimizer.betas={list(self.betas)}: each must be in [0, 1)")

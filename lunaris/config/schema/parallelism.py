@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lunaris.config.schema.base import Component
 from lunaris.config.schema.checks import within
 
 
 @dataclass
-class SingleConfig:
+class ParallelismConfig(Component):
+    """How the processes of a run share the work."""
+
+
+@dataclass
+class SingleConfig(ParallelismConfig):
     """One process."""
 
     _target_: str = "lunaris.parallelism.single.Single"
 
 
 @dataclass
-class DDPConfig:
+class DDPConfig(ParallelismConfig):
     """The model replicated in every process; gradients averaged."""
 
     _target_: str = "lunaris.parallelism.ddp.DDP"

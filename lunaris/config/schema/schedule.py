@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lunaris.config.schema.base import Component
 from lunaris.config.schema.checks import within
 
 
 @dataclass
-class ScheduleConfig:
+class ScheduleConfig(Component):
+    """How the learning rate changes over the steps."""
+
+
+@dataclass
+class ConstantConfig(ScheduleConfig):
     """Linear warm-up, then a constant rate."""
 
     _target_: str = "lunaris.optim.schedule.Constant"
@@ -19,7 +25,7 @@ class ScheduleConfig:
 
 
 @dataclass
-class CosineConfig(ScheduleConfig):
+class CosineConfig(ConstantConfig):
     """Linear warm-up, then half a cosine down to `min_lr_ratio` of the peak."""
 
     _target_: str = "lunaris.optim.schedule.Cosine"

@@ -4,28 +4,32 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lunaris.config.schema.base import free
 from lunaris.config.schema.checks import above_zero, one_of, within
 
 
 @dataclass
 class TrainerConfig:
-    """The loop. `batch_size` is sequences a process a micro-step."""
+    """The training loop. `batch_size` counts sequences per process and micro-step.
+
+    Of batch size, accumulation and processes only the product decides the numbers of a run.
+    """
 
     max_steps: int = 300
-    batch_size: int = 16
-    gradient_accumulation_steps: int = 1
+    batch_size: int = free(16)
+    gradient_accumulation_steps: int = free(1)
     # Global gradient norm; null: no clipping.
     grad_clip: float | None = 1.0
     precision: str = "fp32"
-    compile_model: bool = False
-    activation_checkpointing: bool = False
-    log_interval: int = 10
+    compile_model: bool = free(False)
+    activation_checkpointing: bool = free(False)
+    log_interval: int = free(10)
     # Null: evaluate at the last step only.
-    eval_interval: int | None = 100
+    eval_interval: int | None = free(100)
     # Validation batches of `batch_size` sequences a process; null: the whole validation part.
-    eval_steps: int | None = 10
+    eval_steps: int | None = free(10)
     # cpu, cuda, or null: cuda where there is one.
-    device: str | None = None
+    device: str | None = free(None)
 
     def __post_init__(self) -> None:
         for key in ("max_steps", "batch_size", "gradient_accumulation_steps", "log_interval",

@@ -1,7 +1,8 @@
-"""Units of work: bounded parts of the input, cut the same way whoever works on them.
+"""Chunks of work: bounded parts of the input, cut at the same places whoever works on them.
 
-A plain file is cut by bytes without reading it, Parquet by row groups; what must be read from its
-beginning (a compressed file, a stream of documents) is cut as it is read and carries its bytes.
+A plain file is cut by bytes without reading it, Parquet by row groups. What must be read from its
+beginning (a compressed file, a stream of documents) is cut as it is read, and its chunks carry
+their bytes.
 """
 
 from __future__ import annotations
@@ -9,40 +10,39 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from lunaris.data.extras import need
 from lunaris.data.prepare.decompress import CompressedFile, is_compressed
 from lunaris.data.text_split import cut
-from lunaris.errors import UserError, did_you_mean
+from lunaris.errors import UserError, did_you_mean, need
 
-# Bytes of input a unit aims at.
-UNIT_BYTES = 4 * 2**20
-# A document belongs to the validation part by a hash of so many of its first bytes.
+# The size that chunks aim at, in bytes of input.
+CHUNK_BYTES = 4 * 2**20
+# How many of a document's first bytes are hashed to decide whether it is held out for validation.
 HEAD_BYTES = 2**16
 _KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet"}
-FORMATS = ("auto", "text", "lines", "jsonl", "parquet")
 
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a unit begins: file of the source, and bytes, row groups or documents within it.
+    """Where a chunk begins: the file of the source, and bytes, row groups or documents within it.
 
-    place: what the source itself noted of that point, for JSON (`Unit.after`), or None.
+    place: the source's own note of that point (`Chunk.after`), which JSON can hold, or None.
     """
 
     file: int = 0
     start: int = 0
-    place: Any = None
+    place: dict[str, object] | None = None
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A part of one file of a source, made into tokens by one worker.
+class Chunk:
+    """A part of one file of a source, which one worker turns into tokens.
 
-    kind: text (a piece of one document), lines, jsonl, parquet or documents. start, stop: bytes
-    (decompressed), row groups or documents. size: bytes of the source's `size` it stands for.
-    payload: the bytes, or the documents (bytes, or a str that says why one cannot be had).
+    kind: text (a piece of one document), lines, jsonl, parquet or documents. stop: where it ends,
+    in bytes (decompressed), row groups or documents. size: how many bytes of the source's `size` it
+    accounts for. payload: its bytes, or its documents (bytes, or a str that says why one is
+    missing); None when the worker reads the file itself.
     """
 
     source: int
@@ -52,116 +52,38 @@ class Unit:
     stop: int
     size: int
     payload: bytes | list[bytes | str] | None = None
-    # The first bytes of a text's one document, where it is in several units or a payload.
+    # The first bytes of a text's only document, when several chunks or a payload hold it.
     head: bytes = b""
-    # Whether the file ends here, and with it a text's one document.
+    # Whether the file ends here, and with it a text's only document.
     last: bool = True
-    # Why what comes after these documents cannot be read.
+    # Why what follows these documents cannot be read.
     problem: str = ""
-    # What a source that is read from its beginning notes of `stop`, to get there sooner.
-    after: Any = None
+    # The note by which a source that is read from its beginning finds `stop` again sooner.
+    after: dict[str, object] | None = None
+    # Whether its documents are held out for validation; None: the hash of each one's head decides.
+    held_out: bool | None = None
 
     @property
     def start(self) -> int:
+        """Where it begins, in the same chunk as `stop`."""
         return self.cursor.start
 
 
 class Source(Protocol):
-    """A named series of documents that can be cut into units from any unit's beginning."""
+    """A named series of documents that can be cut into chunks from the beginning of any chunk."""
 
     name: str
-    size: int  # bytes of all its input, 0 where that is not known
-    text_key: str  # of records that its units' readers parse
+    size: int  # the bytes of all its input, or 0 when that is unknown
+    text_key: str  # the key of the text in the records that its chunks' readers parse
 
-    def units(self, index: int, cursor: Cursor) -> Iterator[Unit]:
-        """Yield the units from `cursor` on; index: which of the sources this is."""
+    def chunks(self, index: int, cursor: Cursor) -> Iterator[Chunk]:
+        """Yield the chunks from `cursor` on; index: the source's place among the sources."""
 
-    def sample(self, budget: int) -> Iterator[Unit]:
-        """Yield units of about `budget` bytes together, from all over the source."""
+    def sample(self, budget: int) -> Iterator[Chunk]:
+        """Yield chunks of about `budget` bytes together, from all over the source."""
 
-    def fingerprint(self) -> list[Any]:
-        """Return what tells this input from another, for JSON."""
-
-
-@dataclass
-class FileSource:
-    """Files of one source, in order. format: one of `FORMATS`; auto goes by each file's name."""
-
-    name: str
-    files: list[Path]
-    format: str = "auto"
-    text_key: str = "text"
-
-    def __post_init__(self) -> None:
-        self._sizes = [path.stat().st_size for path in self.files]
-        self.size = sum(self._sizes)
-
-    def units(self, index: int, cursor: Cursor) -> Iterator[Unit]:
-        for i in range(cursor.file, len(self.files)):
-            start = cursor.start if i == cursor.file else 0
-            yield from self._file_units(index, i, start)
-
-    def sample(self, budget: int) -> Iterator[Unit]:
-        count = min(len(self.files), 64)
-        share = budget // count
-        for k in range(count):
-            i = k * len(self.files) // count
-            if kind_of(self.files[i], self.format) in ("text", "lines", "jsonl") and not (
-                is_compressed(self.files[i])
-            ):
-                yield from self._spread(i, share)
-                continue
-            left = share
-            for unit in self._file_units(0, i, 0):
-                yield unit
-                left -= unit.size
-                if left <= 0:
-                    break
-
-    def fingerprint(self) -> list[Any]:
-        files = [
-            [str(path), size, path.stat().st_mtime_ns]
-            for path, size in zip(self.files, self._sizes, strict=True)
-        ]
-        return [self.format, self.text_key, files]
-
-    def _spread(self, i: int, share: int) -> Iterator[Unit]:
-        """Yield parts of a plain file of a quarter of a megabyte, evenly over it."""
-        path, size, part = self.files[i], self._sizes[i], 2**18
-        kind = kind_of(path, self.format)
-        if size <= share:
-            share, part = size, size
-        count = max(1, share // max(part, 1))
-        for k in range(count):
-            start = k * size // count
-            stop = min(start + part, size)
-            if kind == "text":
-                start, stop = (cut_before(path, at, size, part) for at in (start, stop))
-            yield Unit(0, Cursor(i, start), str(path), kind, stop, stop - start)
-
-    def _file_units(self, index: int, i: int, start: int) -> Iterator[Unit]:
-        path, size = self.files[i], self._sizes[i]
-        kind = kind_of(path, self.format)
-        at, head = start, b""
-        try:
-            if kind == "parquet":
-                found = parquet_units(index, i, path, start, self.text_key, size)
-            elif is_compressed(path):
-                found = stream_units(index, i, path, kind, start)
-            else:
-                found = range_units(index, i, path, kind, start, size)
-            for unit in found:
-                yield unit
-                at, head = unit.stop, unit.head
-        except (OSError, ValueError) as error:  # pyarrow's are ValueErrors
-            if isinstance(error, UserError):
-                raise
-            # A text that has begun has to end; else there is not even an empty document.
-            rest = "text" if kind == "text" and at else "lines"
-            problem = f"cannot be read{' on' if at else ''}: {error}"
-            yield Unit(
-                index, Cursor(i, at), str(path), rest, at, 0, b"", head=head, problem=problem
-            )
+    def fingerprint(self) -> list[object]:
+        """Return what distinguishes this input from another; JSON can hold it."""
 
 
 def kind_of(path: Path, format: str) -> str:
@@ -172,89 +94,95 @@ def kind_of(path: Path, format: str) -> str:
     return _KINDS.get(plain.suffix.lower(), "text")
 
 
-def range_units(index: int, i: int, path: Path, kind: str, start: int, size: int) -> Iterator[Unit]:
-    """Yield byte ranges of a plain file; a text's are cut where words begin.
+def range_chunks(
+    index: int, i: int, path: Path, kind: str, start: int, size: int
+) -> Iterator[Chunk]:
+    """Yield byte ranges of a plain file; a text is cut where words begin.
 
-    A line belongs to the range that it begins in, so ranges of lines need no look at the file.
+    index, i: the source and its file. A line belongs to the range that it begins in, so that ranges
+    of lines are made without reading the file.
     """
     at = start
     head = b""
-    if kind == "text" and size > UNIT_BYTES:
+    if kind == "text" and size > CHUNK_BYTES:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
-    number = -(-start // UNIT_BYTES)
+    number = -(-start // CHUNK_BYTES)
     while True:
         number += 1
-        stop = min(number * UNIT_BYTES, size)
+        stop = min(number * CHUNK_BYTES, size)
         if kind == "text":
-            stop = cut_before(path, stop, size, UNIT_BYTES)
+            stop = cut_before(path, stop, size, CHUNK_BYTES)
         last = stop >= size
-        yield Unit(index, Cursor(i, at), str(path), kind, stop, stop - at, head=head, last=last)
+        yield Chunk(index, Cursor(i, at), str(path), kind, stop, stop - at, head=head, last=last)
         if last:
             return
         at = stop
 
 
-def cut_before(path: Path, at: int, size: int, unit_bytes: int) -> int:
-    """Return where to cut a text at `at` or a little before it: at white space, or a character."""
+def cut_before(path: Path, at: int, size: int, chunk_bytes: int) -> int:
+    """Return where to cut a text: at white space or a character at `at` or a little before it."""
     if at <= 0 or at >= size:
         return min(max(at, 0), size)
-    reach = min(HEAD_BYTES, unit_bytes // 2)
+    reach = min(HEAD_BYTES, chunk_bytes // 2)
     with path.open("rb") as file:
         file.seek(max(0, at - reach))
         window = file.read(min(at, reach) + 1)
     return at - (len(window) - 1) + cut(window)
 
 
-def stream_units(index: int, i: int, path: Path, kind: str, start: int) -> Iterator[Unit]:
-    """Yield units that carry their bytes, from a compressed file read from its beginning.
+def stream_chunks(index: int, i: int, path: Path, kind: str, start: int) -> Iterator[Chunk]:
+    """Yield chunks that carry their bytes, from a compressed file read from its beginning.
 
-    Of a damaged file, what can be read of it, and in its last unit what the damage is.
+    A corrupt file is read as far as possible, and its last chunk says what is wrong.
     """
     with CompressedFile(path) as stream:
         head = stream.skip(start, HEAD_BYTES)
-        at, told = start, stream.raw.tell() if start else 0
+        at, counted = start, stream.raw.tell() if start else 0
         last = False
         while not last:
-            stream.fill(UNIT_BYTES)
+            stream.fill(CHUNK_BYTES)
             pending = stream.pending
             head = head or bytes(pending[:HEAD_BYTES])
-            if stream.ended and len(pending) <= UNIT_BYTES:
+            if stream.ended and len(pending) <= CHUNK_BYTES:
                 end = len(pending)
             elif kind == "text":
-                begin = UNIT_BYTES - min(HEAD_BYTES, UNIT_BYTES // 2)
-                end = begin + cut(bytes(pending[begin : UNIT_BYTES + 1]))
+                begin = CHUNK_BYTES - min(HEAD_BYTES, CHUNK_BYTES // 2)
+                end = begin + cut(bytes(pending[begin : CHUNK_BYTES + 1]))
             else:
-                end = stream.line_end(UNIT_BYTES)
+                end = stream.line_end(CHUNK_BYTES)
             last = stream.ended and end == len(pending)
             part = bytes(pending[:end])
             del pending[:end]
             now = stream.raw.tell()
-            # Of a file that gave nothing there is not even an empty document.
-            damaged = last and stream.problem
-            yield Unit(
+            # A file that gave nothing has no document at all, not an empty one.
+            corrupt = last and stream.problem
+            yield Chunk(
                 index,
                 Cursor(i, at),
                 str(path),
-                "lines" if damaged and not head else kind,
+                "lines" if corrupt and not head else kind,
                 at + end,
-                now - told,
-                payload=_whole_lines(part) if damaged and kind != "text" else part,
+                now - counted,
+                payload=_complete_lines(part) if corrupt and kind != "text" else part,
                 head=head if kind == "text" else b"",
                 last=last,
                 problem=stream.problem if last else "",
             )
-            at, told = at + end, now
+            at, counted = at + end, now
 
 
-def _whole_lines(part: bytes) -> bytes:
+def _complete_lines(part: bytes) -> bytes:
     return part[: part.rfind(b"\n") + 1]
 
 
-def parquet_units(
+def parquet_chunks(
     index: int, i: int, path: Path, start: int, text_key: str, size: int
-) -> Iterator[Unit]:
-    """Yield runs of row groups whose text column is a unit long. Raises UserError without it."""
+) -> Iterator[Chunk]:
+    """Yield runs of row groups that hold about a chunk of text.
+
+    Raises UserError when the file has no column `text_key`.
+    """
     parquet = need("pyarrow.parquet", f"{path}: Parquet")
     with parquet.ParquetFile(path) as file:
         metadata = file.metadata
@@ -270,8 +198,8 @@ def parquet_units(
     first, held = start, 0
     for group in range(start, groups):
         held += metadata.row_group(group).column(column).total_uncompressed_size
-        if held >= UNIT_BYTES or group == groups - 1:
+        if held >= CHUNK_BYTES or group == groups - 1:
             share = size * (group + 1) // groups - size * first // groups
             last = group == groups - 1
-            yield Unit(index, Cursor(i, first), str(path), "parquet", group + 1, share, last=last)
+            yield Chunk(index, Cursor(i, first), str(path), "parquet", group + 1, share, last=last)
             first, held = group + 1, 0

@@ -1,4 +1,4 @@
-"""Compressed files, read from their beginning."""
+"""Compressed files, which can only be read from their beginning."""
 
 from __future__ import annotations
 
@@ -7,21 +7,32 @@ import gzip
 import lzma
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
-from lunaris.data.extras import need
+from lunaris.errors import need
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _BLOCK = 2**20
 
 
 def is_compressed(path: Path) -> bool:
-    """Say by its name whether a file is compressed."""
+    """Return whether a file is compressed, by its name."""
     return path.suffix.lower() in COMPRESSIONS
 
 
+class Stream(Protocol):
+    """A stream of decompressed bytes."""
+
+    def read1(self, most: int, /) -> bytes:
+        """Return up to `most` bytes, as many as one read gives; b"" at the end."""
+
+
 class CompressedFile:
-    """A compressed file read on and on; damage ends it and is kept as `problem`."""
+    """A compressed file that is read block by block.
+
+    pending: the bytes that are read and not yet taken. ended: whether all is read. problem: why
+    the rest of a corrupt file cannot be read, or "".
+    """
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -38,17 +49,17 @@ class CompressedFile:
         self.raw.close()
 
     def _block(self, most: int = _BLOCK) -> bytes:
-        """Return the next bytes, as many as one read gives; b"" at the end."""
+        """Return the next bytes, as many as one read gives; b"" at the end or at a problem."""
         if self.ended:
             return b""
         try:
             block = bytes(self._file.read1(most))
         except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-            self.problem, block = f"cannot be read on: {error}", b""
+            self.problem, block = f"cannot be read further: {error}", b""
         except Exception as error:
             if type(error).__module__.partition(".")[0] != "zstandard":
                 raise
-            self.problem, block = f"cannot be read on: {error}", b""
+            self.problem, block = f"cannot be read further: {error}", b""
         self.ended = not block
         return block
 
@@ -61,12 +72,12 @@ class CompressedFile:
         return head
 
     def fill(self, count: int) -> None:
-        """Read until more than `count` bytes are pending, or the end."""
+        """Read until more than `count` bytes are pending, or to the end."""
         while len(self.pending) <= count and (block := self._block()):
             self.pending += block
 
     def line_end(self, count: int) -> int:
-        """Return the end of the last line within `count` pending bytes, else that of the first."""
+        """Return the end of the last line within `count` pending bytes, else of the first line."""
         end = self.pending.rfind(b"\n", 0, count) + 1
         searched = count
         while not end:
@@ -79,8 +90,8 @@ class CompressedFile:
         return end
 
 
-def decompressed(path: Path, raw: IO[bytes]) -> Any:
-    """Return the stream of what a compressed file holds, by its name."""
+def decompressed(path: Path, raw: IO[bytes]) -> Stream:
+    """Return the decompressed stream of `raw`, by the format that the file's name says."""
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
@@ -93,12 +104,15 @@ def decompressed(path: Path, raw: IO[bytes]) -> Any:
 
 
 class _Zstd:
-    """A zstd file of one or several frames; the library's own reader takes a cut one for whole."""
+    """The stream of a zstd file of one or several frames.
+
+    The library's own reader does not report a file that ends within a frame.
+    """
 
     def __init__(self, decompressor: Any, raw: IO[bytes]) -> None:
         self._decompressor, self._raw = decompressor, raw
         self._frame = decompressor.decompressobj()
-        self._next = b""  # of the frame after this one
+        self._next = b""  # read already, of the frame after this one
         self._begun = False
         self._ready = memoryview(b"")
 

@@ -1,4 +1,4 @@
-"""The work of one process of a preparation: a unit's documents become tokens in two files."""
+"""The work of one process: a chunk's documents become tokens in two files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import connection, parent_process
@@ -16,7 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from lunaris.data.prepare.chunks import Unit
+from lunaris.data.prepare.chunks import Chunk
 from lunaris.data.prepare.readers import Document, Problem, Reader
 from lunaris.data.text_split import PIECE_BYTES
 from lunaris.data.tokenizer import TextTokenizer
@@ -29,22 +29,23 @@ _BATCH_BYTES = 16 * PIECE_BYTES
 
 @dataclass(frozen=True)
 class Job:
-    """What a process needs to know for every unit."""
+    """What a worker process needs for every chunk."""
 
     tokenizer: Path
     eot: str | None
     text_keys: tuple[str, ...]  # one a source
     val_fraction: float
     seed: int
-    folder: Path  # for the units' token files
+    folder: Path  # of the chunks' token files
 
 
 @dataclass
 class Encoded:
-    """What became of a unit. Its tokens lie in `KEY.train` and `KEY.val`, documents in order.
+    """The result for one chunk. Its tokens are in `KEY.train` and `KEY.val`, in document order.
 
-    lengths: [D] int64 tokens of each document with its end of text; held_out: [D] bool. `open`: the
-    last one goes on in the next unit. text_bytes: of all documents; lines: lines or rows read.
+    lengths: [D] int64, tokens of each document with its end of text. held_out: [D] bool. open:
+    whether the last document continues in the next chunk. text_bytes: of all documents. lines: how
+    many lines or rows were read.
     """
 
     lengths: np.ndarray
@@ -55,16 +56,16 @@ class Encoded:
     problems: list[Problem] = field(default_factory=list)
 
 
-def unit_path(folder: Path, unit: Unit, part: str) -> Path:
-    """Return where a unit's tokens of one part are kept until they are in a shard."""
-    key = f"{unit.source}-{unit.cursor.file}-{unit.cursor.start}"
+def chunk_path(folder: Path, chunk: Chunk, part: str) -> Path:
+    """Return the file of a chunk's tokens of one part, which exists until they are in a shard."""
+    key = f"{chunk.source}-{chunk.cursor.file}-{chunk.cursor.start}"
     return folder / f"{key}.{part}"
 
 
 def is_held_out(head: bytes, fraction: float, seed: int) -> bool:
     """Return whether the document that begins with `head` belongs to the validation part.
 
-    By contents: copies of a document are in the same part, wherever they stand.
+    The hash of the content decides, so that duplicates land in the same part.
     """
     if fraction == 0:
         return False
@@ -74,36 +75,41 @@ def is_held_out(head: bytes, fraction: float, seed: int) -> bool:
 
 
 class Encoder:
-    """Encodes units by one tokenizer."""
+    """Encodes chunks with one tokenizer."""
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._tokenizer = TextTokenizer(job.tokenizer, job.eot)
         self._end = np.array([self._tokenizer.eot_id], dtype=self._tokenizer.dtype)
 
-    def __call__(self, unit: Unit) -> Encoded:
-        """Write a unit's tokens, whole or not at all, and say what they are."""
+    def __call__(self, chunk: Chunk) -> Encoded:
+        """Write a chunk's tokens, atomically, and return what they are."""
         job = self._job
-        reader = Reader(unit, job.text_keys[unit.source])
+        reader = Reader(chunk, job.text_keys[chunk.source])
         out = Encoded(np.empty(0, np.int64), np.empty(0, bool), False, 0, 0)
         lengths: list[int] = []
         held_out: list[bool] = []
-        paths = [unit_path(job.folder, unit, part) for part in PARTS]
-        beside = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in paths]
-        with beside[0].open("wb") as train, beside[1].open("wb") as val:
+        paths = [chunk_path(job.folder, chunk, part) for part in PARTS]
+        temporary = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in paths]
+        with temporary[0].open("wb") as train, temporary[1].open("wb") as val:
             for batch in _batches(reader, out.problems):
                 encoded = self._tokenizer.encode([document.text for document in batch])
                 for document, ids in zip(batch, encoded, strict=True):
-                    held = is_held_out(document.head, job.val_fraction, job.seed)
+                    held = self._is_held_out(chunk, document)
                     lengths.append(self._write(val if held else train, ids, document.last))
                     held_out.append(held)
                     out.text_bytes += len(document.text)
                     out.open = not document.last
-        for source, target in zip(beside, paths, strict=True):
+        for source, target in zip(temporary, paths, strict=True):
             source.replace(target)
         out.lengths, out.held_out = np.array(lengths, np.int64), np.array(held_out, bool)
         out.lines = reader.lines
         return out
+
+    def _is_held_out(self, chunk: Chunk, document: Document) -> bool:
+        if chunk.held_out is not None:
+            return chunk.held_out
+        return is_held_out(document.head, self._job.val_fraction, self._job.seed)
 
     def _write(self, file: IO[bytes], ids: np.ndarray, last: bool) -> int:
         file.write(ids.tobytes())
@@ -114,9 +120,9 @@ class Encoder:
 
 
 def _batches(
-    documents: Iterator[Document | Problem] | Reader, problems: list[Problem]
+    documents: Iterable[Document | Problem], problems: list[Problem]
 ) -> Iterator[list[Document]]:
-    """Yield documents in groups of about `_BATCH_BYTES`; collect the problems."""
+    """Yield documents in groups of about `_BATCH_BYTES`; append the problems to `problems`."""
     batch: list[Document] = []
     size = 0
     for document in documents:
@@ -133,7 +139,7 @@ def _batches(
 
 
 def executor(processes: int, job: Job) -> Executor:
-    """Return what runs `encode_unit` in so many processes; for one, in this one."""
+    """Return an executor that runs `encode_chunk` in so many processes; 1 means this process."""
     if processes == 1:
         return _Inline(job)
     return ProcessPoolExecutor(
@@ -144,26 +150,26 @@ def executor(processes: int, job: Job) -> Executor:
     )
 
 
-def encode_unit(unit: Unit) -> Encoded:
-    """Encode a unit where an `executor` runs it."""
+def encode_chunk(chunk: Chunk) -> Encoded:
+    """Encode a chunk in a process of an `executor`."""
     assert _encoder is not None
-    return _encoder(unit)
+    return _encoder(chunk)
 
 
 _encoder: Encoder | None = None
 
 
 def _start_process(job: Job) -> None:
-    """Set up a worker process: one thread of its own, no interrupts, an end with its parent."""
+    """Set up a worker process: one thread, no interrupts, and an exit when its parent ends."""
     global _encoder
     os.environ[_PARALLELISM] = "false"
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     _encoder = Encoder(job)
 
 
-def _end_with_parent() -> None:
-    # A killed parent cannot tell its workers, which would wait for work for ever.
+def _exit_with_parent() -> None:
+    # A killed parent cannot stop its workers, which would wait for work for ever.
     parent = parent_process()
     if parent is not None:
         connection.wait([parent.sentinel])
@@ -171,7 +177,7 @@ def _end_with_parent() -> None:
 
 
 class _Inline(Executor):
-    """Runs what is submitted at once, in this process, on one thread of the tokenizer's."""
+    """Runs a submitted call immediately in this process, with a single-threaded tokenizer."""
 
     def __init__(self, job: Job) -> None:
         global _encoder

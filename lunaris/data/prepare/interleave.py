@@ -1,4 +1,4 @@
-"""Interleaving the sources' documents into shards, in an order that only the input decides."""
+"""Interleaving the sources' documents into shards, in an order that depends on the input only."""
 
 from __future__ import annotations
 
@@ -10,25 +10,25 @@ from typing import Any
 
 import numpy as np
 
-from lunaris.data.prepare.chunks import Unit
-from lunaris.data.prepare.encode import PARTS, Encoded, unit_path
+from lunaris.data.prepare.chunks import Chunk
+from lunaris.data.prepare.encode import PARTS, Encoded, chunk_path
 from lunaris.data.prepare.shard_writer import ShardWriter
 from lunaris.errors import UserError
 
-# Sources begin up to so many tokens apart in the rotation, by the seed.
+# By the seed, the sources start up to this many tokens apart in the rotation.
 _PHASE_TOKENS = 1024
 
 
 @dataclass
 class Progress:
-    """How far one source has been merged. All that the merging of the rest depends on."""
+    """How far one source has been merged: everything that the merging of the rest depends on."""
 
     file: int = 0
-    start: int = 0  # of the unit that is next or being merged
-    documents_done: int = 0  # of that unit
-    open: bool = False  # the last merged document goes on
-    place: Any = None  # what the source noted of `start`
-    first_line: int = 0  # lines of the unit's file before the unit
+    start: int = 0  # of the chunk that is next or being merged
+    documents_done: int = 0  # of that chunk
+    open: bool = False  # whether the last merged document continues
+    place: dict[str, object] | None = None  # the source's own note of `start`
+    first_line: int = 0  # lines of the chunk's file before the chunk
     taken: int = 0  # tokens
     documents: int = 0
     bytes: int = 0
@@ -38,22 +38,22 @@ class Progress:
 
 @dataclass
 class _Loaded:
-    """The unit of a source that is being merged, with its tokens in memory."""
+    """The chunk of a source that is being merged, with its tokens in memory."""
 
-    unit: Unit
+    chunk: Chunk
     encoded: Encoded
     tokens: dict[str, np.ndarray]
-    # Tokens before each document: of all, and of its own part.
+    # [D] int64, tokens before each document: in the chunk, and in the document's part of it.
     before: np.ndarray
     before_in_part: np.ndarray
 
 
-class Merger:
-    """Takes encoded units in the order of each source and appends documents to the shards.
+class SourceInterleaver:
+    """Appends the documents of encoded chunks to the shards, mixed in proportion to the weights.
 
-    The next document is of the source with the fewest tokens taken in proportion to its weight, so
-    any stretch of the output holds the sources in the given proportions to within a document.
-    Validation documents go to their source's own shards.
+    The next document comes from the source with the fewest tokens taken relative to its weight, so
+    that any stretch of the output holds the sources in the given proportions to within a document.
+    Validation documents go to separate shards for each source.
     """
 
     def __init__(
@@ -62,7 +62,7 @@ class Merger:
         weights: list[float],
         train: ShardWriter,
         val: list[ShardWriter],
-        units: Path,
+        chunks: Path,
         *,
         seed: int,
         skip_problems: bool,
@@ -70,43 +70,45 @@ class Merger:
         report: Callable[[str], None],
         state: list[dict[str, Any]] | None = None,
     ) -> None:
-        """val: of each source; units: where the token files lie.
+        """train, val: the writers of the training part and of each source's validation part.
 
-        stop_at_first: end when one source is exhausted.
+        chunks: the folder of the token files. skip_problems: leave unreadable documents out, and
+        pass a message to `report`. stop_at_first: end when one source is exhausted. state: the
+        `state()` of an interrupted interleaver.
         """
         self._names, self._weights = names, np.array(weights, dtype=np.float64)
-        self._train, self._val, self._units = train, val, units
+        self._train, self._val, self._chunks = train, val, chunks
         self._skip_problems, self._stop_at_first = skip_problems, stop_at_first
         self._report = report
         phases = np.random.default_rng(seed).random(len(names))
         self._phases = phases * _PHASE_TOKENS * self._weights / self._weights.sum()
         self.progress = [_restored(p) for p in state] if state else [Progress() for _ in names]
-        self._queues: list[deque[tuple[Unit, Encoded]]] = [deque() for _ in names]
+        self._queues: list[deque[tuple[Chunk, Encoded]]] = [deque() for _ in names]
         self._loaded: list[_Loaded | None] = [None] * len(names)
         self._planned = [False] * len(names)
         self.bytes_read = 0
 
     def state(self) -> list[dict[str, Any]]:
-        """Return what a later merger needs to go on, for JSON."""
+        """Return what a later interleaver needs to continue; JSON can hold it."""
         return [asdict(progress) for progress in self.progress]
 
-    def add(self, unit: Unit, encoded: Encoded) -> None:
-        """Give the next unit of its source."""
-        self._queues[unit.source].append((unit, encoded))
+    def add(self, chunk: Chunk, encoded: Encoded) -> None:
+        """Take the next chunk of its source."""
+        self._queues[chunk.source].append((chunk, encoded))
 
     def waiting(self, source: int) -> int:
-        """Return how many units of a source are given and not yet begun."""
+        """Return how many chunks of a source were added and are not yet begun."""
         return len(self._queues[source])
 
     def end(self, source: int) -> None:
-        """Say that a source has no unit after those given."""
+        """Note that a source has no chunk after those that were added."""
         self._planned[source] = True
 
     def advance(self) -> int | None:
-        """Merge as far as the given units allow.
+        """Merge as far as the added chunks allow.
 
-        Returns the source whose next unit is waited for, or None when all is merged. Raises
-        UserError for a document that cannot be read, unless such are skipped.
+        Returns the source whose next chunk is needed, or None when all is merged. Raises UserError
+        for a document that cannot be read, unless problems are skipped.
         """
         while True:
             source = self._next_source()
@@ -131,7 +133,7 @@ class Merger:
         return None if shares[source] == np.inf else source
 
     def _shares(self) -> np.ndarray:
-        """Return what was taken of each source in proportion to its weight; inf: exhausted."""
+        """Return the tokens taken of each source relative to its weight ([S]); inf: exhausted."""
         taken = np.array([progress.taken for progress in self.progress], dtype=np.float64)
         exhausted = np.array([progress.exhausted for progress in self.progress])
         return np.where(exhausted, np.inf, (taken + self._phases) / self._weights)
@@ -139,33 +141,33 @@ class Merger:
     def _load(self, source: int) -> _Loaded | None:
         if not self._queues[source]:
             return None
-        unit, encoded = self._queues[source].popleft()
+        chunk, encoded = self._queues[source].popleft()
         progress = self.progress[source]
-        assert progress.documents_done == 0 or progress.start == unit.start
-        if progress.file != unit.cursor.file:  # files that hold nothing have no unit
+        assert progress.documents_done == 0 or progress.start == chunk.start
+        if progress.file != chunk.cursor.file:  # an empty file in between has no chunk
             progress.first_line = 0
-        progress.file, progress.start = unit.cursor.file, unit.cursor.start
-        self._check(source, unit, encoded)
+        progress.file, progress.start = chunk.cursor.file, chunk.cursor.start
+        self._check(source, chunk, encoded)
         dtype = self._train.dtype
-        tokens = {part: np.fromfile(unit_path(self._units, unit, part), dtype) for part in PARTS}
+        tokens = {part: np.fromfile(chunk_path(self._chunks, chunk, part), dtype) for part in PARTS}
         lengths, held_out = encoded.lengths, encoded.held_out
         before_in_part = np.where(
             held_out, _before(lengths * held_out), _before(lengths * ~held_out)
         )
-        loaded = _Loaded(unit, encoded, tokens, _before(lengths), before_in_part)
+        loaded = _Loaded(chunk, encoded, tokens, _before(lengths), before_in_part)
         self._loaded[source] = loaded
         return loaded
 
-    def _check(self, source: int, unit: Unit, encoded: Encoded) -> None:
+    def _check(self, source: int, chunk: Chunk, encoded: Encoded) -> None:
         for problem in encoded.problems:
             line = self.progress[source].first_line + problem.line
-            said = f"{unit.path}:{line}: {problem.message}"
+            text = f"{chunk.path}:{line}: {problem.message}"
             if not self._skip_problems:
-                raise UserError(f"{said}; data.on_error=skip leaves such documents out")
-            self._report(f"skipped {said}")
+                raise UserError(f"{text}; data.on_error=skip leaves such documents out")
+            self._report(f"skipped {text}")
 
     def _take(self, source: int, loaded: _Loaded) -> None:
-        """Merge documents of a source until another one's turn, or to the end of its unit."""
+        """Merge documents of a source until another source's turn or the end of the chunk."""
         progress, lengths = self.progress[source], loaded.encoded.lengths
         first = progress.documents_done
         last = len(lengths)
@@ -184,7 +186,7 @@ class Merger:
         return all(p.exhausted for i, p in enumerate(self.progress) if i != source)
 
     def _turn(self, source: int, loaded: _Loaded, first: int) -> int:
-        """Return how many documents a source gives before another one has taken less."""
+        """Return how many documents to take before another source has the smallest share."""
         others = np.delete(self._shares(), source).min()
         start = self.progress[source].taken + self._phases[source]
         share = (start + loaded.before[first:] - loaded.before[first]) / self._weights[source]
@@ -201,18 +203,18 @@ class Merger:
                 writers[part].append(tokens)
 
     def _unload(self, source: int, loaded: _Loaded) -> None:
-        progress, unit = self.progress[source], loaded.unit
+        progress, chunk = self.progress[source], loaded.chunk
         progress.documents_done = 0
-        progress.start, progress.place = unit.stop, unit.after
+        progress.start, progress.place = chunk.stop, chunk.after
         progress.first_line += loaded.encoded.lines
-        if unit.last:
-            progress.file, progress.start, progress.first_line = unit.cursor.file + 1, 0, 0
+        if chunk.last:
+            progress.file, progress.start, progress.first_line = chunk.cursor.file + 1, 0, 0
         progress.bytes += loaded.encoded.text_bytes
         progress.skipped += len(loaded.encoded.problems)
-        self.bytes_read += unit.size
+        self.bytes_read += chunk.size
         self._loaded[source] = None
         for part in PARTS:
-            unit_path(self._units, unit, part).unlink()
+            chunk_path(self._chunks, chunk, part).unlink()
 
 
 def _before(lengths: np.ndarray) -> np.ndarray:

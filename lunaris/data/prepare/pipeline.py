@@ -1,8 +1,9 @@
 """From sources of documents to a folder of shards: parallel, streaming, and safe to kill.
 
-The parent cuts the sources into units, worker processes encode them, the parent merges the results
-in an order that only the input decides, and notes from time to time how far it came. So the shards
-are the same bytes whatever the number of processes and however often the work was interrupted.
+The parent process cuts the sources into chunks, worker processes encode them, and the parent merges
+the results in an order that depends on the input only. From time to time it saves a note of how far
+it got. So the shards are the same bytes whatever the number of processes, and however often the
+work was interrupted.
 """
 
 from __future__ import annotations
@@ -16,54 +17,75 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lunaris.atomic_files import write_durably
+from lunaris.atomic_files import FileInUse, file_lock, write_durably
 from lunaris.data import manifest as manifests
 from lunaris.data.manifest import Manifest, SourceEntry
-from lunaris.data.prepare.chunks import Cursor, Source, Unit
-from lunaris.data.prepare.encode import Encoded, Job, encode_unit, executor
-from lunaris.data.prepare.interleave import Merger
-from lunaris.data.prepare.sample import sample_texts
+from lunaris.data.prepare.chunks import Chunk, Cursor, Source
+from lunaris.data.prepare.encode import Encoded, Job, encode_chunk, executor
+from lunaris.data.prepare.folder_tokenizer import folder_tokenizer
+from lunaris.data.prepare.interleave import SourceInterleaver
 from lunaris.data.prepare.shard_writer import ShardWriter
-from lunaris.data.prepare.spec import Recipe, read_note, require_same, settings_of
-from lunaris.data.prepared import folder_lock
-from lunaris.data.tokenizer import TextTokenizer, load_tokenizer, train_bpe
+from lunaris.data.prepare.spec import PrepareSpec, read_note, require_same
+from lunaris.data.tokenizer import TextTokenizer
 from lunaris.errors import UserError
 
-# Seconds between notes of how far the merging came: what a kill costs at most.
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+# Seconds between two notes of the progress: the most work that a kill can cost.
 NOTE_S = 2.0
-# A text with what tokenizers lose: case, spaces, breaks of lines, accents, rare characters.
-_PROBE = "A  b\n\tc\u00e9 \u6f22 \U0001f600"
 
 
-def prepare(recipe: Recipe, sources: Sequence[Source], weights: list[float]) -> Manifest:
-    """Make the folder's shards and manifest, or go on making them; return the manifest.
+def write_shards(spec: PrepareSpec, *, wait_for_lock: bool = False) -> Manifest:
+    """Write the folder's shards and manifest, or continue to; return the manifest.
 
-    Raises UserError when the folder is in use, holds something else, or a document cannot be read.
+    wait_for_lock: wait while another process writes the folder. Raises UserError when the folder is
+    in use (without waiting), holds something else, or a document cannot be read.
     """
-    folder = recipe.folder
-    asked = settings_of(recipe, sources, weights)
-    with _left_clean(folder), folder_lock(folder / ".lock", wait=False):
+    folder = spec.folder
+    with _cleaned_up(folder), folder_lock(folder / ".lock", wait=wait_for_lock):
         made = manifests.read(folder)
         if made is not None:
-            require_same(folder, made.settings, asked)
+            require_same(spec, made.settings)
             shutil.rmtree(folder / manifests.UNFINISHED, ignore_errors=True)
             return made
-        note = read_note(folder, asked)
-        tokenizer = _tokenizer(recipe, sources, weights)
-        made = _Preparation(recipe, sources, weights, asked, tokenizer, note).run()
+        note = read_note(spec)
+        made = _Preparation(spec, folder_tokenizer(spec), note).run()
         made.write(folder)
         shutil.rmtree(folder / manifests.UNFINISHED)
         return made
 
 
 @contextmanager
-def _left_clean(folder: Path) -> Iterator[None]:
-    """Take away a new folder in which a mistake left nothing of worth; say so of a full disk."""
+def folder_lock(path: Path, *, wait: bool) -> Iterator[None]:
+    """Hold a lock file, whose folder is created, until the block or the process ends.
+
+    wait: until another process releases it. Raises UserError when the folder is in use, or cannot
+    be written.
+    """
+    with ExitStack() as stack:
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(file_lock(path, wait=wait))
+        except FileInUse as error:
+            raise UserError(
+                f"{path.parent}: another `lunaris prepare` is writing this folder"
+            ) from error
+        except OSError as error:
+            raise UserError(
+                f"data.dir={path.parent}: cannot be written: {error.strerror}"
+            ) from error
+        yield
+
+
+@contextmanager
+def _cleaned_up(folder: Path) -> Iterator[None]:
+    """Remove a new folder if a mistake left nothing useful in it; explain a full disk."""
     new = not folder.exists()
     try:
         yield
@@ -75,87 +97,88 @@ def _left_clean(folder: Path) -> Iterator[None]:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS):
             raise
         raise UserError(
-            f"data.dir={folder}: cannot be written on: {error.strerror}; once it can, the same "
-            "command goes on"
+            f"data.dir={folder}: cannot be written: {error.strerror}; correct that and run the "
+            "same command to continue"
         ) from error
 
 
 class _Preparation:
-    """One run of the work, from where the last note says it stands."""
+    """One run of the work, from where the last note says that it stands."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        sources: Sequence[Source],
-        weights: list[float],
-        asked: dict[str, Any],
-        tokenizer: TextTokenizer,
-        note: dict[str, Any],
-    ) -> None:
-        self._recipe, self._sources, self._weights = recipe, sources, weights
-        self._asked, self._tokenizer = asked, tokenizer
-        self._work = recipe.folder / manifests.UNFINISHED
-        units = self._work / "units"
-        shutil.rmtree(units, ignore_errors=True)
-        units.mkdir(parents=True)
-        states = note.get("writers", {})
-        # Of several sources each has validation shards of its own, for a loss of its own.
-        self._val = ["val"] if len(sources) == 1 else [f"val{i}" for i in range(len(sources))]
-        self._writers = {
-            part: ShardWriter(
-                recipe.folder,
-                part,
-                tokenizer.dtype,
-                recipe.shard_tokens,
-                states.get(part),
-                keep_open=part == "train" or len(sources) == 1,
-            )
-            for part in ["train", *self._val]
-        }
-        self._bar = _bar(sources)
-        self._merger = Merger(
-            [source.name for source in sources],
-            weights,
+    def __init__(self, spec: PrepareSpec, tokenizer: TextTokenizer, note: dict[str, Any]) -> None:
+        """note: the result of `read_note`."""
+        self._spec, self._tokenizer = spec, tokenizer
+        self._sources, self._weights = spec.sources, spec.weights
+        self._processes = spec.keys.processes or _default_processes()
+        self._work = spec.folder / manifests.UNFINISHED
+        chunks = self._work / "units"
+        shutil.rmtree(chunks, ignore_errors=True)
+        chunks.mkdir(parents=True)
+        self._job = Job(
+            spec.folder / manifests.TOKENIZER,
+            spec.keys.eot,
+            tuple(source.text_key for source in spec.sources),
+            spec.keys.val_fraction,
+            spec.keys.seed,
+            chunks,
+        )
+        # Each of several sources has its own validation shards, so that its loss can be logged.
+        several = len(spec.sources) > 1
+        self._val = [f"val{i}" for i in range(len(spec.sources))] if several else ["val"]
+        self._writers = self._open_writers(note.get("writers", {}))
+        self._bar = _progress_bar(spec.sources)
+        self._interleaver = SourceInterleaver(
+            [source.name for source in spec.sources],
+            spec.weights,
             self._writers["train"],
             [self._writers[part] for part in self._val],
-            units,
-            seed=recipe.seed,
-            skip_problems=recipe.on_error == "skip",
-            stop_at_first=recipe.on_exhausted == "stop",
+            chunks,
+            seed=spec.keys.seed,
+            skip_problems=spec.keys.on_error == "skip",
+            stop_at_first=spec.keys.on_exhausted == "stop",
             report=lambda text: self._bar.write(text, file=sys.stderr),
             state=note.get("sources"),
         )
-        self._planners: list[Iterator[Unit] | None] = [
-            None if p.exhausted else source.units(i, Cursor(p.file, p.start, p.place))
-            for i, (source, p) in enumerate(zip(sources, self._merger.progress, strict=True))
+        # What yields each source's remaining chunks; None once it is exhausted.
+        self._planners: list[Iterator[Chunk] | None] = [
+            None if p.exhausted else source.chunks(i, Cursor(p.file, p.start, p.place))
+            for i, (source, p) in enumerate(
+                zip(spec.sources, self._interleaver.progress, strict=True)
+            )
         ]
         for i, planner in enumerate(self._planners):
             if planner is None:
-                self._merger.end(i)
-        # Units of each source that are sent and not yet merged, oldest first.
-        self._sent: list[list[tuple[Unit, Future[Encoded]]]] = [[] for _ in sources]
-        self._sent_bytes = [0] * len(sources)
+                self._interleaver.end(i)
+        # Each source's chunks that were submitted and are not yet merged, oldest first.
+        self._sent: list[list[tuple[Chunk, Future[Encoded]]]] = [[] for _ in spec.sources]
+        self._sent_bytes = [0] * len(spec.sources)
         self._noted = time.monotonic()
-        self._job = Job(
-            recipe.folder / manifests.TOKENIZER,
-            recipe.eot,
-            tuple(source.text_key for source in sources),
-            recipe.val_fraction,
-            recipe.seed,
-            units,
-        )
+
+    def _open_writers(self, states: dict[str, dict[str, Any]]) -> dict[str, ShardWriter]:
+        """Return the writer of each part. Of many, only the one of `train` keeps its file open."""
+        return {
+            part: ShardWriter(
+                self._spec.folder,
+                part,
+                self._tokenizer.dtype,
+                self._spec.keys.shard_tokens,
+                states.get(part),
+                keep_open=part == "train" or len(self._val) == 1,
+            )
+            for part in ["train", *self._val]
+        }
 
     def run(self) -> Manifest:
-        """Encode and merge all that is left; return what the manifest will say."""
-        pool = executor(self._recipe.processes, self._job)
+        """Encode and merge everything that is left; return the manifest."""
+        pool = executor(self._processes, self._job)
         try:
             with self._bar:
                 self._loop(pool)
             return self._manifest()
         except BrokenProcessPool as error:
             raise RuntimeError(
-                "a process of the preparation was ended from outside, perhaps for want of memory; "
-                "the same command goes on, fewer data.processes take less"
+                "a prepare worker was killed (out of memory?); run the same command to continue, "
+                "or lower data.processes"
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
@@ -164,38 +187,41 @@ class _Preparation:
 
     def _loop(self, pool: Executor) -> None:
         began, before = time.monotonic(), self._tokens()
-        waiting = self._merger.advance()
+        waiting = self._interleaver.advance()
         while waiting is not None:
             self._send(pool, waiting)
             self._collect(waiting)
-            bytes_before = self._merger.bytes_read
+            bytes_before = self._interleaver.bytes_read
             try:
-                waiting = self._merger.advance()
+                waiting = self._interleaver.advance()
             except UserError:
-                # Before the first token nothing is worth keeping: the input may be mended.
+                # Before the first token there is nothing to keep, and the input may be corrected.
                 if self._tokens():
                     self._note()
                 raise
-            self._bar.update(self._merger.bytes_read - bytes_before)
+            self._bar.update(self._interleaver.bytes_read - bytes_before)
             rate = (self._tokens() - before) / max(time.monotonic() - began, 1e-9)
             self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
             if time.monotonic() - self._noted >= NOTE_S:
                 self._note()
 
     def _send(self, pool: Executor, waiting: int) -> None:
-        """Keep the workers busy with the units that the merger will ask for next."""
-        processes = self._recipe.processes
+        """Submit the chunks that the interleaver will ask for next, to keep the workers busy.
+
+        waiting: the source whose next chunk the interleaver needs now.
+        """
+        processes = self._processes
         while True:
             unfinished = sum(not future.done() for sent in self._sent for _, future in sent)
-            # Units that are encoded and wait for their turn count: a source of small weight would
-            # run ahead of the others without end.
+            # Chunks that are encoded and wait for their turn count too; otherwise a source of small
+            # weight would run ahead of the others without bound.
             room = [
                 i
                 for i, planner in enumerate(self._planners)
                 if planner is not None
-                and len(self._sent[i]) + self._merger.waiting(i) < processes + 2
+                and len(self._sent[i]) + self._interleaver.waiting(i) < processes + 2
             ]
-            # The one that is waited for is sent in any case, or all would wait for ever.
+            # The source that is waited for always gets its turn, or all would wait for ever.
             starving = waiting in room and not self._sent[waiting]
             if not room or (unfinished >= processes + 2 and not starving):
                 return
@@ -206,51 +232,51 @@ class _Preparation:
             )
             planner = self._planners[source]
             assert planner is not None
-            unit = next(planner, None)
-            if unit is None:
+            chunk = next(planner, None)
+            if chunk is None:
                 self._planners[source] = None
                 if not self._sent[source]:
-                    self._merger.end(source)
+                    self._interleaver.end(source)
                     if source == waiting:
                         return
                 continue
-            future = pool.submit(encode_unit, unit)
-            self._sent[source].append((replace(unit, payload=None), future))
-            self._sent_bytes[source] += max(unit.size, 1)
+            future = pool.submit(encode_chunk, chunk)
+            self._sent[source].append((replace(chunk, payload=None), future))
+            self._sent_bytes[source] += max(chunk.size, 1)
 
     def _collect(self, waiting: int) -> None:
-        """Give the merger what is finished, each source's units in order; wait for the next."""
+        """Pass finished chunks to the interleaver in each source's order; wait for the next."""
         sent = self._sent[waiting]
         if sent and not sent[0][1].done():
-            # For any, not for this one alone: no worker may run dry meanwhile.
-            pending = [future for units in self._sent for _, future in units if not future.done()]
+            # Wait for any chunk, not only this one, so that no worker runs out of work meanwhile.
+            pending = [future for chunks in self._sent for _, future in chunks if not future.done()]
             wait(pending, return_when=FIRST_COMPLETED)
-        for source, units in enumerate(self._sent):
-            while units and units[0][1].done():
-                unit, future = units.pop(0)
-                self._merger.add(unit, future.result())
-            if not units and self._planners[source] is None:
-                self._merger.end(source)
+        for source, chunks in enumerate(self._sent):
+            while chunks and chunks[0][1].done():
+                chunk, future = chunks.pop(0)
+                self._interleaver.add(chunk, future.result())
+            if not chunks and self._planners[source] is None:
+                self._interleaver.end(source)
 
     def _note(self) -> None:
-        """Make durable what is merged, and how to go on from there."""
+        """Make durable what is merged, and the state to continue from."""
         note = {
-            "settings": self._asked,
+            "settings": self._spec.settings,
             "writers": {part: writer.state() for part, writer in self._writers.items()},
-            "sources": self._merger.state(),
+            "sources": self._interleaver.state(),
         }
         write_durably(self._work / "note.json", json.dumps(note).encode())
         self._noted = time.monotonic()
 
     def _tokens(self) -> int:
-        return sum(progress.taken for progress in self._merger.progress)
+        return sum(progress.taken for progress in self._interleaver.progress)
 
     def _manifest(self) -> Manifest:
         train = self._writers["train"].finish()
         if not train:
             raise UserError(
-                f"data.dir={self._recipe.folder}: no training document in the input; lower "
-                f"data.val_fraction={self._recipe.val_fraction} or give more"
+                f"data.dir={self._spec.folder}: no training document in the input; lower "
+                f"data.val_fraction={self._spec.keys.val_fraction} or give more input"
             )
         val = [
             replace(entry, source=source.name if len(self._sources) > 1 else None)
@@ -273,49 +299,20 @@ class _Preparation:
                     p.skipped,
                 )
                 for source, weight, p in zip(
-                    self._sources, self._weights, self._merger.progress, strict=True
+                    self._sources, self._weights, self._interleaver.progress, strict=True
                 )
             ],
-            settings=self._asked,
+            settings=self._spec.settings,
         )
 
 
-def _tokenizer(recipe: Recipe, sources: Sequence[Source], weights: list[float]) -> TextTokenizer:
-    """Return the folder's tokenizer; load or train it first where there is none."""
-    path = recipe.folder / manifests.TOKENIZER
-    if not path.is_file():
-        beside = recipe.folder / manifests.UNFINISHED / manifests.TOKENIZER
-        if recipe.tokenizer is not None:
-            load_tokenizer(recipe.tokenizer, beside)
-        else:
-            texts = sample_texts(sources, weights, recipe.sample_mb * 2**20)
-            train_bpe(texts, recipe.vocab_size, beside)
-        _check(beside, recipe)  # refused before anything is written
-        write_durably(path, beside.read_bytes())
-    return TextTokenizer(path, recipe.eot)
-
-
-def _check(path: Path, recipe: Recipe) -> None:
-    """Raise UserError for a tokenizer that cannot serve; say so of one that loses text."""
-    said = f"data.tokenizer={recipe.tokenizer or 'null'}"
-    try:
-        tokenizer = TextTokenizer(path, recipe.eot)
-    except UserError as error:
-        raise UserError(str(error).replace(str(path), said)) from error
-    back = tokenizer.decode_bytes(tokenizer.encode([_PROBE.encode()])[0]).decode("utf-8", "replace")
-    if back != _PROBE:
-        print(
-            f"note: {said} does not keep every text: {_PROBE!r} becomes {back!r}", file=sys.stderr
-        )
-
-
-def _bar(sources: Sequence[Source]) -> Any:
+def _progress_bar(sources: Sequence[Source]) -> tqdm[Any]:
     from tqdm import tqdm
 
     total = sum(source.size for source in sources) or None
     return tqdm(total=total, desc="prepare", unit="B", unit_scale=True, smoothing=0.05)
 
 
-def default_processes() -> int:
+def _default_processes() -> int:
     """Return how many processors this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

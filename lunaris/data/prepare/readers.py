@@ -1,4 +1,4 @@
-"""From a unit of work to its documents."""
+"""Reading the documents of a chunk."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO
 
-from lunaris.data.extras import need
-from lunaris.data.prepare.chunks import HEAD_BYTES, Unit
-from lunaris.errors import did_you_mean
+from lunaris.data.prepare.chunks import HEAD_BYTES, Chunk
+from lunaris.errors import did_you_mean, need
 
 _SURROGATES = re.compile("([\ud800-\udc7f\udd00-\udfff]+)")
 _BLOCK = 2**20
@@ -18,7 +17,10 @@ _BLOCK = 2**20
 
 @dataclass(frozen=True)
 class Document:
-    """One document, or a piece of one: `head` are the document's first bytes, for its hash."""
+    """One document, or a piece of one. head: the document's first bytes, which are hashed.
+
+    last: whether the document ends here.
+    """
 
     text: bytes
     head: bytes
@@ -27,7 +29,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Problem:
-    """A document that cannot be read: its line (or row) within its unit, from 1, and why."""
+    """A document that cannot be read: its line (or row) within its chunk, from 1, and why."""
 
     line: int
     message: str
@@ -35,62 +37,62 @@ class Problem:
 
 @dataclass
 class Reader:
-    """Reads the documents of one unit; `lines` counts the lines or rows it went through."""
+    """Reads the documents of one chunk; `lines` counts the lines or rows read so far."""
 
-    unit: Unit
+    chunk: Chunk
     text_key: str
     lines: int = 0
 
     def __iter__(self) -> Iterator[Document | Problem]:
-        unit = self.unit
+        chunk = self.chunk
         try:
             yield from self._documents()
         except (OSError, ValueError) as error:  # pyarrow's are ValueErrors
-            yield Problem(self.lines + 1, f"cannot be read on: {error}")
-            if unit.kind == "text" and unit.start and unit.last:
-                yield Document(b"", unit.head)
-        if unit.problem:
-            yield Problem(self.lines + 1, unit.problem)
+            yield Problem(self.lines + 1, f"cannot be read further: {error}")
+            if chunk.kind == "text" and chunk.start and chunk.last:
+                yield Document(b"", chunk.head)
+        if chunk.problem:
+            yield Problem(self.lines + 1, chunk.problem)
 
     def _documents(self) -> Iterator[Document | Problem]:
-        unit = self.unit
-        if unit.kind == "documents":
-            assert isinstance(unit.payload, list)
-            for text in unit.payload:
+        chunk = self.chunk
+        if chunk.kind == "documents":
+            assert isinstance(chunk.payload, list)
+            for text in chunk.payload:
                 self.lines += 1
-                yield Problem(self.lines, text) if isinstance(text, str) else whole(text)
-        elif unit.kind == "parquet":
+                yield Problem(self.lines, text) if isinstance(text, str) else complete(text)
+        elif chunk.kind == "parquet":
             yield from self._rows()
-        elif unit.kind == "text":
+        elif chunk.kind == "text":
             yield self._piece()
         else:
-            parse = self._line if unit.kind == "lines" else self._json
-            for line in _lines(unit):
+            parse = self._line if chunk.kind == "lines" else self._json
+            for line in _lines(chunk):
                 self.lines += 1
                 document = parse(line)
                 if document is not None:
                     yield document
 
     def _piece(self) -> Document:
-        unit = self.unit
-        if unit.payload is not None:
-            assert isinstance(unit.payload, bytes)
-            return Document(unit.payload, unit.head, unit.last)
-        with open(unit.path, "rb") as file:
-            head = unit.head or file.read(HEAD_BYTES)
-            file.seek(unit.start)
-            return Document(file.read(unit.stop - unit.start), head, unit.last)
+        chunk = self.chunk
+        if chunk.payload is not None:
+            assert isinstance(chunk.payload, bytes)
+            return Document(chunk.payload, chunk.head, chunk.last)
+        with open(chunk.path, "rb") as file:
+            head = chunk.head or file.read(HEAD_BYTES)
+            file.seek(chunk.start)
+            return Document(file.read(chunk.stop - chunk.start), head, chunk.last)
 
     def _line(self, line: bytes) -> Document:
-        return whole(line.removesuffix(b"\n"))
+        return complete(line.removesuffix(b"\n"))
 
     def _json(self, line: bytes) -> Document | Problem | None:
-        if self.lines == 1 and self.unit.start == 0:
+        if self.lines == 1 and self.chunk.start == 0:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if not line.strip():
             return None
         try:
-            # What is not UTF-8 stays what it is, as lone surrogates, and comes back as bytes.
+            # Bytes that are not UTF-8 become lone surrogates here and the same bytes later.
             record = json.loads(line.decode("utf-8", "surrogateescape"))
         except (ValueError, RecursionError) as error:
             return Problem(self.lines, f"not JSON: {error}")
@@ -101,8 +103,8 @@ class Reader:
     def _rows(self) -> Iterator[Document | Problem]:
         pyarrow = need("pyarrow", "Parquet")
         parquet = need("pyarrow.parquet", "Parquet")
-        groups = list(range(self.unit.start, self.unit.stop))
-        with parquet.ParquetFile(self.unit.path) as file:
+        groups = list(range(self.chunk.start, self.chunk.stop))
+        with parquet.ParquetFile(self.chunk.path) as file:
             for batch in file.iter_batches(256, groups, [self.text_key]):
                 column = batch.column(0)
                 kind = column.type
@@ -112,32 +114,33 @@ class Reader:
                     column = column.cast(pyarrow.large_binary())
                 for value in column.to_pylist():
                     self.lines += 1
-                    yield whole_or_problem(value, self.text_key, self.lines)
+                    yield value_to_document(value, self.text_key, self.lines)
 
 
-def whole(text: bytes) -> Document:
+def complete(text: bytes) -> Document:
+    """Return a text as one document."""
     return Document(text, text[:HEAD_BYTES])
 
 
-def to_document(record: dict[str, Any], key: str, line: int) -> Document | Problem:
-    """Return the document that a record has under `key`, or why it has none."""
+def to_document(record: dict[str, object], key: str, line: int) -> Document | Problem:
+    """Return the document under `key` of a record, or why there is none."""
     if key not in record:
         hint = did_you_mean(key, record)
         return Problem(line, f"no key {key} (data.text_key) in {list(record)[:8]}{hint}")
-    return whole_or_problem(record[key], key, line)
+    return value_to_document(record[key], key, line)
 
 
-def whole_or_problem(value: object, key: str, line: int) -> Document | Problem:
-    """Return the document that a record's value is, or why it is none."""
+def value_to_document(value: object, key: str, line: int) -> Document | Problem:
+    """Return a record's value as a document, or why it is not a text."""
     if isinstance(value, str):
-        return whole(to_bytes(value))
+        return complete(to_bytes(value))
     if isinstance(value, bytes):
-        return whole(value)
+        return complete(value)
     return Problem(line, f"{key} is {'null' if value is None else type(value).__name__}, not text")
 
 
 def to_bytes(text: str) -> bytes:
-    """Return a text as UTF-8; lone surrogates as the bytes that they escape, or as they are."""
+    """Return a text as UTF-8; lone surrogates as the bytes they escape, or as surrogates."""
     try:
         return text.encode()
     except UnicodeEncodeError:
@@ -147,19 +150,19 @@ def to_bytes(text: str) -> bytes:
         )
 
 
-def _lines(unit: Unit) -> Iterator[bytes]:
-    """Yield the lines that begin in a unit, with their line ends."""
-    if unit.payload is not None:
-        assert isinstance(unit.payload, bytes)
-        yield from _split(unit.payload)
+def _lines(chunk: Chunk) -> Iterator[bytes]:
+    """Yield the lines that begin in a chunk, with their line ends."""
+    if chunk.payload is not None:
+        assert isinstance(chunk.payload, bytes)
+        yield from _split(chunk.payload)
         return
-    with open(unit.path, "rb") as file:
-        at = unit.start
+    with open(chunk.path, "rb") as file:
+        at = chunk.start
         if at:
-            # Skip the line that began before, without holding it: it may be of any length.
+            # Skip the line that began earlier without loading it, because it may be of any length.
             file.seek(at - 1)
-            at += _skip_line(file, unit.stop - at + 1) - 1
-        while at < unit.stop:
+            at += _skip_line(file, chunk.stop - at + 1) - 1
+        while at < chunk.stop:
             line = file.readline()
             if not line:
                 return

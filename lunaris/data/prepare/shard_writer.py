@@ -1,4 +1,4 @@
-"""Writing shards of a fixed number of tokens, so that a killed writer can go on."""
+"""Writing shards of a fixed number of tokens, so that a killed writer can be continued."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class ShardWriter:
     """Appends tokens to `PART_00000.npy`, `PART_00001.npy`, …, all but the last of one size.
 
     The shard being written is `PART_NNNNN.npy.part`. `state()` makes what was appended durable and
-    returns what a later writer needs to go on from exactly there.
+    returns what a later writer needs to continue exactly there.
     """
 
     def __init__(
@@ -33,9 +33,10 @@ class ShardWriter:
         *,
         keep_open: bool = True,
     ) -> None:
-        """state: of an earlier writer; whatever that one appended later is dropped.
+        """state: of an earlier writer; whatever it appended after that state is dropped.
 
-        keep_open: hold the file between appends. There may be more writers than open files.
+        shard_tokens: tokens a shard. keep_open: keep the file open between appends; with false,
+        there can be more writers than the process may open files.
         """
         self._folder, self._part = folder, part
         self.dtype, self._shard_tokens = dtype, shard_tokens
@@ -49,11 +50,11 @@ class ShardWriter:
 
     @property
     def tokens(self) -> int:
-        """Return how many tokens were appended to all shards."""
+        """How many tokens were appended to all shards."""
         return sum(entry.tokens for entry in self.entries) + self._tokens
 
     def append(self, tokens: np.ndarray) -> None:
-        """Append tokens ([n] of the shards' type)."""
+        """Append tokens ([n] of `dtype`)."""
         done = 0
         while done < len(tokens):
             taken = tokens[done : done + self._shard_tokens - self._tokens]
@@ -67,6 +68,7 @@ class ShardWriter:
             self.close()
 
     def state(self) -> dict[str, Any]:
+        """Make what was appended durable; return the shards and tokens so far, for JSON."""
         if not self._durable:
             file = self._open()
             file.flush()
@@ -77,13 +79,13 @@ class ShardWriter:
         return {"entries": [asdict(entry) for entry in self.entries], "tokens": self._tokens}
 
     def finish(self) -> list[ShardEntry]:
-        """Finish the last shard, which may be a short one, and return all of them."""
+        """Finish the last shard, which may be shorter, and return all of them."""
         if self._tokens:
             self._finish_shard()
         return self.entries
 
     def close(self) -> None:
-        """Let go of the open file, as a killed writer would."""
+        """Close the open file without finishing the shard."""
         if self._file is not None:
             self._file.close()
             self._file = None
@@ -91,32 +93,32 @@ class ShardWriter:
     def _open(self) -> io.BufferedRandom:
         """Return the file of the shard being written, at its end."""
         if self._file is None and self._tokens:
-            self._file = self._beside().open("r+b")
+            self._file = self._unfinished().open("r+b")
             self._file.seek(0, os.SEEK_END)
         elif self._file is None:
-            self._file = self._beside().open("w+b")
+            self._file = self._unfinished().open("w+b")
             self._file.write(bytes(_HEADER_BYTES))
         return self._file
 
     def _path(self, index: int) -> Path:
         return self._folder / f"{self._part}_{index:05d}.npy"
 
-    def _beside(self) -> Path:
+    def _unfinished(self) -> Path:
         path = self._path(len(self.entries))
         return path.with_name(f"{path.name}.part")
 
     def _reopen(self) -> None:
-        """Put the files back to where the state says they were."""
+        """Put the files back into the condition that the state describes."""
         current = self._path(len(self.entries))
         # The shard may have been finished after the state was taken.
         if current.is_file():
-            current.replace(self._beside())
+            current.replace(self._unfinished())
         for path in sorted(self._folder.glob(f"{self._part}_*.npy*")):
             index = int(path.name.removeprefix(f"{self._part}_").partition(".")[0])
             if index > len(self.entries) or (index == len(self.entries) and not self._tokens):
                 path.unlink()
         if self._tokens:
-            with self._beside().open("r+b") as file:
+            with self._unfinished().open("r+b") as file:
                 file.truncate(_HEADER_BYTES + self._tokens * self.dtype.itemsize)
 
     def _finish_shard(self) -> None:
@@ -128,7 +130,7 @@ class ShardWriter:
         self.close()
         self._durable = True
         path = self._path(len(self.entries))
-        self._beside().replace(path)
+        self._unfinished().replace(path)
         sync_folder(self._folder)
         self.entries.append(ShardEntry(path.name, self._tokens, sha256(path)))
         self._tokens = 0

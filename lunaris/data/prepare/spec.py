@@ -1,4 +1,4 @@
-"""What a preparation is asked for, and whether a folder holds, or was begun with, just that."""
+"""What to build in a folder, and whether the folder holds, or was begun with, exactly that."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lunaris.atomic_files import sync_folder, write_durably
+from lunaris.config.schema.data import PreparedDataConfig
 from lunaris.data import manifest as manifests
 from lunaris.data.prepare.chunks import Source
 from lunaris.errors import UserError
@@ -19,38 +20,38 @@ _VERSION = 3
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """What to make of the sources: the keys of the `data` group that decide the bytes, and others.
+class PrepareSpec:
+    """What to build: the keys, the sources of documents, and a weight above 0 for each source.
 
-    weights: one a source. processes and on_error do not change what is written of sound documents.
+    settings: everything that the shards' bytes depend on, as the manifest will hold it.
     """
 
-    folder: Path
-    tokenizer: str | None
-    eot: str | None
-    vocab_size: int
-    sample_mb: int
-    shard_tokens: int
-    val_fraction: float
-    seed: int
-    on_exhausted: str
-    processes: int
-    on_error: str
+    keys: PreparedDataConfig
+    sources: Sequence[Source]
+    weights: list[float]
+    settings: dict[str, object]
+
+    @property
+    def folder(self) -> Path:
+        """The folder to build."""
+        return Path(self.keys.dir)
 
 
-def settings_of(recipe: Recipe, sources: Sequence[Source], weights: list[float]) -> dict[str, Any]:
-    """Return what the shards' bytes depend on, for JSON."""
+def settings_of(
+    keys: PreparedDataConfig, sources: Sequence[Source], weights: list[float]
+) -> dict[str, object]:
+    """Return what the shards' bytes depend on: not `processes`, and not `on_error`."""
     return {
         "version": _VERSION,
-        "tokenizer": recipe.tokenizer,
-        "tokenizer_sha256": _sha256_of(recipe.tokenizer),
-        "eot": recipe.eot,
-        "vocab_size": recipe.vocab_size,
-        "sample_mb": recipe.sample_mb,
-        "shard_tokens": recipe.shard_tokens,
-        "val_fraction": recipe.val_fraction,
-        "seed": recipe.seed,
-        "on_exhausted": recipe.on_exhausted,
+        "tokenizer": keys.tokenizer,
+        "tokenizer_sha256": _sha256_of(keys.tokenizer),
+        "eot": keys.eot,
+        "vocab_size": keys.vocab_size,
+        "sample_mb": keys.sample_mb,
+        "shard_tokens": keys.shard_tokens,
+        "val_fraction": keys.val_fraction,
+        "seed": keys.seed,
+        "on_exhausted": keys.on_exhausted,
         "sources": [
             {
                 "name": source.name,
@@ -63,7 +64,7 @@ def settings_of(recipe: Recipe, sources: Sequence[Source], weights: list[float])
 
 
 def _sha256_of(tokenizer: str | None) -> str | None:
-    """Return the sha256 of a tokenizer that is a file here; one of the Hub has its name only."""
+    """Return the sha256 of a tokenizer that is a local file; None for one that the Hub names."""
     if tokenizer is None:
         return None
     path = Path(tokenizer).expanduser()
@@ -71,7 +72,9 @@ def _sha256_of(tokenizer: str | None) -> str | None:
     return manifests.sha256(path) if path.is_file() else None
 
 
-def require_same(folder: Path, made: dict[str, Any], asked: dict[str, Any]) -> None:
+def require_same(spec: PrepareSpec, made: dict[str, object]) -> None:
+    """Raise UserError with the differences unless a folder's settings are those of `spec`."""
+    asked = spec.settings
     if made == asked:
         return
     rows = [
@@ -79,27 +82,31 @@ def require_same(folder: Path, made: dict[str, Any], asked: dict[str, Any]) -> N
         for key in sorted(made.keys() | asked.keys())
         if made.get(key) != asked.get(key) and key != "sources"
     ]
-    if made.get("sources") != asked["sources"]:
+    if made.get("sources") != asked.get("sources"):
         rows.append(
             "the input: other files, files that changed, another data.format or data.text_key, "
             "or other weights"
         )
     raise UserError(
-        f"data.dir={folder}: holds shards of another preparation; choose another folder or "
+        f"data.dir={spec.folder}: holds shards that other settings made; choose another folder or "
         "remove it. Differing:\n  " + "\n  ".join(rows)
     )
 
 
-def read_note(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
-    """Return the last note of an unfinished preparation, or {} at its beginning."""
+def read_note(spec: PrepareSpec) -> dict[str, Any]:
+    """Return the last note of an unfinished preparation, or {} at its beginning.
+
+    Raises UserError when the folder was begun with other settings, or holds something else.
+    """
+    folder = spec.folder
     work = folder / manifests.UNFINISHED
     path = work / "note.json"
     if path.is_file():
         note: dict[str, Any] = json.loads(path.read_bytes())
-        if "writers" in note or note["settings"] == asked:
-            require_same(folder, note["settings"], asked)
+        if "writers" in note or note["settings"] == spec.settings:
+            require_same(spec, note["settings"])
             return note
-        # Nothing is written yet that a change of mind would spoil.
+        # No token is written yet, so that other settings may start from the beginning.
         (folder / manifests.TOKENIZER).unlink(missing_ok=True)
     elif not work.is_dir():
         foreign = [path for path in folder.iterdir() if path.name != ".lock"]
@@ -110,5 +117,5 @@ def read_note(folder: Path, asked: dict[str, Any]) -> dict[str, Any]:
             )
         work.mkdir()
         sync_folder(folder)
-    write_durably(path, json.dumps({"settings": asked}).encode())
+    write_durably(path, json.dumps({"settings": spec.settings}).encode())
     return {}

@@ -1,4 +1,4 @@
-"""Prepare, killed: SIGKILL at random moments leaves no trace in the final bytes."""
+"""Prepare, killed: SIGKILL at random moments changes no final byte."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-# Small units and a note after every one, so that a small corpus has many moments to be killed at.
+# Small chunks and a note after every one, so that a small corpus has many moments to be killed at.
 _PREPARE = """
 import sys
-from lunaris.data.prepare import chunks as units
-from lunaris.data.prepare import pipeline as prepare
+from lunaris.data.prepare import chunks, pipeline
+from lunaris.data.prepare.build import build_shards
 from lunaris.data.text import TextData
-prepare.NOTE_S = 0.0
-units.UNIT_BYTES = 20_000
+pipeline.NOTE_S = 0.0
+chunks.CHUNK_BYTES = 20_000
 if __name__ == "__main__":
-    TextData(
+    build_shards(TextData(
         dir=sys.argv[1],
         files={"a": "a.jsonl", "b": "b.txt"},
         vocab_size=400,
@@ -30,7 +30,7 @@ if __name__ == "__main__":
         shard_tokens=20_000,
         val_fraction=0.1,
         processes=2,
-    ).make()
+    ))
 """
 _WORDS = "the naïve cat sat on a mat of 漢字 and 😀 in for while return x = f(1)".split()
 
@@ -77,7 +77,7 @@ def test_twenty_kills_change_no_byte() -> None:
         process.wait(timeout=60)
         seen.add(merged("killed"))
         if finished:
-            # It came to its end before it was killed: begin anew.
+            # It finished before it was killed: start again.
             assert process.returncode == 0, Path("log").read_text()
             assert contents("killed") == contents("whole")
             shutil.rmtree("killed")
@@ -86,7 +86,7 @@ def test_twenty_kills_change_no_byte() -> None:
     last = start("killed")
     assert last.wait(timeout=300) == 0, Path("log").read_text()
     assert contents("killed") == contents("whole")
-    # Killed in the midst of merging, not only before it began.
+    # Some kills came in the middle of the merging.
     assert len(seen) > 3, seen
 
 

@@ -1,4 +1,4 @@
-"""Prepare: round trips, the same bytes for every number of processes, and going on after a kill."""
+"""Prepare: round trips, the same bytes for every number of processes, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -18,13 +18,17 @@ import numpy as np
 import pytest
 
 from lunaris.data.manifest import Manifest, read
-from lunaris.data.prepare import chunks as units
+from lunaris.data.prepare import chunks
 from lunaris.data.prepare import pipeline as preparation
+from lunaris.data.prepare.build import build_shards
 from lunaris.data.prepare.encode import is_held_out
-from lunaris.data.prepare.interleave import Merger
-from lunaris.data.shards import ShardsData, inspect, verify
+from lunaris.data.prepare.folder_tokenizer import train_bpe
+from lunaris.data.prepare.interleave import SourceInterleaver
+from lunaris.data.prepare.pipeline import folder_lock
+from lunaris.data.shard_folder import inspect, verify
+from lunaris.data.shards import ShardsData
 from lunaris.data.text import TextData
-from lunaris.data.tokenizer import TextTokenizer, train_bpe
+from lunaris.data.tokenizer import TextTokenizer
 from lunaris.errors import UserError
 
 WORDS = "der Fuß of naïve 漢字 and 😀 the cat\tsat on\r a mat — x = f(1, 2)".split(" ")
@@ -43,13 +47,13 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units, "UNIT_BYTES", 2000)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunks, "CHUNK_BYTES", 2000)
 
 
 def make(tokenizer: Path, folder: str = "out", /, **keys: Any) -> Manifest:
     defaults = {"processes": 1, "val_fraction": 0.0, "tokenizer": str(tokenizer)}
-    return TextData(**({"dir": folder} | defaults | keys)).make()
+    return build_shards(TextData(**({"dir": folder} | defaults | keys)))
 
 
 def part(folder: str, name: str = "train") -> list[bytes]:
@@ -188,7 +192,7 @@ def test_validation_part_is_by_document(tokenizer: Path) -> None:
     assert set(part("other", "val")) != set(val)
 
 
-def test_each_source_has_a_validation_part_of_its_own(tokenizer: Path) -> None:
+def test_each_source_has_a_separate_validation_part(tokenizer: Path) -> None:
     documents = {name: [f"{name} {text}" for text in texts(200, i)] for i, name in enumerate("abc")}
     documents["c"] = documents["c"][:1]  # held out or not, one document
     for name, mine in documents.items():
@@ -205,7 +209,7 @@ def test_each_source_has_a_validation_part_of_its_own(tokenizer: Path) -> None:
     assert {"a", "b"} <= shards <= {"a", "b", "c"} and len(made.shards["val"]) > 3
     assert {entry.source for entry in made.shards["train"]} == {None}
     data = ShardsData(dir="out")
-    data.prepare()
+    data.ensure_ready()
     for name, sequences in data.val(8).items():
         rows = np.empty((len(sequences), 9), np.int64)
         sequences.gather(np.arange(len(sequences)), rows)
@@ -219,12 +223,12 @@ def test_each_source_has_a_validation_part_of_its_own(tokenizer: Path) -> None:
     # Of a folder among several, by the folder's name too.
     make(tokenizer, "one", files="a.jsonl", val_fraction=0.2)
     both_folders = ShardsData(dir=["out", "one"])
-    both_folders.prepare()
+    both_folders.ensure_ready()
     assert list(both_folders.val(8))[:2] == ["out/a", "out/b"]
     assert list(both_folders.val(8))[-1] == "one"
 
 
-def test_a_tokenizer_that_loses_text_is_told(
+def test_a_tokenizer_that_loses_text_is_reported(
     tokenizer: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("a.txt").write_text("Some words")
@@ -234,7 +238,7 @@ def test_a_tokenizer_that_loses_text_is_told(
     Path("lossy.json").write_text(json.dumps(lossy))
     make(Path("lossy.json"), "lossy", files="a.txt")
     said = capsys.readouterr().err
-    assert "data.tokenizer=lossy.json does not keep every text: 'A  b" in said
+    assert "data.tokenizer=lossy.json does not preserve every text: 'A  b" in said
     with pytest.raises(UserError, match=r"^data\.tokenizer=lossy\.json: has no token nosuch"):
         make(Path("lossy.json"), "other", files="a.txt", eot="nosuch")
     assert not Path("other").exists()
@@ -307,14 +311,14 @@ def test_bad_document_is_named_or_skipped(
     assert part("out") == [text.encode() for text in texts(300, 13)]
 
 
-def test_damaged_archive_gives_what_it_holds(
+def test_corrupt_archive_gives_what_it_holds(
     tokenizer: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     documents = [random.Random(i).randbytes(40).hex() for i in range(400)]
     write_jsonl(Path("plain.jsonl"), documents)
     Path("a.jsonl.gz").write_bytes(gzip.compress(Path("plain.jsonl").read_bytes())[:-4000])
     write_jsonl(Path("b.jsonl"), ["after"])
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz:\d+: cannot be read on"):
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz:\d+: cannot be read further"):
         make(tokenizer, files=["a.jsonl.gz", "b.jsonl"])
     make(tokenizer, files=["a.jsonl.gz", "b.jsonl"], on_error="skip")
     found = part("out")
@@ -324,7 +328,7 @@ def test_damaged_archive_gives_what_it_holds(
     assert found[:-1] == [d.encode() for d in documents[: len(found) - 1]]
 
 
-def test_damaged_archive_of_one_text(tokenizer: Path) -> None:
+def test_corrupt_archive_of_one_text(tokenizer: Path) -> None:
     content = random.Random(0).randbytes(30_000).hex().encode()
     Path("a.txt.gz").write_bytes(gzip.compress(content)[:-6000])
     Path("b.txt").write_text("after")
@@ -338,7 +342,7 @@ def test_damaged_archive_of_one_text(tokenizer: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
 @pytest.mark.parametrize("cut", ["half", "all", "none"])
-def test_a_cut_zstd_file_is_told(tokenizer: Path, kind: str, cut: str) -> None:
+def test_a_cut_zstd_file_is_reported(tokenizer: Path, kind: str, cut: str) -> None:
     zstandard = pytest.importorskip("zstandard")
     documents = [random.Random(i).randbytes(40).hex() for i in range(400)]
     write_jsonl(Path("plain.jsonl"), documents)
@@ -355,7 +359,7 @@ def test_a_cut_zstd_file_is_told(tokenizer: Path, kind: str, cut: str) -> None:
         expected = [d.encode() for d in documents] if kind == "jsonl" else [raw]
         assert part("out") == [*expected, b"after"]
         return
-    with pytest.raises(UserError, match=rf"a\.{kind}\.zst:\d+: cannot be read on: it "):
+    with pytest.raises(UserError, match=rf"a\.{kind}\.zst:\d+: cannot be read further: it "):
         make(tokenizer, files=files)
     make(tokenizer, files=files, on_error="skip")
     assert part("out")[-1] == b"after"
@@ -370,7 +374,7 @@ def test_a_text_that_goes_away_while_it_is_cut_ends_there(
     for i, text in enumerate(after):
         Path(f"b{i}.txt").write_bytes(text)
     cuts = 0
-    cut_before = units.cut_before
+    cut_before = chunks.cut_before
 
     def failing(path: Path, *place: int) -> int:
         nonlocal cuts
@@ -379,7 +383,7 @@ def test_a_text_that_goes_away_while_it_is_cut_ends_there(
             raise OSError("Stale file handle")
         return cut_before(path, *place)
 
-    monkeypatch.setattr(units, "cut_before", failing)
+    monkeypatch.setattr(chunks, "cut_before", failing)
     # It ends in the part that it began in.
     held_out = [is_held_out(content.encode(), 0.5, seed) for seed in range(20)]
     for name in ("train", "val"):
@@ -393,21 +397,21 @@ def test_a_text_that_goes_away_while_it_is_cut_ends_there(
         assert sorted(part(name) + part(name, "val")) == sorted([begun, *after])
 
 
-def test_units_of_a_source_that_waits_for_its_turn_are_bounded(
+def test_chunks_of_a_source_that_waits_for_its_turn_are_bounded(
     tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_jsonl(Path("a.jsonl"), texts(2000, 21))
     Path("a.jsonl.gz").write_bytes(gzip.compress(Path("a.jsonl").read_bytes()))
     write_jsonl(Path("b.jsonl"), texts(2000, 22))
     most = 0
-    add = Merger.add
+    add = SourceInterleaver.add
 
-    def watched(self: Merger, unit: Any, encoded: Any) -> None:
+    def watched(self: SourceInterleaver, chunk: Any, encoded: Any) -> None:
         nonlocal most
-        add(self, unit, encoded)
+        add(self, chunk, encoded)
         most = max(most, *(self.waiting(i) for i in range(2)))
 
-    monkeypatch.setattr(Merger, "add", watched)
+    monkeypatch.setattr(SourceInterleaver, "add", watched)
     keys: dict[str, Any] = {"files": {"a": "a.jsonl.gz", "b": "b.jsonl"}}
     make(tokenizer, weights={"a": 1, "b": 9}, **keys)
     assert 1 <= most <= 3  # one process, and two more
@@ -428,7 +432,7 @@ def test_another_reading_of_the_same_files_is_refused(tokenizer: Path) -> None:
         make(copy, "of_copy", files="a.jsonl")
 
 
-def test_a_fault_before_the_first_token_may_be_mended(tokenizer: Path) -> None:
+def test_a_fault_before_the_first_token_may_be_corrected(tokenizer: Path) -> None:
     Path("a.jsonl").write_text('{"text": "one"}\nnot JSON\n')
     with pytest.raises(UserError, match=r"a\.jsonl:2: not JSON"):
         make(tokenizer, files="a.jsonl")
@@ -437,7 +441,7 @@ def test_a_fault_before_the_first_token_may_be_mended(tokenizer: Path) -> None:
     assert part("out") == [b"one", b"two"]
 
 
-def test_a_full_disk_is_told_and_gone_on_with(
+def test_a_full_disk_is_reported_and_the_work_continued(
     tokenizer: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_jsonl(Path("a.jsonl"), texts(300, 24))
@@ -451,13 +455,13 @@ def test_a_full_disk_is_told_and_gone_on_with(
         append(self, tokens)
 
     monkeypatch.setattr(preparation.ShardWriter, "append", full)
-    with pytest.raises(UserError, match=r"data\.dir=out: cannot be written on: No space left"):
+    with pytest.raises(UserError, match=r"data\.dir=out: cannot be written: No space left"):
         make(tokenizer, files="a.jsonl")
     make(tokenizer, files="a.jsonl")
     assert part("out") == [text.encode() for text in texts(300, 24)]
 
 
-def test_damaged_parquet(tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_corrupt_parquet(tokenizer: Path, capfd: pytest.CaptureFixture[str]) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     documents = [random.Random(i).randbytes(40).hex() for i in range(400)]
@@ -501,7 +505,7 @@ def interruptions(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("note_s", [0.0, 1e9])
-def test_interrupted_goes_on_to_the_same_bytes(
+def test_interrupted_and_continued_gives_the_same_bytes(
     tokenizer: Path, monkeypatch: pytest.MonkeyPatch, note_s: float
 ) -> None:
     """With a note after every unit, and with none at all."""
@@ -550,8 +554,6 @@ def test_a_folder_of_other_things_is_left_alone(tokenizer: Path) -> None:
 
 
 def test_two_at_once_are_refused(tokenizer: Path) -> None:
-    from lunaris.data.prepared import folder_lock
-
     write_jsonl(Path("a.jsonl"), texts(20, 16))
     with folder_lock(Path("out/.lock"), wait=False):
         with pytest.raises(UserError, match="another `lunaris prepare` is writing this folder"):
@@ -563,13 +565,13 @@ def test_trains_a_tokenizer_on_a_sample() -> None:
     Path("b.txt").write_text("\n".join(texts(300, 18)))
     keys: dict[str, Any] = {"files": {"a": "a.jsonl", "b": "b.txt"}, "val_fraction": 0.1}
     for folder in ("one", "two"):
-        TextData(dir=folder, vocab_size=300, processes=1, **keys).make()
+        build_shards(TextData(dir=folder, vocab_size=300, processes=1, **keys))
     assert contents("one") == contents("two")
     manifest = read(Path("one"))
     assert manifest is not None
     assert (manifest.vocab_size, manifest.dtype) == (300, "uint16")
     data = TextData(dir="one", vocab_size=300, **keys)
-    data.prepare()
+    data.ensure_ready()
     assert len(data.train(16, 0)) > 0
     assert data.eot_id == 0
 
@@ -612,5 +614,7 @@ def test_what_cannot_be_prepared(tokenizer: Path, keys: dict[str, Any], message:
 
 
 def test_training_says_what_to_run_first() -> None:
-    with pytest.raises(UserError, match=r"data\.dir=out: not prepared yet; run `lunaris prepare"):
-        TextData(dir="out", files="a.jsonl").prepare()
+    with pytest.raises(
+        UserError, match=r"data\.dir=out: holds no prepared shards yet; run `lunaris prep"
+    ):
+        TextData(dir="out", files="a.jsonl").ensure_ready()

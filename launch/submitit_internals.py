@@ -1,0 +1,29 @@
+"""The parts of submitit that are not public, and our only uses of them.
+
+tests/launch/test_submitit_internals.py fails with a plain message when a new version of submitit
+changes one of them.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from submitit.local.local import LOCAL_REQUEUE_RETURN_CODE
+from submitit.slurm.slurm import _make_sbatch_string
+
+# A task of the local executor that exits with this code is started again.
+REQUEUE_EXIT_CODE: int = LOCAL_REQUEUE_RETURN_CODE
+# The module that a job of submitit runs.
+JOB_MODULE = "submitit.core._submit"
+
+
+def sbatch_script(logs: Path, parameters: dict[str, Any], points: int | None = None) -> str:
+    """Return the sbatch script of a job, or of an array of `points`, that submitit would write.
+
+    logs: the folder in which submitit keeps its files. parameters: submitit's own names.
+    """
+    command = f"{shlex.quote(sys.executable)} -u -m {JOB_MODULE} {shlex.quote(str(logs))}"
+    return _make_sbatch_string(command=command, folder=logs, map_count=points, **parameters)

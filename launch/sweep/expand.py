@@ -1,0 +1,156 @@
+"""The command line of a sweep: parsed and checked once, then expanded into points."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hydra.core.override_parser.types import Override, ValueType
+from hydra.errors import HydraException
+
+from lunaris.config.cli import Flags
+from lunaris.config.compose import Composer, Source, config_dirs
+from lunaris.config.hydra_internals import PLUGIN_PACKAGE, option_loader
+from lunaris.config.keys import CONFIG_MODULE
+from lunaris.config.messages import explain
+from lunaris.config.overrides import check, open_maps, parse
+from lunaris.config.run_names import sweep_name
+from lunaris.errors import UserError
+from lunaris.launch.sweep.points import Sweep
+
+if TYPE_CHECKING:
+    from hydra.core.config_loader import ConfigLoader
+    from omegaconf import DictConfig
+
+# Our sweeper, as `hydra.sweeper._target_` names it.
+PRODUCT = f"{PLUGIN_PACKAGE}.Product"
+
+
+@dataclass(frozen=True)
+class SweepRequest:
+    """What a command line asks of a sweep. `parsed` are the overrides as they were given."""
+
+    flags: Flags
+    command: str
+    parsed: list[Override]
+
+    @cached_property
+    def overrides(self) -> list[Override]:
+        """The overrides as Hydra takes them: with a plus before the entry of a free map."""
+        given = {o.input_line: o for o in self.parsed}
+        return [given.get(text) or parse([text])[0] for text in open_maps(self.parsed)]
+
+    @cached_property
+    def source(self) -> Source:
+        """Where the config of every point is read from."""
+        found = [_text(o) for o in self.parsed if o.key_or_group == "hydra.searchpath"]
+        return replace(self.flags.source, overrides=tuple(found))
+
+    def sweep(self) -> Sweep:
+        """Return the sweep, without points. Raises UserError for an impossible folder."""
+        swept = [_text(o) for o in self.parsed if o.is_sweep_override()]
+        task = [_text(o) for o in self.parsed if not o.is_hydra_override()]
+        given = {o.key_or_group: o.value() for o in self.parsed if not o.is_sweep_override()}
+        name = str(given.get("name") or sweep_name(task, swept))
+        asked = given.get("hydra.sweep.dir") or given.get("out_dir") or f"sweeps/{name}"
+        folder = str(asked).replace("${name}", name)
+        if "${" in folder:
+            raise UserError(
+                f"out_dir={asked}: in the out_dir of a sweep only ${{name}} is replaced; every "
+                "point gets its own folder inside it"
+            )
+        # Hydra's sweepers write values in their own way: 1e-3 becomes 0.001.
+        rewritten = [
+            f"{o.get_key_element()}={o.get_value_element_as_str()}"
+            for o in [*self.parsed, *self.overrides]
+            if not (o.is_sweep_override() or o.is_hydra_override())
+        ]
+        shared = {*task, *rewritten}
+        return Sweep(Path(folder), self.command, shared, Composer(self.source))
+
+    def hydra_config(self, composer: Composer) -> DictConfig:
+        """Return Hydra's own part of the config, which names the sweeper and the launcher.
+
+        Raises UserError for a fault of the overrides that are not swept, and for a swept key of
+        Hydra's own.
+        """
+        fixed = [
+            _text(o)
+            for o in self.parsed
+            if not o.is_sweep_override() and o.key_or_group != "hydra.searchpath"
+        ]
+        config: DictConfig = composer.compose_raw(fixed, with_hydra=True).hydra
+        for override in self.parsed:
+            if override.is_sweep_override() and override.is_hydra_override():
+                raise UserError(f"{_text(override)}: a key of Hydra's own cannot be swept")
+        return config
+
+    def expand(self, params: dict[str, str]) -> list[list[str]]:
+        """Return the overrides of every point. params: overrides from a file, by key.
+
+        Raises UserError when they cannot be expanded.
+        """
+        task = [o for o in self.overrides if not o.is_hydra_override()]
+        given = parse([f"{key}={value}" for key, value in params.items()])
+        try:
+            return expand([*given, *task], partial(_option_loader, self.source))
+        except (HydraException, ValueError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(explain(error)) from error
+
+
+def read_request(flags: Flags, command: str) -> SweepRequest:
+    """Parse and check the overrides of a command line. Raises UserError for the first bad one."""
+    parsed = parse(flags.overrides)
+    check(parsed, config_dirs(flags.source), sweep=True)
+    return SweepRequest(flags, command, parsed)
+
+
+def expand(
+    overrides: list[Override], loader: Callable[[], ConfigLoader] | None = None
+) -> list[list[str]]:
+    """Return the overrides of every point: the product of all swept values.
+
+    The last override of a key counts. loader: returns Hydra's loader, which knows the options that
+    a `glob(…)` stands for. Raises UserError for an interval, and for a key without any value.
+    """
+    last: dict[str, list[str]] = {}
+    for override in overrides:
+        if loader is not None and override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+            override.config_loader = loader()
+        key = override.get_key_element()
+        last.pop(key, None)
+        last[key] = [f"{key}={value}" for value in _values(override)]
+        if not last[key]:
+            raise UserError(f"{override.input_line}: stands for no value; there is nothing to run")
+    return [list(point) for point in itertools.product(*last.values())]
+
+
+def _values(override: Override) -> Iterator[str]:
+    if not override.is_sweep_override():
+        return iter([override.get_value_element_as_str()])
+    if not override.is_discrete_sweep():
+        raise UserError(
+            f"{override.input_line}: this sweeper takes values one by one, not an interval"
+        )
+    return override.sweep_string_iterator()
+
+
+def _option_loader(source: Source) -> ConfigLoader:
+    main = f"pkg://{CONFIG_MODULE}"
+    places = [] if source.path is None else [main]
+    places += [] if source.dir is None else [f"file://{os.path.abspath(source.dir)}"]
+    for override in parse(list(source.overrides)):
+        value = override.value()
+        places += value if isinstance(value, list) else []
+    return option_loader(main if source.path is None else os.path.abspath(source.path), places)
+
+
+def _text(override: Override) -> str:
+    return override.input_line or ""

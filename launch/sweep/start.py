@@ -1,0 +1,56 @@
+"""A sweep from its command line to its summary.
+
+Our sweeper and launchers take the straight way: parse, expand, check, freeze, submit. A sweeper or
+launcher of Hydra's is run by `hydra.main`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from lunaris.config.cli import Flags
+from lunaris.errors import UserError
+from lunaris.launch.sweep.expand import PRODUCT, read_request
+from lunaris.launch.sweep.points import Outcome, Sweep, submit_points
+from lunaris.launch.sweep.run_points import point_launcher, shown_loss
+from lunaris.runs.status import STATES
+
+
+def sweep(flags: Flags, command: str) -> int:
+    """Run or send every point of a sweep; return 1 if any failed. Raises Stopped at a signal."""
+    if "RANK" in os.environ:
+        raise UserError("--multirun: not under torchrun; give launch.processes=N instead")
+    request = read_request(flags, command)
+    swept = request.sweep()
+    hydra = request.hydra_config(swept.composer)
+    targets = [hydra.sweeper._target_, hydra.launcher._target_]
+    launcher = point_launcher(targets[1])
+    if targets[0] == PRODUCT and launcher is not None and not hydra.callbacks:
+        points = request.expand(hydra.sweeper.params or {})
+        outcomes = list(submit_points(swept, points, launcher).values())
+    else:
+        # Imported here because it imports all of Hydra.
+        from lunaris.launch.sweep.hydra_bridge import run_by_hydra
+
+        # Of a point that was tried more than once, the last outcome counts.
+        ended = run_by_hydra(request, swept, targets)
+        outcomes = list({outcome.point.name: outcome for outcome in ended}.values())
+    print(summary(swept, outcomes))
+    return int(any(outcome.state == "failed" for outcome in outcomes))
+
+
+def summary(sweep: Sweep, outcomes: list[Outcome]) -> str:
+    """Return the last lines of a sweep: how many points ended how, the best, all that failed."""
+    states = [outcome.state for outcome in outcomes]
+    named = [state for state in (*STATES, "checked") if state in states]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in named)
+    lines = ["", f"sweep {sweep.dir}: {counts or 'no points'}"]
+    losses = [o for o in outcomes if o.state == "done" and o.val_loss is not None]
+    if losses:
+        best = min(losses, key=lambda o: o.val_loss or 0.0)
+        lines.append(f"best: {best.point.name}, {shown_loss(best)} ({best.point.dir})")
+    for outcome in outcomes:
+        if outcome.state == "failed":
+            lines.append(f"failed: {outcome.point.name}: {outcome.error}")
+            lines.append(f"        log: {outcome.log or outcome.point.dir}")
+    return "\n".join(lines)

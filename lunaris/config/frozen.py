@@ -1,0 +1,48 @@
+"""The `config.yaml` of a run's folder, written resolved and read by every later version."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
+
+from lunaris.config.migrations import VERSION, VERSION_KEY, migrate
+from lunaris.config.schema.root import Config
+from lunaris.config.typed import complete_tree, give_schemas, to_config, to_plain
+from lunaris.config.validate import check_values
+from lunaris.errors import UserError
+
+# Of what every config holds; `launch` is near its end.
+_ALWAYS = ("model", "data", "trainer", "launch")
+
+
+def to_yaml(cfg: Config) -> bytes:
+    """Return the content of the file for a config."""
+    return OmegaConf.to_yaml({VERSION_KEY: VERSION} | to_plain(cfg)).encode()
+
+
+def read_config(path: Path) -> Config:
+    """Return the config in a file of this version or of an older one.
+
+    A key that the file lacks takes its default. Raises UserError for a file that cannot be read, is
+    cut off, or holds what today's schemas do not allow.
+    """
+    try:
+        tree: Any = OmegaConf.to_container(OmegaConf.load(path))
+    except (OSError, ValueError, YAMLError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    absent = [key for key in _ALWAYS if not isinstance(tree, dict) or key not in tree]
+    if absent:
+        raise UserError(f"{path}: is incomplete: it lacks {', '.join(absent)}")
+    try:
+        cfg = complete_tree(migrate(tree, str(path)))
+        give_schemas(cfg)
+        check_values(cfg)
+        return to_config(cfg)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from error
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}") from error

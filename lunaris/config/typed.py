@@ -1,0 +1,259 @@
+"""From a composed tree to typed objects and back: every group gets its schema. No torch.
+
+A component's schema is found by its `_target_`; a custom class may name its own by `_schema_`, the
+dotted path of a dataclass below the group's base. A custom class without one gets a schema that is
+inferred from the keys it is given.
+"""
+
+from __future__ import annotations
+
+from dataclasses import MISSING as ABSENT
+from dataclasses import Field, field, fields, is_dataclass, make_dataclass
+from functools import cache
+from typing import Any, get_type_hints
+
+from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from lunaris.config.instantiate import locate
+from lunaris.config.keys import (
+    components_of,
+    groups,
+    is_inferred,
+    is_ours,
+    options,
+    options_of,
+    schema_keys,
+    schema_of_target,
+)
+from lunaris.config.messages import explain, no_such_key
+from lunaris.config.schema.base import Component, component_keys
+from lunaris.config.schema.root import Config
+from lunaris.errors import UserError, did_you_mean
+
+SCHEMA = "_schema_"
+_OURS = "lunaris."
+
+
+def _open_schema() -> type:
+    rows: list[Any] = []
+    hints = get_type_hints(Config)
+    for key in fields(Config):
+        if "base" not in key.metadata:
+            rows.append((key.name, hints[key.name], _copy(key)))
+        elif key.metadata.get("many"):
+            rows.append((key.name, Any, field(default_factory=dict)))
+        else:
+            rows.append((key.name, Any, MISSING))
+    return make_dataclass("OpenConfig", rows, namespace={"__module__": __name__})
+
+
+def _copy(key: Field[Any]) -> Any:
+    if key.default_factory is not ABSENT:
+        return field(default_factory=key.default_factory)
+    return field(default=key.default)
+
+
+# `Config` for OmegaConf: the key of a component takes any schema, also a custom one. A module's
+# attribute, so that it is pickled by name.
+OpenConfig = _open_schema()
+
+
+def complete_tree(tree: dict[str, Any]) -> DictConfig:
+    """Return the tree of a config file, with the default component of every group it lacks.
+
+    Raises UserError for a key of a group of values that does not exist, or for its type.
+    """
+    for key in components_of(Config):
+        default = {"_target_": key.metadata["default"]._target_}
+        tree.setdefault(key.name, {"local": default} if key.metadata.get("many") else default)
+    for name in tree:
+        if name not in schema_keys(Config):
+            raise UserError(no_such_key(str(name), schema_keys(Config)))
+    cfg: Any = OmegaConf.structured(OpenConfig)
+    for name, value in tree.items():
+        try:
+            cfg[name] = OmegaConf.merge(cfg[name], value) if name in _values() else value
+        except OmegaConfBaseException as error:
+            raise UserError(explain(error)) from error
+    return cfg
+
+
+def give_schemas(cfg: DictConfig, *, strict: bool = True) -> None:
+    """Give each component of a composed tree its schema, and check that all keys are known.
+
+    Raises UserError for an unknown key, a class that does not fit, and a value of a wrong type.
+    strict=False: leaves a part with such a fault as it is; an override may yet mend it.
+    """
+    for key in fields(Config):
+        try:
+            if key.metadata.get("many"):
+                loggers = _chosen(cfg, key.name, key.name, key.name)
+                for name in loggers:
+                    _give_schema(loggers, str(name), key, key.name, f"{key.name}.{name}")
+            elif "base" in key.metadata:
+                _give_schema(cfg, key.name, key, key.name, key.name)
+            elif key.name in groups():
+                _check_keys(cfg[key.name], groups()[key.name][0], key.name)
+        except UserError:
+            if strict:
+                raise
+    if not strict:
+        return
+    for name in cfg:
+        if name not in schema_keys(Config):
+            raise UserError(no_such_key(str(name), schema_keys(Config)))
+
+
+def to_config(cfg: DictConfig) -> Config:
+    """Return the typed config of a tree that has its schemas and no missing value.
+
+    The schemas' own checks of ranges run here. Raises UserError.
+    """
+    values: dict[str, Any] = {}
+    for key in fields(Config):
+        node = cfg[key.name]
+        if key.metadata.get("many"):
+            values[key.name] = {str(name): OmegaConf.to_object(node[name]) for name in node}
+        else:
+            values[key.name] = OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
+    return Config(**values)
+
+
+def to_plain(value: Any) -> Any:
+    """Return a typed config, or a part of it, as dicts, lists and scalars.
+
+    A custom component with a schema names it under `_schema_`, so that it is found again.
+    """
+    if isinstance(value, Component):
+        plain = {key: to_plain(item) for key, item in component_keys(value).items()}
+        kind = type(value)
+        named = {} if is_ours(kind) or is_inferred(kind) else {SCHEMA: _dotted(kind)}
+        return {"_target_": value._target_} | named | plain
+    if is_dataclass(value):
+        return {key: to_plain(item) for key, item in vars(value).items()}
+    if isinstance(value, dict):
+        return {key: to_plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_plain(item) for item in value]
+    return value
+
+
+def _values() -> set[str]:
+    """Return the groups that hold values alone, not a component."""
+    return {name for name, schemas in groups().items() if "_target_" not in schema_keys(schemas[0])}
+
+
+def _give_schema(parent: Any, name: str, key: Field[Any], group: str, path: str) -> None:
+    base = key.metadata["base"]
+    node = _chosen(parent, name, group, path)
+    target, custom = _target_of(node, path), _custom_schema(node, base, path)
+    schema = custom or _fitting_schema(node, target, base, group, path)
+    if OmegaConf.get_type(node) is not schema:
+        with open_dict(parent):
+            parent[name] = _typed(schema, node, path)
+        node = parent[name]
+    for inner in components_of(schema):
+        if OmegaConf.is_missing(node, inner.name):
+            node[inner.name] = OmegaConf.structured(inner.metadata["default"])
+        _give_schema(node, inner.name, inner, f"{group}/{inner.name}", f"{path}.{inner.name}")
+    if target.startswith(_OURS) or custom is not None:
+        _check_keys(node, schema, path)
+
+
+def _chosen(parent: Any, name: str, group: str, path: str) -> Any:
+    node = None if OmegaConf.is_missing(parent, name) else parent[name]
+    if not OmegaConf.is_dict(node):
+        allowed = ", ".join(option.name for option in options(group))
+        raise UserError(f"{path}: no option is chosen; allowed are {allowed}")
+    return node
+
+
+def _target_of(node: Any, path: str) -> str:
+    target = "" if OmegaConf.is_missing(node, "_target_") else str(node.get("_target_") or "")
+    if not target and SCHEMA in node:
+        target = str(getattr(locate(f"{path}.{SCHEMA}", node[SCHEMA]), "_target_", ""))
+    if "." not in target:
+        raise UserError(f"{path}._target_={target}: must be the dotted path of a class")
+    return target
+
+
+def _custom_schema(node: Any, base: type, path: str) -> type | None:
+    if SCHEMA not in node:
+        kind = OmegaConf.get_type(node)
+        if not isinstance(kind, type) or not issubclass(kind, base):
+            return None
+        return None if is_ours(kind) or is_inferred(kind) else kind
+    schema = locate(f"{path}.{SCHEMA}", node[SCHEMA])
+    if not (isinstance(schema, type) and is_dataclass(schema) and issubclass(schema, base)):
+        raise UserError(
+            f"{path}.{SCHEMA}={node[SCHEMA]}: must be a dataclass below {_dotted(base)}"
+        )
+    return schema
+
+
+def _fitting_schema(node: Any, target: str, base: type, group: str, path: str) -> type:
+    """Return our schema of a `_target_`, or for a custom class one with the keys it is given."""
+    kind = OmegaConf.get_type(node)
+    if not target.startswith(_OURS):
+        given = kind if isinstance(kind, type) and issubclass(kind, base) else base
+        further = tuple(str(key) for key in node if key not in schema_keys(given))
+        if given is base:
+            return _inferred(base, further, frozenset(schema_keys(base)) - set(node))
+        return (
+            _inferred(given, further, getattr(given, "_not_given", frozenset()))
+            if further
+            else given
+        )
+    schema = schema_of_target(base, target)
+    if schema is None:
+        known = [str(getattr(s, "_target_", "")) for s in groups()[group]]
+        raise UserError(
+            f"{path}._target_={target}: not a class for {path}; allowed are {', '.join(known)}, "
+            f"or a custom class{did_you_mean(target, known)}"
+        )
+    if kind not in (schema, dict):
+        option = next(iter(options_of(schema, group)), "")
+        raise UserError(f"{path}._target_={target}: choose it by {group}={option}")
+    return schema
+
+
+@cache
+def _inferred(base: type, further: tuple[str, ...], not_given: frozenset[str]) -> type:
+    """Return a schema below `base` that also has the keys `further`, of any type."""
+    rows: list[Any] = [(key, Any, MISSING) for key in further]
+    name = f"Custom{base.__name__}"
+    return make_dataclass(
+        name, rows, bases=(base,), namespace={"_not_given": not_given - {"_target_"}}
+    )
+
+
+def _typed(schema: type, node: Any, path: str) -> Any:
+    # Untyped contents, so that a value is converted, or refused, as the schema says.
+    plain: Any = OmegaConf.to_container(node)
+    plain.pop(SCHEMA, None)
+    unknown = [str(key) for key in plain if key not in schema_keys(schema)]
+    if unknown:
+        raise UserError(_no_key(path, unknown[0], schema))
+    inner = {key.name: plain.pop(key.name) for key in components_of(schema) if key.name in plain}
+    try:
+        typed: Any = OmegaConf.merge(OmegaConf.structured(schema), plain)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {explain(error)}") from error
+    for key, child in inner.items():
+        typed[key] = child
+    return typed
+
+
+def _check_keys(node: Any, schema: type, path: str) -> None:
+    for key in node:
+        if key not in schema_keys(schema):
+            raise UserError(_no_key(path, str(key), schema))
+
+
+def _no_key(path: str, key: str, schema: type) -> str:
+    return no_such_key(f"{path}.{key}", [f"{path}.{name}" for name in schema_keys(schema)])
+
+
+def _dotted(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

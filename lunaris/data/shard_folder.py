@@ -1,0 +1,209 @@
+"""One folder of `.npy` token shards: what it holds, and whether its files are intact. No torch."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lunaris.data import manifest as manifests
+from lunaris.data.manifest import Manifest
+from lunaris.data.token_stream import Shard
+from lunaris.errors import UserError
+
+_ALLOWED = "one-dimensional .npy files of uint16 or uint32 token ids"
+# How many bytes of a folder without a manifest are read to find its largest id.
+_SCAN_BYTES = 256 * 2**20
+# How many bytes at either end of each shard enter the digest of a folder without a manifest.
+_ENDS = 4096
+
+
+@dataclass(frozen=True)
+class ShardsInfo:
+    """The contents of a folder of shards. `vocab_size` is the manifest's, else the largest id + 1.
+
+    `exact` is false when the folder was too large to look at every id.
+    """
+
+    path: Path
+    train: list[Shard]
+    val: list[Shard]
+    vocab_size: int
+    exact: bool
+    manifest: Manifest | None
+
+    @property
+    def n_tokens(self) -> int:
+        """The number of tokens in the training shards."""
+        return sum(shard.tokens for shard in self.train)
+
+    def val_sources(self, least: int) -> dict[str | None, list[Shard]]:
+        """Return the validation shards by source, or under None if the sources are not separate.
+
+        Sources of fewer than `least` tokens are pooled under the name `rest`.
+        """
+        if self.manifest is None:
+            return {None: self.val} if self.val else {}
+        found: dict[str | None, list[Shard]] = {}
+        for entry, shard in zip(self.manifest.shards.get("val", ()), self.val, strict=True):
+            found.setdefault(entry.source, []).append(shard)
+        small = [name for name, part in found.items() if sum(s.tokens for s in part) < least]
+        if len(small) > 1:
+            pooled = [shard for name in small for shard in found.pop(name)]
+            found["rest" if "rest" not in found else "(rest)"] = pooled
+        return found
+
+    @property
+    def eot_id(self) -> int | None:
+        """The manifest's end-of-text id."""
+        return self.manifest.eot_id if self.manifest else None
+
+    @property
+    def tokenizer_path(self) -> Path | None:
+        """The folder's `tokenizer.json`, if it has one."""
+        path = self.path / manifests.TOKENIZER
+        return path if path.is_file() else None
+
+    def digest(self) -> str:
+        """Return a digest (hex) of the training tokens in order without reading them all.
+
+        It covers the checksums in the manifest; without a manifest, the type, the size and both
+        ends of every shard.
+        """
+        found = hashlib.sha256()
+        if self.manifest is not None:
+            for entry in self.manifest.shards["train"]:
+                found.update(f"{entry.tokens} {entry.sha256}\n".encode())
+            return found.hexdigest()
+        for shard in self.train:
+            size = shard.tokens * shard.dtype.itemsize
+            found.update(f"{shard.tokens} {shard.dtype.str}\n".encode())
+            with shard.path.open("rb") as file:
+                for at in (0, max(0, size - _ENDS)):
+                    file.seek(shard.offset + at)
+                    found.update(file.read(min(_ENDS, size)))
+        return found.hexdigest()
+
+
+def inspect(folder: str | Path, key: str = "data.dir") -> ShardsInfo:
+    """Return what the folder of shards given by the key `key` holds, from its files' headers.
+
+    With a manifest, the files are compared with it (type, tokens, size, the tokenizer's hash).
+    Without one, every `.npy` file is a training shard, except that files called `val*` are the
+    validation part. Raises UserError naming the file, what was found and what is allowed.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise UserError(f"{key}={folder}: no such folder of shards")
+    manifest = manifests.read(path)
+    if manifest is not None:
+        return _inspect_manifest(path, manifest)
+    if (path / manifests.UNFINISHED).is_dir():
+        raise UserError(f"{key}={folder}: half prepared; run the same `lunaris prepare` again")
+    files = sorted(path.glob("*.npy"))
+    if not files:
+        raise UserError(f"{key}={folder}: holds no .npy files; allowed are {_ALLOWED}")
+    shards = [read_header(file) for file in files]
+    val = [s for s in shards if s.path.name.startswith("val")]
+    train = [s for s in shards if not s.path.name.startswith("val")] or val
+    largest, exact = _largest_id(shards)
+    return ShardsInfo(path, train, val if train is not val else [], largest + 1, exact, None)
+
+
+def verify(folder: str | Path) -> int:
+    """Recompute the checksum of every shard in a folder's manifest; return how many there are.
+
+    Raises UserError naming the first file that differs, or when there is no manifest.
+    """
+    info = inspect(folder)
+    if info.manifest is None:
+        raise UserError(f"data.dir={folder}: has no manifest.json to verify against")
+    entries = [e for part in info.manifest.shards.values() for e in part]
+    for entry in entries:
+        found = manifests.sha256(info.path / entry.file)
+        if found != entry.sha256:
+            raise UserError(
+                f"{info.path / entry.file}: its contents changed: sha256 {found[:16]}…, "
+                f"the manifest says {entry.sha256[:16]}…"
+            )
+    return len(entries)
+
+
+def read_header(path: Path) -> Shard:
+    """Return where a shard's tokens lie. Raises UserError unless it is complete and of integers."""
+    try:
+        with path.open("rb") as file:
+            size = path.stat().st_size
+            if size == 0:
+                raise UserError(f"{path}: empty file; allowed are {_ALLOWED}")
+            version = np.lib.format.read_magic(file)
+            read = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
+            shape, _, dtype = read(file)
+            offset = file.tell()
+    except (OSError, EOFError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from error
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path}: not a .npy file ({error}); allowed are {_ALLOWED}") from error
+    if len(shape) != 1:
+        raise UserError(f"{path}: has {len(shape)} dimensions {shape}; allowed are {_ALLOWED}")
+    if dtype.kind not in "ui":
+        raise UserError(f"{path}: holds {dtype}; allowed are {_ALLOWED}")
+    (tokens,) = shape
+    if tokens == 0:
+        raise UserError(f"{path}: holds no tokens")
+    if size < offset + tokens * dtype.itemsize:
+        raise UserError(
+            f"{path}: truncated: its header says {tokens} tokens of {dtype}, "
+            f"{offset + tokens * dtype.itemsize} bytes, and it has {size}"
+        )
+    return Shard(path, offset, tokens, dtype)
+
+
+def _inspect_manifest(path: Path, manifest: Manifest) -> ShardsInfo:
+    tokenizer = path / manifests.TOKENIZER
+    if manifest.tokenizer_hash is not None:
+        if not tokenizer.is_file():
+            raise UserError(f"{tokenizer}: absent, but the manifest names it")
+        found = manifests.sha256(tokenizer)
+        if found != manifest.tokenizer_hash:
+            raise UserError(
+                f"{tokenizer}: not the tokenizer that the shards were made with: sha256 "
+                f"{found[:16]}…, the manifest says {manifest.tokenizer_hash[:16]}…"
+            )
+    parts: dict[str, list[Shard]] = {"train": [], "val": []}
+    for part, entries in manifest.shards.items():
+        for entry in entries:
+            file = path / entry.file
+            if not file.is_file():
+                raise UserError(f"{file}: absent, but the manifest names it")
+            shard = read_header(file)
+            has = f"{shard.tokens} tokens of {shard.dtype}"
+            expected = f"{entry.tokens} tokens of {manifest.dtype}"
+            if has != expected:
+                raise UserError(f"{file}: holds {has}, the manifest says {expected}")
+            parts.setdefault(part, []).append(shard)
+    if not parts["train"]:
+        raise UserError(f"{path / manifests.NAME}: names no training shards")
+    return ShardsInfo(path, parts["train"], parts["val"], manifest.vocab_size, True, manifest)
+
+
+def _largest_id(shards: list[Shard]) -> tuple[int, bool]:
+    """Return the largest id in the first bytes of each shard, and whether those were all bytes."""
+    share = max(1, _SCAN_BYTES // len(shards))
+    largest, exact = 0, True
+    for shard in shards:
+        count = min(shard.tokens, max(1, share // shard.dtype.itemsize))
+        exact &= count == shard.tokens
+        tokens = np.memmap(shard.path, shard.dtype, "r", shard.offset, (shard.tokens,))[:count]
+        if shard.dtype.kind == "i" and (least := int(tokens.min())) < 0:
+            raise UserError(f"{shard.path}: holds the negative id {least}; allowed are {_ALLOWED}")
+        largest = max(largest, int(tokens.max()))
+    return largest, exact

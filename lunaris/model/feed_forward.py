@@ -1,0 +1,47 @@
+"""The contract of a feed-forward: what the transformer asks of a module, and of its factory.
+
+Shapes: B sequences, L positions, D model width, E experts.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from torch import Tensor, nn
+
+from lunaris.model.layers import ModelShape
+
+
+class FeedForwardFactory(Protocol):
+    """Builds the feed-forward of each layer; layers may differ. The `moe` group chooses one."""
+
+    def __call__(self, layer: int, shape: ModelShape) -> nn.Module:
+        """Return a module from [B, L, D] to ([B, L, D], RoutingStats or None)."""
+
+
+class RoutingStats(NamedTuple):
+    """What one call of a routed feed-forward reports about its routing.
+
+    They are returned, not stored, so that a recomputed forward does not count twice. loss: []
+    float32, weighted, with a gradient. load: [E] float32, tokens sent to each expert before drops;
+    dropped: [] float32, assignments dropped by capacity; both without a gradient.
+    """
+
+    loss: Tensor
+    load: Tensor
+    dropped: Tensor
+
+
+class RoutedFeedForward(nn.Module):
+    """Base of a feed-forward that routes tokens to experts and returns RoutingStats."""
+
+    def idle_parameters(self) -> int:
+        """Return how many parameters a token does not pass through."""
+        raise NotImplementedError
+
+    def update_balance(self, load: Tensor) -> None:
+        """Balance the experts, once an optimizer step.
+
+        load: [E] float32, tokens of the step over all micro-steps and processes.
+        """
+        raise NotImplementedError

@@ -1,0 +1,95 @@
+"""The contract of an objective: what training minimises, computed from a model and a batch.
+
+A batch is a dict of tensors, [B, L] each: `tokens` and `targets` (int64; −100 where there is no
+target) and, with document masking, `documents` (int64, the document's number in its sequence).
+
+Shapes: A micro-steps, B sequences, L positions, D model width, V vocabulary, E experts.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from lunaris.model.transformer import ModelOutput
+
+Batch = dict[str, Tensor]
+
+
+class Loss(NamedTuple):
+    """One term of the training loss, logged as `train/NAME_loss`.
+
+    value: [] float32 with a gradient. weight: its factor in the sum that training minimises.
+    per_target: whether value is a mean over the targets that `count_targets` counts, so that a
+    micro-step weighs by their number; otherwise it is a mean over sequences, of which all
+    micro-steps have as many.
+    """
+
+    value: Tensor
+    weight: float = 1.0
+    per_target: bool = True
+
+
+@dataclass(frozen=True)
+class ObjectiveOutput:
+    """The losses of one batch, and its routing.
+
+    losses: by name; `main` (nats a target) is always there, is what evaluation reports, and comes
+    first. load: [n_moe_layers, E] tokens sent to each expert; dropped: [n_moe_layers] assignments
+    that capacity dropped; both float32 without a gradient.
+    """
+
+    losses: dict[str, Loss]
+    load: Tensor
+    dropped: Tensor
+
+    @classmethod
+    def of(cls, losses: dict[str, Loss], out: ModelOutput) -> ObjectiveOutput:
+        """Return these losses, and the routing losses (`aux`) and statistics of a forward."""
+        aux = Loss(out.aux_loss, per_target=False)
+        return cls({**losses, "aux": aux}, out.load, out.dropped)
+
+    def scaled(self, target_share: float | Tensor, micro_steps: int) -> ObjectiveOutput:
+        """Return the part of a step's losses that this micro-step contributes.
+
+        target_share: [] the micro-step's share of the step's targets.
+        """
+        losses = {
+            name: loss._replace(
+                value=loss.value * target_share if loss.per_target else loss.value / micro_steps
+            )
+            for name, loss in self.losses.items()
+        }
+        return ObjectiveOutput(losses, self.load, self.dropped)
+
+    @property
+    def total(self) -> Tensor:
+        """The weighted sum of the losses []."""
+        return reduce(torch.add, [loss.weight * loss.value for loss in self.losses.values()])
+
+
+class Objective:
+    """Base of every objective."""
+
+    def __call__(self, model: nn.Module, batch: Batch) -> ObjectiveOutput:
+        """Return the losses of a batch.
+
+        model: a Transformer as `Parallelism.wrap` returns it. Whatever reads its parameters runs
+        inside its forward, for instance as `head`, because FSDP gathers them there.
+        """
+        raise NotImplementedError
+
+    def count_targets(self, batch: Batch) -> Tensor:
+        """Return how many targets there are: [] int64, or [A] for a batch of [A, B, L] tensors."""
+        raise NotImplementedError
+
+    def targets_vary(self, batch: Batch) -> bool:
+        """Return whether micro-steps may have different numbers of targets.
+
+        Where they may not, a step saves the exchange of the counts between processes.
+        """
+        return True

@@ -1,0 +1,58 @@
+"""The lines that a run prints before its first step and after its last one."""
+
+from __future__ import annotations
+
+import math
+from shlex import quote
+
+from lunaris.checkpoint import complete
+from lunaris.metrics.records import read_rows
+from lunaris.parallelism.base import unwrap
+from lunaris.train import Run
+
+
+def describe(run: Run) -> str:
+    """Return the derived quantities that are printed before the first step."""
+    count = unwrap(run.model).count_parameters()
+    trainer = run.cfg.trainer
+    seq_len = run.cfg.model.max_seq_len
+    lines = [
+        f"run        {run.dir.path}",
+        f"model      {count.total:,} parameters, {count.active:,} active a token",
+        f"batch      {run.global_batch} sequences of {seq_len} = {run.global_batch * seq_len:,} "
+        f"tokens a step ({trainer.batch_size} a process × {trainer.gradient_accumulation_steps} "
+        f"micro-steps × {run.parallelism.data_world_size} processes)",
+        f"training   {trainer.max_steps:,} steps = "
+        f"{trainer.max_steps * run.global_batch * seq_len:,} tokens, {trainer.precision} on "
+        f"{run.parallelism.device.type}",
+    ]
+    if run.precision.emulated:
+        lines.append(
+            f"note       this processor only emulates trainer.precision={trainer.precision}; "
+            "fp32 is many times as fast here"
+        )
+    if run.state.step:
+        lines.append(f"resumed    after step {run.state.step}")
+    return "\n".join(lines)
+
+
+def conclude(run: Run) -> str:
+    """Return how the run ended, where its results are, and the commands to run next."""
+    folder = run.dir.path
+    losses = [row["val/loss"] for row in read_rows(run.dir.metrics_path) if row.get("val/loss")]
+    lines = []
+    if losses:
+        lines.append(
+            f"validation {losses[-1]:.4f} nats a token (perplexity {math.exp(losses[-1]):.1f}), "
+            f"from {losses[0]:.4f} at the start"
+        )
+    lines += [
+        f"checkpoint {complete(run.dir.checkpoints)[0]}",
+        f"plot       {folder / 'loss.png'}",
+        f"next       lunaris evaluate {quote(str(folder))}",
+    ]
+    if run.dir.tokenizer_path.is_file():
+        prompt = "def main(" if "stdlib" in run.cfg.data._target_ else "The"
+        lines.append(f"           lunaris generate {quote(str(folder))} --prompt '{prompt}'")
+    lines.append("           lunaris train -m moe.n_experts=4,8 trainer.max_steps=100")
+    return "\n".join(lines)

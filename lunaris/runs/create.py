@@ -1,0 +1,64 @@
+"""Creates the folder of a run, or opens it again for the same run. No torch."""
+
+from __future__ import annotations
+
+import os
+
+from lunaris.atomic_files import replace_file, write_json
+from lunaris.config.frozen import to_yaml
+from lunaris.config.identity import differing, identity
+from lunaris.config.schema.launch import LocalLaunchConfig
+from lunaris.config.schema.root import Config
+from lunaris.errors import UserError
+from lunaris.runs import provenance
+from lunaris.runs.run_dir import RunDir
+
+
+def create(cfg: Config, command: str, overrides: list[str]) -> RunDir:
+    """Create the folder `cfg.out_dir` for a composed config, or open it again.
+
+    A folder that already holds a run of the same identity (`lunaris.config.identity.identity`) is
+    reused, with the new values of the keys that may change. Raises UserError, having written
+    nothing, when its config differs or another job is writing it.
+    """
+    run_dir = RunDir(cfg.out_dir)
+    take_world_size(cfg)
+    refuse_other_config(run_dir, cfg)
+    try:
+        run_dir.logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"out_dir={cfg.out_dir}: cannot be created: {error.strerror}") from error
+    try:
+        _write(run_dir, cfg, command, overrides)
+    except OSError as error:
+        raise UserError(f"out_dir={cfg.out_dir}: cannot be written: {error.strerror}") from error
+    return run_dir
+
+
+def take_world_size(cfg: Config) -> None:
+    """Set `launch.processes` to the world size of the launcher that started this process."""
+    if "RANK" in os.environ and isinstance(cfg.launch, LocalLaunchConfig):
+        cfg.launch.processes = int(os.environ["WORLD_SIZE"])
+
+
+def refuse_other_config(run_dir: RunDir, cfg: Config) -> None:
+    """Raise UserError when a folder holds a run of another identity than `cfg`."""
+    if not run_dir.config_path.is_file():
+        return
+    rows = differing(identity(run_dir.read_config()), identity(cfg))
+    if rows:
+        raise UserError(
+            f"{run_dir.path}: holds a run of another config; choose another `name=`, or "
+            "remove the folder. Differing keys:\n  " + "\n  ".join(rows)
+        )
+
+
+def _write(run_dir: RunDir, cfg: Config, command: str, overrides: list[str]) -> None:
+    with run_dir.lock():
+        replace_file(run_dir.config_path, to_yaml(cfg))
+        old, new = run_dir.read_provenance(), provenance.collect(command, overrides)
+        write_json(run_dir.provenance_path, provenance.update(old, new))
+        if not run_dir.read_status():
+            run_dir.write_status(
+                state="queued", step=0, attempts=0, max_steps=cfg.trainer.max_steps
+            )

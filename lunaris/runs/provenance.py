@@ -1,0 +1,71 @@
+"""The origin of a run, kept in its provenance.json: command, versions, commit, machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import socket
+import subprocess
+import sys
+import time
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("lunaris-codex", "torch", "numpy", "hydra-core", "omegaconf", "submitit", "tokenizers")
+
+
+def collect(command: str, overrides: list[str]) -> dict[str, Any]:
+    """Return the provenance of a run that this process launches with a command line."""
+    return {
+        "command": command,
+        "overrides": list(overrides),
+        "created": time.time(),
+        "cwd": os.getcwd(),
+        "python": sys.version.split()[0],
+        "versions": {name: _version(name) for name in _PACKAGES},
+        "git": _git(Path(__file__).resolve().parent),
+        **machine(),
+    }
+
+
+def machine() -> dict[str, Any]:
+    """Return the host, its platform and the SLURM job of this process."""
+    slurm = {k: v for k, v in os.environ.items() if k.startswith("SLURM_JOB") or "ARRAY" in k}
+    return {
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "slurm": {k: v for k, v in sorted(slurm.items()) if k.startswith("SLURM_")},
+    }
+
+
+def update(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """Return the provenance of a run that is launched again; replaced values go to `earlier`."""
+    changed = {key: old[key] for key in new if key in old and old[key] != new[key]}
+    merged = old | new
+    if changed.keys() - {"created"}:
+        merged["earlier"] = [*old.get("earlier", []), changed]
+    return merged
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+@cache  # The same for every point of a sweep.
+def _git(folder: Path) -> dict[str, Any]:
+    def git(*args: str) -> str | None:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=10
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    commit = git("rev-parse", "HEAD")
+    return {"commit": commit, "dirty": bool(git("status", "--porcelain")) if commit else None}

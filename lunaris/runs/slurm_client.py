@@ -1,0 +1,154 @@
+"""SLURM's commands: what `squeue` and `sacct` report of jobs, and `scancel`. No torch.
+
+The jobs of submitit's local executor are known here too: their ids are `LOCAL` and the process id
+of their controller, and they are cancelled by a signal.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+LOCAL = "local-"
+_TIMEOUT_S = 30
+
+
+@dataclass(frozen=True)
+class JobState:
+    """The state of a job in SLURM's words, and the reason that SLURM gives for it."""
+
+    name: str
+    reason: str = ""
+
+
+def ask_slurm(job_ids: Iterable[str]) -> dict[str, JobState]:
+    """Return what `squeue`, or else `sacct`, says of each job; jobs unknown to both are absent.
+
+    Element 3 of array 7 is "7_3".
+    """
+    wanted = set(job_ids)
+    found = _squeue(wanted) if wanted else {}
+    forgotten = {i for i in wanted if _record_of(i, found) is None}
+    if forgotten:
+        found = _sacct(forgotten) | found
+    records = {i: _record_of(i, found) for i in sorted(wanted)}
+    return {i: record for i, record in records.items() if record is not None}
+
+
+def current_job_id() -> str | None:
+    """Return the id of the job that this process belongs to, or None outside any."""
+    if os.environ.get("SUBMITIT_EXECUTOR") == "local":
+        return LOCAL + os.environ["SUBMITIT_LOCAL_JOB_ID"]
+    if "SLURM_ARRAY_JOB_ID" in os.environ:
+        return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
+    return os.environ.get("SLURM_JOB_ID")
+
+
+def cancel_jobs(job_ids: Sequence[str]) -> None:
+    """Cancel jobs; those that have already ended are ignored.
+
+    Raises RuntimeError with SLURM's message where `scancel` refuses.
+    """
+    for job_id in job_ids:
+        if job_id.startswith(LOCAL):
+            _terminate_family(int(job_id.removeprefix(LOCAL)))
+    slurm = sorted(i for i in job_ids if not i.startswith(LOCAL))
+    if slurm:
+        done = _client("scancel", "--quiet", *slurm)
+        if done is None or done.returncode:
+            raise RuntimeError(done.stderr.strip() if done else "scancel: not found")
+
+
+def is_process(pid: int) -> bool:
+    """Return whether a process of this machine runs; a zombie does not."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return True  # This system has no /proc.
+
+
+def _terminate_family(root: int) -> None:
+    """Send SIGTERM to a process and to all its descendants; ranks then save a checkpoint."""
+    done = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True)
+    parent = {int(pid): int(ppid) for pid, ppid in map(str.split, done.stdout.splitlines())}
+    family = {root}
+    while True:
+        grown = family | {pid for pid, ppid in parent.items() if ppid in family}
+        if grown == family:
+            break
+        family = grown
+    for pid in sorted(family & parent.keys()):
+        try:
+            os.kill(pid, signal.SIGTERM)
+        except ProcessLookupError:
+            pass
+
+
+def _squeue(wanted: set[str]) -> dict[str, JobState]:
+    done = _client("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r", "-j", _base_ids(wanted))
+    if done is None or done.returncode:
+        return {}  # SLURM is not installed here, or it has forgotten all of these jobs.
+    return _parse(done.stdout)
+
+
+def _sacct(wanted: set[str]) -> dict[str, JobState]:
+    done = _client("sacct", "-n", "-P", "-X", "-o", "JobID,State,ExitCode", "-j", _base_ids(wanted))
+    if done is None or done.returncode:
+        return {}  # The cluster has no accounting.
+    return _parse(done.stdout)
+
+
+def _base_ids(job_ids: set[str]) -> str:
+    return ",".join(sorted({i.partition("_")[0] for i in job_ids}))
+
+
+def _parse(text: str) -> dict[str, JobState]:
+    """Read lines of `id|STATE|reason`."""
+    found = {}
+    for line in text.splitlines():
+        job_id, state, reason = (line.split("|") + ["", ""])[:3]
+        reason = "" if reason in ("None", "0:0") else reason
+        for element in _elements(job_id.strip()):
+            # "CANCELLED by 1000" is CANCELLED.
+            found[element] = JobState(state.split()[0] if state else "", reason)
+    return found
+
+
+def _elements(job_id: str) -> list[str]:
+    """Return the ids that `7_[0-2,5%4]` stands for; other ids stand for themselves."""
+    match = re.fullmatch(r"(\d+)_\[([\d,-]+)(?:%\d+)?\]", job_id)
+    if match is None:
+        return [job_id]
+    ids = []
+    for part in match[2].split(","):
+        low, _, high = part.partition("-")
+        ids += [f"{match[1]}_{i}" for i in range(int(low), int(high or low) + 1)]
+    return ids
+
+
+def _record_of(job_id: str, found: dict[str, JobState]) -> JobState | None:
+    # Array elements that never started share one record, under the id of the array.
+    return found.get(job_id) or found.get(job_id.partition("_")[0])
+
+
+def _client(*command: str) -> subprocess.CompletedProcess[str] | None:
+    if shutil.which(command[0]) is None:
+        return None
+    try:
+        return subprocess.run(
+            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
+        )
+    except subprocess.TimeoutExpired:
+        return None

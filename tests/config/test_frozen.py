@@ -1,0 +1,175 @@
+"""A run's config file is read by every later version of the code."""
+
+from __future__ import annotations
+
+import copy
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from lunaris.config import migrations
+from lunaris.config.compose import Source, compose
+from lunaris.config.frozen import read_config, to_yaml
+from lunaris.config.identity import differing, identity
+from lunaris.config.migrations import DefaultChanged, Removed, Renamed
+from lunaris.errors import UserError
+
+COMMANDS = [
+    [],
+    ["moe=fine_grained", "optimizer=muon", "schedule=wsd", "logger=wandb"],
+    ["moe=none", "data=text", "data.dir=x", "data.files={a: [b]}", "launch=slurm"],
+    ["data=shards", "data.dir=[a,b]", "data.weights=[1,2]", "optimizer.betas=[0.8,0.9]"],
+]
+
+
+def leaves(tree: dict[str, Any], path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in tree.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from leaves(value, (*path, key))
+
+
+def without(tree: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    tree = copy.deepcopy(tree)
+    node = tree
+    for key in path[:-1]:
+        node = node[key]
+    del node[path[-1]]
+    return tree
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_a_written_config_is_read_back_as_it_was(tmp_path: Path, command: list[str]) -> None:
+    cfg = compose(command, check_data=False)
+    (tmp_path / "config.yaml").write_bytes(to_yaml(cfg))
+    again = read_config(tmp_path / "config.yaml")
+    assert differing(identity(cfg), identity(again)) == []
+    assert to_yaml(again) == to_yaml(cfg)
+
+
+def test_each_key_that_a_file_lacks_takes_its_default(tmp_path: Path) -> None:
+    cfg = compose(["moe=top2", "moe.normalize_gates=false", "data=synthetic"])
+    tree: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(cfg).decode()))
+    path = tmp_path / "config.yaml"
+    whole = {"model", "data", "trainer", "launch"}  # Without one of these a file is cut off.
+    for key in leaves(tree):
+        path.write_text(OmegaConf.to_yaml(without(tree, key)))
+        if len(key) == 1 and key[0] in whole or key in (("data", "_target_"), ("moe", "_target_")):
+            with pytest.raises(UserError, match="config.yaml: "):
+                read_config(path)
+            continue
+        if key[-1] == "_target_":
+            continue
+        found = read_config(path)
+        changed = [row.partition(":")[0] for row in differing(identity(cfg), identity(found))]
+        # What the option or the command line had changed is another value now, and nothing else.
+        assert set(changed) <= {".".join(key), "global_batch"} or len(key) == 1, (key, changed)
+
+
+def test_migrations_rename_remove_and_keep_old_defaults(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = (
+        Renamed(8, "moe.experts", "moe.n_experts"),
+        Removed(8, "trainer.gone"),
+        DefaultChanged(9, "moe.aux_loss_weight", 0.5),
+    )
+    monkeypatch.setattr(migrations, "MIGRATIONS", rows)
+    monkeypatch.setattr(migrations, "VERSION", 9)
+    tree: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(compose([])).decode()))
+    tree["moe"]["experts"] = 6
+    tree["trainer"]["gone"] = 1
+    for key in ("n_experts", "aux_loss_weight"):
+        del tree["moe"][key]
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(tree | {"config_version": 7}))
+    moe: Any = read_config(path).moe
+    assert (moe.n_experts, moe.aux_loss_weight) == (6, 0.5)
+    del tree["moe"]["experts"], tree["trainer"]["gone"]
+    path.write_text(OmegaConf.to_yaml(tree | {"config_version": 8}))
+    assert read_config(path).moe.aux_loss_weight == 0.5  # type: ignore[attr-defined]
+    path.write_text(OmegaConf.to_yaml(tree | {"config_version": 9}))
+    assert read_config(path).moe.aux_loss_weight == 0.01  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"config_version": 99}, "config_version=99: written by a newer version of lunaris"),
+        ({"moo": 1}, "moo: no such key"),
+        ({"moe": {"_target_": "lunaris.moe.factory.MoEFactory", "n_expert": 1}}, "did you mean"),
+        ({"moe": {"_target_": "lunaris.moe.factory.Moe"}}, "not a class for moe"),
+        ({"seed": "x"}, "config.yaml: "),
+        ({"model": {"n_heads": 3}}, "must be divisible by model.n_heads=3"),
+    ],
+)
+def test_a_file_that_the_schemas_refuse_is_named(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    tree: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(compose([])).decode()))
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(tree | change))
+    with pytest.raises(UserError, match=message) as error:
+        read_config(path)
+    assert str(path) in str(error.value)
+
+
+def test_a_logger_of_version_1_becomes_a_list(tmp_path: Path) -> None:
+    tree: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(compose([])).decode()))
+    del tree["config_version"]
+    wandb = {"_target_": "lunaris.metrics.wandb_logger.WandbLogger", "project": "p"}
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(tree | {"logger": wandb}))
+    found = read_config(path).logger
+    assert list(found) == ["local", "wandb"]
+    assert found["wandb"].project == "p"  # type: ignore[attr-defined]
+    local = {"_target_": "lunaris.metrics.loggers.LocalLogger"}
+    path.write_text(OmegaConf.to_yaml(tree | {"logger": local}))
+    assert list(read_config(path).logger) == ["local"]
+
+
+def test_a_custom_component_brings_its_schema(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "toy_schema.py").write_text(
+        textwrap.dedent(
+            """
+            from dataclasses import dataclass
+            from lunaris.config.schema.attention import AttentionConfig
+            from lunaris.config.schema.checks import within
+
+            class Toy: ...
+
+            @dataclass
+            class ToyConfig(AttentionConfig):
+                _target_: str = "toy_schema.Toy"
+                window: int = 4
+
+                def __post_init__(self) -> None:
+                    within("attention.window", self.window, low=1)
+            """
+        )
+    )
+    (tmp_path / "options/attention").mkdir(parents=True)
+    (tmp_path / "options/attention/toy.yaml").write_text("_schema_: toy_schema.ToyConfig\n")
+    source = Source(dir=str(tmp_path / "options"))
+    cfg = compose(["attention=toy", "attention.window=8"], source=source)
+    assert type(cfg.attention).__name__ == "ToyConfig"
+    assert identity(cfg)["attention.window"] == 8
+    path = tmp_path / "config.yaml"
+    path.write_bytes(to_yaml(cfg))
+    assert read_config(path).attention == cfg.attention
+    for override, message in {
+        "attention.window=wide": "attention.window=wide: must be a whole number",
+        "attention.window=0": "attention.window=0: must be at least 1",
+        "attention.windw=3": "attention.windw: no such key; did you mean attention.window?",
+        "+attention.windw=3": "attention.windw: no such key; did you mean attention.window?",
+    }.items():
+        with pytest.raises(UserError) as error:
+            compose(["attention=toy", override], source=source)
+        assert message in str(error.value)

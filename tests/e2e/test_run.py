@@ -1,0 +1,58 @@
+"""Training runs, from the composed config to the run's folder."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lunaris.errors import UserError
+from lunaris.metrics.records import read_rows
+from lunaris.runs.run_dir import RunDir
+
+
+@pytest.mark.slow
+def test_the_text_of_the_standard_library_trains(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir]
+) -> None:
+    """The only option without golden losses: they depend on the Python that runs the tests."""
+    keys = ["data.vocab_size=300", "trainer.max_steps=40", "optimizer.learning_rate=1e-2"]
+    rows = read_rows(run_here(tiny("data=stdlib", *keys)).metrics_path)
+    assert rows[1]["train/main_loss"] == pytest.approx(math.log(300), rel=0.05)
+    assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.3
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("norm", ["qk_reorder", "pre"])
+def test_every_precision_and_norm_trains(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir], precision: str, norm: str
+) -> None:
+    run_dir = run_here(
+        tiny(
+            f"trainer.precision={precision}",
+            f"model.norm={norm}",
+            "trainer.max_steps=40",
+            "optimizer.learning_rate=1e-2",
+        )
+    )
+    rows = read_rows(run_dir.metrics_path)[1:]
+    assert rows[-1]["train/main_loss"] < rows[0]["train/main_loss"] - 0.05
+
+
+def test_a_vocabulary_smaller_than_the_datas_is_refused(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir]
+) -> None:
+    with pytest.raises(UserError, match="model.vocab_size=63"):
+        run_here(tiny("model.vocab_size=63"))
+
+
+def test_dropping_the_default_experiment_leaves_a_folder_that_names_its_config(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir], tmp_path: Path
+) -> None:
+    run_dir = run_here(tiny("trainer.max_steps=1"))
+    assert run_dir.path == tmp_path / "runs/run"
+    saved = run_dir.read_config()
+    assert saved.trainer.max_steps == 1 and saved.out_dir == str(run_dir.path)

@@ -1,0 +1,215 @@
+"""A run that is interrupted, accumulates or recomputes has the numbers of one that does not."""
+
+from __future__ import annotations
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+from lunaris.checkpoint import newest
+from lunaris.errors import Stopped
+from lunaris.metrics.records import read_rows
+from lunaris.runs.create import create
+from lunaris.runs.run_dir import RunDir
+from lunaris.train import Run
+
+EXACT = ("train/", "val/", "moe/")
+
+
+def exact_rows(run_dir: RunDir) -> list[dict[str, Any]]:
+    """Return what must not depend on the machine or on how often the run was interrupted."""
+    return [
+        {k: v for k, v in row.items() if k == "step" or k.startswith(EXACT)}
+        for row in read_rows(run_dir.metrics_path)
+    ]
+
+
+def tensors(run_dir: RunDir, tmp_path: Path) -> dict[str, torch.Tensor]:
+    """Return every tensor of the newest checkpoint: weights, buffers and optimizer state."""
+    file = tmp_path / f"{run_dir.path.name}.pt"
+    dcp_to_torch_save(newest(run_dir.checkpoints), file)
+    tree = torch.load(file, weights_only=False)
+    flat: dict[str, torch.Tensor] = {}
+
+    def walk(prefix: str, node: Any) -> None:
+        if isinstance(node, dict):
+            for key, value in node.items():
+                walk(f"{prefix}/{key}", value)
+        else:
+            flat[prefix] = torch.as_tensor(node) if isinstance(node, (int, float)) else node
+
+    walk("", tree)
+    return {k: v for k, v in flat.items() if isinstance(v, torch.Tensor)}
+
+
+def assert_same_run(a: RunDir, b: RunDir, tmp_path: Path) -> None:
+    assert exact_rows(a) == exact_rows(b)
+    left, right = tensors(a, tmp_path), tensors(b, tmp_path)
+    assert left.keys() == right.keys() and len(left) > 20
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["moe=switch"],
+        ["moe=top2", "moe.balancing=bias", "optimizer=muon", "model.dropout=0.2"],
+        ["moe=none", "trainer.precision=fp16", "checkpoint.async_save=true"],
+    ],
+    ids=["switch", "bias-muon-dropout", "dense-fp16-async"],
+)
+def test_a_run_stopped_by_a_signal_and_started_again_equals_an_undisturbed_one(
+    tiny: Callable[..., Any],
+    run_here: Callable[[Any], RunDir],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    overrides: list[str],
+) -> None:
+    whole = run_here(tiny(*overrides, name="whole"))
+
+    import lunaris.train
+
+    real_step = lunaris.train.train_step
+
+    def interrupted(run: Run, batch: Any) -> Any:
+        if run.state.step == 4:  # in the middle of step 5, between two saves
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_step(run, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lunaris.train, "train_step", interrupted)
+        with pytest.raises(Stopped, match="SIGTERM at step 5"):
+            run_here(tiny(*overrides, name="parts"))
+    assert RunDir(tmp_path / "runs/parts").read_status()["state"] == "stopped"
+    parts = run_here(tiny(*overrides, name="parts"))
+
+    assert parts.read_status() | {"time": 0} == whole.read_status() | {"time": 0, "attempts": 2}
+    assert_same_run(whole, parts, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_run_killed_outright_and_started_again_equals_an_undisturbed_one(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir], tmp_path: Path
+) -> None:
+    longer = ["trainer.max_steps=60", "checkpoint.save_interval=7", "trainer.eval_interval=20"]
+    whole = run_here(tiny(*longer, name="whole"))
+    run_dir = create(tiny(*longer, name="parts"), "test", [])
+    command = [sys.executable, "-m", "lunaris.launch.worker", str(run_dir.path)]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as worker:
+        while not any(row["step"] > 16 for row in read_rows(run_dir.metrics_path)):
+            assert worker.poll() is None
+            time.sleep(0.005)
+        worker.send_signal(signal.SIGKILL)
+    assert read_rows(run_dir.metrics_path)[-1]["step"] < 60
+    parts = run_here(tiny(*longer, name="parts"))
+    assert parts.read_status()["attempts"] == 2
+    assert_same_run(whole, parts, tmp_path)
+
+
+@pytest.mark.parametrize("checkpointing", ["false", "true"])
+def test_accumulation_and_activation_checkpointing_change_only_float_noise(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir], checkpointing: str
+) -> None:
+    moe = ["moe=top2", "moe.capacity_factor=1.0", "moe.balancing=bias"]
+    whole = run_here(tiny(*moe, name="whole"))
+    split = run_here(
+        tiny(
+            *moe,
+            "trainer.batch_size=1",
+            "trainer.gradient_accumulation_steps=4",
+            f"trainer.activation_checkpointing={checkpointing}",
+            name="split",
+        )
+    )
+    for a, b in zip(exact_rows(whole)[1:], exact_rows(split)[1:], strict=True):
+        assert a["train/main_loss"] == pytest.approx(b["train/main_loss"], rel=1e-5)
+        assert a["train/aux_loss"] == pytest.approx(b["train/aux_loss"], rel=1e-5)
+        assert a["train/grad_norm"] == pytest.approx(b["train/grad_norm"], rel=1e-4)
+        assert a["moe/layer_00/load"] == b["moe/layer_00/load"]
+
+
+def test_document_masking_weighs_every_target_alike_whatever_the_accumulation(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir]
+) -> None:
+    masked = ["data.document_masking=true"]
+    whole = run_here(tiny(*masked, name="whole"))
+    split = run_here(
+        tiny(
+            *masked,
+            "trainer.batch_size=2",
+            "trainer.gradient_accumulation_steps=2",
+            name="split",
+        )
+    )
+    for a, b in zip(exact_rows(whole)[1:], exact_rows(split)[1:], strict=True):
+        assert a["train/main_loss"] == pytest.approx(b["train/main_loss"], rel=1e-5)
+
+
+def test_a_row_holds_what_the_design_names_and_the_loss_falls(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir]
+) -> None:
+    run_dir = run_here(tiny("trainer.max_steps=60", "optimizer.learning_rate=1e-2"))
+    rows = read_rows(run_dir.metrics_path)
+    assert [row["step"] for row in rows] == list(range(61))
+    first, last = rows[1], rows[-1]
+    assert rows[0]["val/loss"] == pytest.approx(math.log(64), rel=0.05)
+    for key in ("loss", "main_loss", "aux_loss", "perplexity", "lr", "grad_norm"):
+        assert isinstance(last[f"train/{key}"], float)
+    for key in ("perf/tokens_per_s", "perf/mfu", "perf/data_wait", "moe/layer_00/load"):
+        assert key in last
+    assert last["train/loss"] == last["train/main_loss"] + last["train/aux_loss"]
+    assert sum(last["moe/layer_01/load"]) == pytest.approx(1)
+    assert first["train/main_loss"] == pytest.approx(math.log(64), rel=0.05)
+    assert last["val/loss"] < first["train/main_loss"] - 0.1
+    assert (run_dir.path / "loss.png").is_file()
+    status = run_dir.read_status()
+    assert status["state"] == "done" and status["step"] == 60
+    assert status["best_val_loss"] == min(r["val/loss"] for r in rows if "val/loss" in r)
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        # The last step's own loss is that of the weights before it.
+        ("val/loss", ["optimizer.learning_rate=1e30"]),
+        ("train/grad_norm", ["optimizer.learning_rate=1e-3"]),
+    ],
+)
+def test_a_last_step_that_diverges_is_not_done(
+    tiny: Callable[..., Any],
+    run_here: Callable[[Any], RunDir],
+    monkeypatch: pytest.MonkeyPatch,
+    name: str,
+    keys: list[str],
+) -> None:
+    if name == "train/grad_norm":
+        monkeypatch.setattr("lunaris.train.clip_grad_norm", lambda *_: torch.tensor(float("inf")))
+    cfg = tiny(*keys, "trainer.max_steps=1", "trainer.eval_interval=null")
+    with pytest.raises(RuntimeError, match=rf"{name} is (nan|inf) at step 1"):
+        run_here(cfg)
+    run_dir = RunDir(cfg.out_dir)
+    assert run_dir.read_status()["state"] == "failed"
+    assert not list(run_dir.path.glob("checkpoints/step_*"))
+
+
+def test_a_loss_that_is_not_finite_fails_the_run_and_saves_nothing(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir]
+) -> None:
+    cfg = tiny("optimizer.learning_rate=1e30", "trainer.grad_clip=null", "moe.n_experts=2")
+    with pytest.raises(RuntimeError, match=r"main_loss is (nan|inf) at step"):
+        run_here(cfg)
+    run_dir = RunDir(cfg.out_dir)
+    assert run_dir.read_status()["state"] == "failed"
+    assert "main_loss" in run_dir.read_status()["last_error"]
+    assert not list(run_dir.path.glob("checkpoints/step_*"))

@@ -1,0 +1,139 @@
+"""What is submitted of a sweep: to SLURM, to a worker here, to Hydra."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lunaris.__main__ import main
+from lunaris.errors import Stopped
+from lunaris.launch.slurm import Slurm
+from lunaris.launch.sweep import run_points
+from lunaris.launch.sweep.points import Point
+from lunaris.runs.create import create
+from lunaris.runs.run_dir import RunDir
+from lunaris.runs.sweep_manifest import read_manifest
+
+ARGV = ["train", "-m", "data=synthetic", "launch=slurm", "name=s"]
+
+
+@pytest.fixture
+def sent(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Replace the sending of jobs; return the names of the points of each job array."""
+    arrays: list[list[str]] = []
+
+    def send(self: Slurm, paths: list[Path], *, folder: Path, name: str) -> list[str]:
+        arrays.append([path.name for path in paths])
+        for i, path in enumerate(paths):
+            RunDir(path).write_status(state="queued", job_id=f"local-{2**22 + i}")
+        return [f"{len(arrays)}_{i}" for i in range(len(paths))]
+
+    monkeypatch.setattr(Slurm, "send", send)
+    return arrays
+
+
+def test_only_points_that_are_neither_done_nor_active_are_sent(
+    sent: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*ARGV, "seed=1,2,3"]) == 0
+    assert sent == [["seed=1", "seed=2", "seed=3"]]
+    assert "sent    job array 1 (3 points)" in capsys.readouterr().out
+    assert [p.job_id for p in read_manifest(Path("sweeps/s")).points] == ["1_0", "1_1", "1_2"]
+    RunDir("sweeps/s/seed=1").write_status(state="done")
+    RunDir("sweeps/s/seed=2").write_status(state="failed", job_id=None, last_error="Boom")
+    # The process of init, which lives as long as the machine runs.
+    RunDir("sweeps/s/seed=3").write_status(state="running", job_id="local-1")
+    capsys.readouterr()
+    assert main([*ARGV, "seed=1,2,3"]) == 0
+    assert sent[1:] == [["seed=2"]]
+    shown = capsys.readouterr().out
+    assert "sent    job 2_0 (1 points)" in shown and "1 queued, 1 running, 1 done" in shown
+    assert [p.job_id for p in read_manifest(Path("sweeps/s")).points] == ["1_0", "2_0", "1_2"]
+
+
+def test_points_with_other_resources_are_another_array(sent: list[list[str]]) -> None:
+    assert main([*ARGV, "launch.mem_gb=1,2", "seed=1,2"]) == 0
+    assert [len(array) for array in sent] == [2, 2]
+
+
+def test_a_sweep_that_waits_reports_the_error_of_a_point(
+    sent: list[list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def ended(paths: list[Path]) -> Any:
+        from lunaris.runs.status import RunState
+
+        RunDir(paths[0]).write_status(state="done", best_val_loss=0.5)
+        return [RunState("done", {}), RunState("node_fail", {}, "n1"), RunState("timeout", {})]
+
+    monkeypatch.setattr("lunaris.launch.sweep.slurm_array.wait_until_ended", ended)
+    assert main([*ARGV, "launch.wait=true", "seed=1,2,3"]) == 1
+    shown = capsys.readouterr().out
+    assert "1 done, 2 failed" in shown and "best: seed=1, val loss 0.5000" in shown
+    assert "failed: seed=2: n1" in shown and "failed: seed=3: timeout" in shown
+
+
+@pytest.mark.parametrize(
+    ("code", "before", "error"),
+    [
+        (-9, {"state": "running"}, "killed by SIGKILL"),
+        (1, {"state": "running"}, "exit code 1"),
+        (1, {"state": "queued", "last_error": "Boom"}, "Boom"),
+        (2, {"state": "queued"}, None),
+    ],
+)
+def test_how_a_worker_ended_is_recorded_where_it_could_not(
+    tmp_path: Path, code: int, before: dict[str, str], error: str | None
+) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.write_status(**before)
+    run_points._record_exit(run_dir, code)
+    status = run_dir.read_status()
+    assert (status["state"], status.get("last_error")) == ("failed", error)
+    run_dir.write_status(state="stopped")
+    run_points._record_exit(run_dir, code)
+    assert run_dir.read_status()["state"] == "stopped"
+
+
+def test_a_callback_of_hydra_s_is_called(
+    sent: list[list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path("seen.py").write_text(
+        "from pathlib import Path\nfrom hydra.experimental.callback import Callback\n\n\n"
+        "class Seen(Callback):\n"
+        "    def on_multirun_end(self, config, **keys):\n        Path('called').touch()\n"
+    )
+    monkeypatch.syspath_prepend(Path.cwd())
+    assert main([*ARGV, "+hydra.callbacks.seen._target_=seen.Seen", "seed=1,2"]) == 0
+    assert Path("called").exists() and sent == [["seed=1", "seed=2"]]
+
+
+def test_a_worker_that_dies_of_a_forwarded_signal_is_stopped_not_failed(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def command(path: Path) -> list[str]:
+        # It dies of the signal, as a worker does before it has a handler.
+        return [sys.executable, "-I", "-c", "import time; time.sleep(60)"]
+
+    monkeypatch.setattr(run_points, "worker_command", command)
+    monkeypatch.setattr(run_points, "_POLL_S", 0.02)
+    cfg = tiny()
+    run_dir = create(cfg, "test", [])
+    point = Point("p", [], cfg, run_dir.path)
+    shown: list[str] = []
+
+    def show(line: str) -> None:
+        # The first line is shown while the worker runs.
+        if not shown:
+            os.kill(os.getpid(), signal.SIGTERM)
+        shown.append(line)
+
+    with pytest.raises(Stopped, match="run the same command to continue"):
+        run_points.run_point(point, show)
+    assert run_dir.read_status()["state"] == "stopped"
+    assert shown[0] == "step 0/8" and shown[-1].startswith("stopped after ")
