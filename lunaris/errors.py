@@ -9,13 +9,13 @@ from types import ModuleType
 
 
 class UserError(ValueError):
-    """Says that what the person gave cannot work: a key, a value, a file."""
+    """The user's input cannot work: a key, a value or a file."""
 
     exit_code = 2
 
 
 class Stopped(Exception):
-    """Says that a signal stopped the run after a checkpoint was saved."""
+    """A signal stopped the run after a checkpoint was saved."""
 
     exit_code = 3
 

@@ -147,6 +147,9 @@ def test_a_circle_of_imports_is_found() -> None:
 # What libraries do not promise to keep, and the one file that may use it.
 INTERNALS = {
     "hydra._internal": "config/hydra_internals.py",
+    "hydra.core.config_store": "config/hydra_internals.py",
+    "hydra.core.global_hydra": "config/hydra_internals.py",
+    "hydra.core.override_parser.overrides_parser": "config/hydra_internals.py",
     "hydra.core.plugins": "config/hydra_internals.py",
     "submitit.core._submit": "launch/submitit_internals.py",
     "submitit.local.local": "launch/submitit_internals.py",

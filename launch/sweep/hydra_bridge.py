@@ -21,11 +21,12 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lunaris.config.cli import Flags
-from lunaris.config.compose import Composer, register_schemas
+from lunaris.config.compose import Composer, schema_nodes
 from lunaris.config.hydra_internals import (
     PLUGIN_PACKAGE,
     instantiate_launcher,
     register_plugin,
+    register_schemas,
     run_hydra_main,
 )
 from lunaris.config.keys import CONFIG_MODULE
@@ -71,7 +72,7 @@ def call_hydra(
     parsed: the overrides of the flags. extra: further ones. targets: the plugins that the config
     will ask for, of which ours are registered. Raises UserError.
     """
-    register_schemas()
+    register_schemas(schema_nodes())
     for plugin in (Product, LocalSweep, SlurmArray):
         if f"{PLUGIN_PACKAGE}.{plugin.__name__}" in targets:
             register_plugin(plugin)

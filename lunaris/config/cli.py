@@ -1,4 +1,4 @@
-"""The flags that `lunaris train` shares with every Hydra program, apart from its overrides."""
+"""The flags that `lunaris train` shares with every Hydra program, and its help text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WIDTH = 22
 
 @dataclass
 class Flags:
-    """What a command line asks for besides the config; `overrides` is the rest of it."""
+    """The flags of a command line; `overrides` are its other words."""
 
     overrides: list[str] = field(default_factory=list)
     help: bool = False
@@ -66,9 +66,14 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )  # fmt: skip
     add("-p", "--package", help="with --cfg: the part to show, like model or moe")
     add("--resolve", action="store_true", help="with --cfg: fill in the interpolations")
-    add("-cd", "--config-dir", metavar="DIR", help="a folder with options of your own")
+    add("-cd", "--config-dir", metavar="DIR", help="a folder with more options")
     add("-cn", "--config-name", metavar="NAME", default="train", help="instead of train")
-    add("-cp", "--config-path", metavar="DIR", help="a folder that is read before ours")
+    add(
+        "-cp",
+        "--config-path",
+        metavar="DIR",
+        help="a folder that is read before the one of lunaris",
+    )
     add(
         "-i", "--info", nargs="?", const="all",
         choices=("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),

@@ -10,12 +10,13 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from hydra.core.config_loader import ConfigLoader
+    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.plugins.launcher import Launcher
     from hydra.types import HydraContext
     from omegaconf import DictConfig
@@ -66,6 +67,52 @@ def option_loader(config_path: str, search_path: list[str]) -> ConfigLoader:
     for place in search_path:
         path.append("lunaris", place)
     return ConfigLoaderImpl(config_search_path=path)
+
+
+def override_parser(config_loader: ConfigLoader | None = None) -> OverridesParser:
+    """Return Hydra's parser of overrides. config_loader: finds what a `glob(…)` stands for."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    return OverridesParser.create(config_loader)
+
+
+def register_schemas(nodes: dict[str, type]) -> None:
+    """Register dataclasses as `schema/NAME`; the one called `train` is that of the whole config."""
+    from hydra.core.config_store import ConfigStore
+
+    store = ConfigStore.instance()
+    if "schema" in store.repo:
+        return
+    for name, node in nodes.items():
+        package = "_global_" if name == "train" else None
+        store.store(name=name, node=node, group="schema", package=package)
+
+
+def compose_options(
+    name: str, choices: list[str], path: str | None, module: str, schemas: dict[str, type]
+) -> DictConfig:
+    """Return what Hydra composes for the choices of options, with Hydra's part of the config.
+
+    name: of the main file, in the folder `path`, or else in the package `module`.
+    """
+    from hydra import compose, initialize_config_dir, initialize_config_module
+    from hydra.core.global_hydra import GlobalHydra
+
+    register_schemas(schemas)
+    # Inside `hydra.main` (a foreign sweeper) Hydra is initialized already, with another folder.
+    state = GlobalHydra.instance()
+    outer, state.hydra = state.hydra, None
+    try:
+        opened: AbstractContextManager[object]
+        if path is not None:
+            opened = initialize_config_dir(os.path.abspath(path), version_base="1.3")
+        else:
+            opened = initialize_config_module(module, version_base="1.3")
+        with warnings.catch_warnings(), opened:
+            warnings.simplefilter("ignore")
+            return compose(name, choices, return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().hydra = outer
 
 
 @contextmanager

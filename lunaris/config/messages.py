@@ -1,4 +1,4 @@
-"""The messages for a config that cannot be: the dotted key, the value, what is allowed."""
+"""The messages for a wrong config: the dotted key, the value and what is allowed. No Hydra."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from lunaris.errors import did_you_mean
 
 
 def no_such_key(key: str, known: list[str], choice: str | None = None) -> str:
-    """Return the message for a dotted key that is not among `known`, its neighbours.
+    """Return the message for a dotted key that does not exist. known: the keys next to it.
 
-    choice: the option that is chosen for the key's group, where that is known.
+    choice: the option that is chosen for the key's group, if it is known.
     """
     group, _, last = key.rpartition(".")
     elsewhere = options_having(key)
@@ -37,7 +37,7 @@ def wrong_value(schema: type | None, key: str, value: Any) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value as one would write it in an override."""
+    """Return a value in the form of an override: null, true, [1,2]."""
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
@@ -46,9 +46,9 @@ def shown(value: Any) -> str:
 
 
 def explain(error: BaseException) -> str:
-    """Return one line or two for a fault that Hydra or OmegaConf found in a file.
+    """Return the message, one line or two, for an error of Hydra or OmegaConf.
 
-    Their hints to use a plus mislead here, since a key that no schema has is refused anyway.
+    Their hints to use a plus are left out, because a key that no schema has is refused anyway.
     """
     text = f"{error}\n{error.__cause__ or ''}"
     place = re.search(r"In '([^']+)'", text)

@@ -1,4 +1,4 @@
-"""The overrides of a command line: parsed, checked against the tree, and their faults named."""
+"""The overrides of a command line: parsed, checked against the config tree, applied."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
+from lunaris.config.hydra_internals import override_parser
 from lunaris.config.keys import (
     EXPERIMENT,
     all_keys,
@@ -31,14 +32,13 @@ if TYPE_CHECKING:
 
 
 def parse(overrides: list[str], config_loader: ConfigLoader | None = None) -> list[Override]:
-    """Return the overrides parsed. Raises UserError for what is not KEY=VALUE.
+    """Return the parsed overrides. Raises UserError for one that is not KEY=VALUE.
 
     config_loader: needed to take the values of a `glob(…)`.
     """
-    from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
-    parser = OverridesParser.create(config_loader)
+    parser = override_parser(config_loader)
     parsed = []
     for text in overrides:
         try:
@@ -49,7 +49,7 @@ def parse(overrides: list[str], config_loader: ConfigLoader | None = None) -> li
 
 
 def quoted(text: str) -> str:
-    """Return `text` as a value that the override grammar takes as it is."""
+    """Return `text` quoted, so that the grammar of overrides reads it unchanged."""
     # A backslash is an escape before a quote and at the end only.
     escaped = re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + ("\\'" if m[2] else ""), text)
     return f"'{escaped}'"
@@ -58,7 +58,7 @@ def quoted(text: str) -> str:
 def check(parsed: list[Override], config_dirs: list[Path], *, sweep: bool = False) -> None:
     """Raise UserError for the first override that names no group, option or key of the tree.
 
-    A key below a group is checked once the group's option is known, by `apply` or `validate`.
+    A key inside a group is checked when the group's option is known, by `apply` or `give_schemas`.
     """
     further = any(o.key_or_group == "hydra.searchpath" for o in parsed)
     for override in parsed:
@@ -108,7 +108,7 @@ def open_maps(parsed: list[Override]) -> list[str]:
 
 
 def is_group_choice(override: Override) -> bool:
-    """Say whether the override picks an option, or is Hydra's own."""
+    """Return whether the override chooses an option, or belongs to Hydra."""
     return override.is_hydra_override() or (
         override.key_or_group in group_names() and not isinstance(override.value(), dict)
     )
@@ -138,7 +138,7 @@ def apply(cfg: DictConfig, override: Override, choice: str | None = None) -> Non
 
 
 def _leaves(cfg: DictConfig, key: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield what a map of values sets, key by key, as far down as the schemas go."""
+    """Yield each key and value that a map sets, down to where the schemas end."""
     node = OmegaConf.select(cfg, key, throw_on_missing=False) if isinstance(value, dict) else None
     if not OmegaConf.is_dict(node) or OmegaConf.get_type(node) is dict:
         yield key, value

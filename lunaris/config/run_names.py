@@ -1,17 +1,17 @@
-"""Names of runs and of sweep points, derived from the overrides: no clock, no chance."""
+"""Names of runs and of sweep points, derived from the overrides alone."""
 
 from __future__ import annotations
 
 import hashlib
 import re
 
-# Where, how fast or how visibly a run goes; the same run keeps its name whatever these are.
+# Groups that change where, how fast or how visibly a run trains: they are not part of its name.
 _UNNAMED = ("name", "out_dir", "launch", "logger", "checkpoint", "parallelism", "hydra")
 _LONGEST = 80
 
 
 def run_name(overrides: list[str]) -> str:
-    """Return the name of the run that `overrides` ask for: "default", "moe=top2", …
+    """Return the name of the run with these overrides: "default", "moe=top2", …
 
     The same overrides in another order give the same name, and different ones another. The
     name is made of letters, digits and `._=+,-`, and is at most 80 characters long.
@@ -23,7 +23,7 @@ def run_name(overrides: list[str]) -> str:
 
 
 def sweep_name(overrides: list[str], swept: list[str]) -> str:
-    """Return the name of a sweep: of all that names a run, and of whatever is swept."""
+    """Return the name of a sweep: the overrides that name a run, and all that are swept."""
     named = [text for text in overrides if text in swept or not is_unnamed(text)]
     return join_names(sorted(named, key=_order)) or "sweep"
 
@@ -36,7 +36,7 @@ def point_name(swept: list[str]) -> str:
 
 
 def is_unnamed(override: str) -> bool:
-    """Say whether `override` leaves the name alone, like `launch=slurm` or `name=x`."""
+    """Return whether a name leaves out the override, like `launch=slurm` or `name=x`."""
     return re.split(r"[./@]", _key(override))[0] in _UNNAMED
 
 
@@ -62,13 +62,14 @@ def _key(override: str) -> str:
 
 
 def _order(override: str) -> tuple[bool, bool, str]:
-    # An experiment first, then the groups, then the keys: as one would say it.
+    # An experiment first, then the groups, then the keys.
     key = _key(override)
     return key != "experiment", "." in key, override
 
 
 def _safe(override: str) -> str:
     key, _, value = override.lstrip("+").partition("=")
+    key = key.replace("/", ".")
     sign = "-" if value.startswith("-") else ""
     value = re.sub(r"[^A-Za-z0-9._=+-]+", "-", re.sub(r"[\[\]'\"]", "", value)).strip("-")
     value = sign + value
@@ -77,5 +78,6 @@ def _safe(override: str) -> str:
 
 
 def _loses(overrides: list[str]) -> bool:
-    """Say whether two different lists of overrides could have this one's name."""
-    return any(re.search(r"[^A-Za-z0-9._=+\[\],'\"-]", text) for text in overrides)
+    """Return whether another list of overrides could have the same name."""
+    texts = [_key(text).replace("/", ".") + text.partition("=")[2] for text in overrides]
+    return any(re.search(r"[^A-Za-z0-9._=+\[\],'\"-]", text) for text in texts)

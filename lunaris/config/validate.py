@@ -1,4 +1,4 @@
-"""Checks across keys and groups, on the login node, before anything starts. No torch."""
+"""The checks of a composed config, on the login node, before anything starts. No torch."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def validate(cfg: Config, *, check_data: bool = True) -> None:
 
 
 def check_interpolations(cfg: DictConfig) -> None:
-    """Raise UserError for an interpolation that leads nowhere; a value may be missing."""
+    """Raise UserError for an interpolation that cannot be resolved; a value may be missing."""
     check_values(cfg, missing=True)
 
 
 def check_values(node: Any, path: str = "", *, missing: bool = False) -> None:
-    """Raise UserError for an interpolation that leads nowhere, and for a missing value.
+    """Raise UserError for an interpolation that cannot be resolved and for a missing value.
 
-    missing: values may be.
+    missing: allow missing values.
     """
     listed = OmegaConf.is_list(node)
     for key in range(len(node)) if listed else list(node):
@@ -79,7 +79,7 @@ def check_values(node: Any, path: str = "", *, missing: bool = False) -> None:
 
 
 def _check_classes(cfg: Config) -> None:
-    """Import the custom classes that the config names, as training will."""
+    """Import the custom classes that the config names, as training will. Raises UserError."""
     parts = {name: part for name, part in vars(cfg).items() if isinstance(part, Component)}
     parts |= {f"logger.{name}": logger for name, logger in cfg.logger.items()}
     for key, part in list(parts.items()):

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lunaris.config.compose import Composer, Source, compose, register_schemas
+from lunaris.config.compose import Composer, Source, compose, schema_nodes
+from lunaris.config.hydra_internals import register_schemas
 from lunaris.config.run_names import join_names, point_name, run_name, sweep_name
 from lunaris.errors import UserError
 
@@ -63,7 +64,7 @@ def test_a_command_line_gives_what_hydra_itself_composes(overrides: list[str]) -
     from hydra import compose as hydra_compose
     from hydra import initialize_config_module
 
-    register_schemas()
+    register_schemas(schema_nodes())
     with initialize_config_module("lunaris.conf", version_base="1.3"):
         # Hydra wants a plus before what no schema holds, an entry of a map.
         plus = ["+" + text if text.count(".") > 1 else text for text in overrides]
@@ -75,8 +76,8 @@ def test_points_of_a_sweep_share_a_base_and_nothing_else(monkeypatch: pytest.Mon
     from lunaris.config import compose as module
 
     calls: list[list[str]] = []
-    whole = module._hydra_compose
-    monkeypatch.setattr(module, "_hydra_compose", lambda *a: calls.append(a[1]) or whole(*a))
+    whole = module.compose_options
+    monkeypatch.setattr(module, "compose_options", lambda *a: calls.append(a[1]) or whole(*a))
     points = [
         [f"moe={moe}", f"moe.n_experts={n}", f"data.n_tokens={4000 * n}", "data=synthetic"]
         for moe in ("switch", "top2")
@@ -175,6 +176,7 @@ def test_faults_in_files_name_the_file_and_the_key(tmp_path: Path) -> None:
 def test_names() -> None:
     assert run_name([]) == "default"
     assert run_name(["moe=top2"]) == "moe=top2"
+    assert run_name(["moe/router=softmax"]) == "moe.router=softmax"
     assert run_name(["experiment=smoke", "moe=top2"]) == "smoke,moe=top2"
     assert run_name(["launch.processes=2", "logger=wandb", "parallelism=ddp"]) == "default"
     assert run_name(["moe=switch", "moe=top2"]) == "moe=top2"

@@ -60,10 +60,10 @@ def test_hydra_main_reads_the_lent_command_line_and_raises_its_errors() -> None:
     with canary("HYDRA_FULL_ERROR, or that hydra.main reads sys.argv"):
         from hydra.errors import HydraException
 
-        from lunaris.config.compose import register_schemas
-        from lunaris.config.hydra_internals import run_hydra_main
+        from lunaris.config.compose import schema_nodes
+        from lunaris.config.hydra_internals import register_schemas, run_hydra_main
 
-        register_schemas()
+        register_schemas(schema_nodes())
         seen: list[int] = []
         hydra = ["hydra/launcher=basic", "hydra/sweeper=basic"]
         run_hydra_main(PACKAGE, lambda cfg: seen.append(cfg.seed), ["lunaris", *hydra, "seed=7"])
@@ -91,3 +91,18 @@ def test_a_glob_asks_the_loader_of_its_override() -> None:
 
         points = expand(parse(["schedule=glob(c*)"]), lambda: option_loader(PACKAGE, []))
         assert points == [["schedule=constant"], ["schedule=cosine"]]
+
+
+def test_composing_leaves_an_outer_hydra_as_it_was() -> None:
+    with canary("GlobalHydra, ConfigStore or hydra.compose"):
+        from hydra import initialize_config_module
+        from hydra.core.config_store import ConfigStore
+        from hydra.core.global_hydra import GlobalHydra
+
+        from lunaris.config.compose import compose
+
+        with initialize_config_module("lunaris.conf", version_base="1.3"):
+            outer = GlobalHydra.instance().hydra
+            assert compose(["seed=3"]).seed == 3
+            assert GlobalHydra.instance().hydra is outer
+        assert "schema" in ConfigStore.instance().repo

@@ -58,7 +58,7 @@ class SlurmLaunchConfig(LaunchConfig):
     constraint: str | None = None
     # Shell lines run before the tasks start.
     setup: list[str] = field(default_factory=list)
-    # Seconds before the limit at which the job is told to save and requeue.
+    # Seconds before the limit at which SLURM signals the job to save and requeue.
     signal_delay_s: int = 120
     max_num_timeout: int = 1000
     array_parallelism: int = 256
