@@ -6,7 +6,7 @@ import copy
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -40,6 +40,13 @@ class Source:
     overrides: tuple[str, ...] = ()
 
 
+class _Base(NamedTuple):
+    """What Hydra composes for a set of options: its own part, which is large, and the rest."""
+
+    hydra: DictConfig
+    tree: DictConfig
+
+
 class Composer:
     """Composes command lines of one source; Hydra composes each set of options only once.
 
@@ -48,7 +55,7 @@ class Composer:
 
     def __init__(self, source: Source | None = None) -> None:
         self._source = source or Source()
-        self._bases: dict[tuple[str, ...], DictConfig] = {}
+        self._bases: dict[tuple[str, ...], _Base] = {}
 
     def compose(self, overrides: list[str], *, check_data: bool = True) -> Config:
         """Return the checked config for `overrides`; it has a name and no missing value.
@@ -73,31 +80,33 @@ class Composer:
         _search_path(self._source)  # Reported before an option that its folder would hold.
         parsed = parse([*self._source.overrides, *overrides])
         check(parsed, config_dirs(self._source))
-        cfg = copy.deepcopy(self._base([o for o in parsed if is_group_choice(o)]))
-        chosen: dict[str, Any] = dict(cfg.hydra.runtime.choices)
-        if not with_hydra:
+        base = self._base([o for o in parsed if is_group_choice(o)])
+        cfg = copy.deepcopy(base.tree)
+        if with_hydra:
             with open_dict(cfg):
-                del cfg["hydra"]
+                cfg.hydra = copy.deepcopy(base.hydra)
         for override in parsed:
             if not is_group_choice(override):
-                apply(cfg, override, chosen.get(split_key(override.key_or_group)[0]))
+                choice = base.hydra.runtime.choices.get(split_key(override.key_or_group)[0])
+                apply(cfg, override, choice)
         return cfg
 
-    def _base(self, choices: list[Override]) -> DictConfig:
+    def _base(self, choices: list[Override]) -> _Base:
         from hydra.errors import HydraException
 
         texts = [*_search_path(self._source), *open_maps(choices)]
         key = tuple(texts)
         if key not in self._bases:
             try:
-                base = compose_options(
+                tree = compose_options(
                     self._source.name, texts, self._source.path, CONFIG_MODULE, schema_nodes()
                 )
             except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
                 raise UserError(explain(error)) from error
             # With its schema, an override of a custom class's key is checked like any other.
-            give_schemas(base, strict=False)
-            self._bases[key] = base
+            give_schemas(tree, strict=False)
+            with open_dict(tree):
+                self._bases[key] = _Base(tree.pop("hydra"), tree)
         return self._bases[key]
 
 
