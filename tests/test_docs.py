@@ -62,6 +62,10 @@ TYPED = {
         "moe.router.temperature=0": "moe.router.temperature=0.0: must be greater than 0",
         "moe.router.temprature=3": "did you mean moe.router.temperature?",
     },
+    "Logger": {
+        "logger.csv.delimiter=x": "logger.csv.delimiter=x: allowed are ,, ;",
+        "logger.csv.delimitr=x": "did you mean logger.csv.delimiter?",
+    },
     "Objective": {
         "objective.ahead_weight=2": "objective.ahead_weight=2.0: must be between 0.0 and 1.0",
         "objective.ahead_weigth=1": "did you mean objective.ahead_weight?",

@@ -1,4 +1,4 @@
-"""Composition: who wins over whom, names, and what a person may bring along."""
+"""Composition: precedence, names, custom options and classes."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_entries_of_a_map_need_no_plus() -> None:
     assert compose(data, check_data=False).data.files == {"wiki": ["a", "b"], "code": ["c"]}
 
 
-def test_a_folder_of_ones_own_options(tmp_path: Path) -> None:
+def test_a_folder_with_more_options(tmp_path: Path) -> None:
     write(tmp_path / "mine/moe/eight.yaml", "defaults: [top2]\nn_experts: 24\n")
     source = Source(dir=str(tmp_path / "mine"))
     assert compose(["moe=eight"], source=source).moe.n_experts == 24
@@ -145,7 +145,7 @@ def test_an_option_without_a_schema_is_checked_by_its_class(tmp_path: Path) -> N
             compose([f"moe={option}"], source=source)
 
 
-def test_a_class_of_ones_own_may_have_any_keys(tmp_path: Path) -> None:
+def test_a_custom_class_may_have_any_keys(tmp_path: Path) -> None:
     write(tmp_path / "moe/mine.yaml", "_target_: json.JSONDecoder\nsecret: 1\n")
     source = Source(dir=str(tmp_path))
     cfg = compose(["moe=mine", "moe.secret=2", "+moe.other=3"], source=source)
@@ -208,7 +208,7 @@ def test_names_are_safe_and_differ_where_overrides_do() -> None:
         assert len(name) <= 80 and name[0] not in ".-"
 
 
-def test_a_class_of_ones_own_is_looked_for_in_its_source(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_custom_class_is_imported_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(os.getcwd())
     Path("spelt.py").write_text("class MyFactory: ...\n")
     Path("made.py").write_text(
