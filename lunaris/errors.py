@@ -36,5 +36,5 @@ def need(module: str, what: str) -> ModuleType:
     except ImportError as error:
         raise UserError(
             f"{what} needs {module.partition('.')[0]}, which is not installed: "
-            "pip install 'lunaris[hf]'"
+            "pip install 'lunaris-codex[hf]'"
         ) from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,6 +88,21 @@ def test_training_commands_compose(line: str) -> None:
         # The first value of each swept key; tests/launch holds that all of them are expanded.
         flags.overrides = [re.sub(r"=([^\[,]+),.*", r"=\1", text) for text in flags.overrides]
     compose(flags.overrides, source=flags.source, check_data=False)
+
+
+def test_extras_are_installed_from_the_distribution_of_this_project() -> None:
+    """The public index has another project called `lunaris`."""
+    name = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["name"]
+    files = [*PAGES, *sorted((ROOT / "lunaris").rglob("*.py"))]
+    shown = [m for f in files for m in re.findall(r"pip install '([^'\[]*)\[", f.read_text())]
+    assert shown and set(shown) == {name}
+
+
+def test_every_file_named_exists() -> None:
+    named = re.compile(r"`((?:lunaris|launch|tests|conf|docs)/[\w./]+\.(?:py|md|yaml))`")
+    found = {path for page in PAGES for path in named.findall(page.read_text())}
+    missing = {path for path in found if "GROUP" not in path and not (ROOT / path).is_file()}
+    assert found and not missing
 
 
 def test_every_command_shown_exists() -> None:

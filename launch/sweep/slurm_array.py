@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lunaris.config.schema.base import component_keys
+from lunaris.errors import UserError
 from lunaris.launch.slurm import Slurm, wait_until_ended
 from lunaris.launch.sweep.points import Outcome, Point, Sweep, outcome_of
 from lunaris.runs.run_dir import RunDir
@@ -17,7 +18,16 @@ class SlurmPoints:
     """
 
     def submit(self, sweep: Sweep, points: list[Point]) -> list[Outcome]:
-        """Freeze the points and send those that are neither done nor active."""
+        """Freeze the points and send those that are neither done nor active.
+
+        Raises UserError, having written nothing, for a point that is not launched by SLURM.
+        """
+        for point in points:
+            if not hasattr(point.cfg.launch, "dry_run"):
+                raise UserError(
+                    f"point {point.name}: launch._target_={point.cfg.launch._target_}: "
+                    "hydra/launcher=slurm needs launch=slurm"
+                )
         launch = points[0].cfg.launch
         if launch.dry_run:
             return _print_scripts(sweep, points)

@@ -28,7 +28,7 @@ data.processes. Train on the folder with `lunaris train data=shards data.dir=FOL
   lunaris prepare data=hf data.dir=shards data.datasets=roneneldan/TinyStories
   lunaris prepare --verify data=shards data.dir=shards
 
-The keys of data=text and their defaults (`lunaris train --help` lists those of every group):
+The keys of data=text and their defaults (`lunaris train --cfg job -p data data=hf` shows others):
 """
 
 

@@ -223,5 +223,5 @@ def test_files_of_a_folder_that_changed_are_another_input() -> None:
 
 def test_without_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'lunaris\[hf\]'"):
+    with pytest.raises(UserError, match=r"pip install 'lunaris-codex\[hf\]'"):
         make("out", "a")

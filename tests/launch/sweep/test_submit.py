@@ -137,3 +137,12 @@ def test_a_worker_that_dies_of_a_forwarded_signal_is_stopped_not_failed(
         run_points.run_point(point, show)
     assert run_dir.read_status()["state"] == "stopped"
     assert shown[0] == "step 0/8" and shown[-1].startswith("stopped after ")
+
+
+def test_our_slurm_launcher_refuses_points_of_another_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "-m", "hydra/launcher=slurm", "launch=local", "seed=1,2"]) == 2
+    assert "hydra/launcher=slurm needs launch=slurm" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
