@@ -100,7 +100,11 @@ def test_migrations_rename_remove_and_keep_old_defaults(
     ("change", "message"),
     [
         ({"config_version": 99}, "config_version=99: written by a newer version of lunaris"),
+        ({"config_version": True}, "config_version=True: must be a whole number"),
         ({"moo": 1}, "moo: no such key"),
+        ({"model": None}, "model=null: must be a map"),
+        ({"trainer": "x"}, "trainer=x: must be a map"),
+        ({"checkpoint": 3}, "checkpoint=3: must be a map"),
         ({"moe": {"_target_": "lunaris.moe.factory.MoEFactory", "n_expert": 1}}, "did you mean"),
         ({"moe": {"_target_": "lunaris.moe.factory.Moe"}}, "not a class for moe"),
         ({"seed": "x"}, "config.yaml: "),
@@ -115,7 +119,56 @@ def test_a_file_that_the_schemas_refuse_is_named(
     path.write_text(OmegaConf.to_yaml(tree | change))
     with pytest.raises(UserError, match=message) as error:
         read_config(path)
-    assert str(path) in str(error.value)
+    assert str(error.value).count(str(path)) == 1
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["a: [", "a: b: c", "&a [*a]", "name: ${seed", "model:\n  d_mo"]
+)
+def test_a_file_that_is_not_yaml_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match="cannot be read|is incomplete") as error:
+        read_config(path)
+    assert "\n" not in str(error.value)
+
+
+CUSTOM_OVER_OPTIONS = [
+    ["data=text", "data.files=[a]", "data.dir=x", "data._target_=mine.Text", "data.verify=true"],
+    ["launch=slurm", "launch.nodes=2", "parallelism=ddp", "launch._target_=mine.Launcher"],
+    ["moe._target_=mine.Experts", "+moe.further={a: [1]}", "moe.router._target_=mine.Router"],
+    ["optimizer._target_=mine.Optimizer", "+optimizer.fused=true"],
+]
+
+
+@pytest.mark.parametrize("command", CUSTOM_OVER_OPTIONS, ids=" ".join)
+def test_a_custom_class_over_an_option_keeps_the_option_s_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("Text", "Launcher", "Experts", "Router", "Optimizer")
+    (tmp_path / "mine.py").write_text("".join(f"class {name}: ...\n" for name in names))
+    cfg = compose(command, check_data=False)
+    (tmp_path / "config.yaml").write_bytes(to_yaml(cfg))
+    again = read_config(tmp_path / "config.yaml")
+    assert again == cfg
+    assert differing(identity(cfg), identity(again)) == []
+
+
+def test_a_custom_class_in_a_file_of_version_1_keeps_its_identity(tmp_path: Path) -> None:
+    tree: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(compose([])).decode()))
+    del tree["config_version"], tree["moe"]["router"]
+    tree["moe"]["_target_"] = "mine.Experts"
+    tree["data"] = {"_target_": "mine.Data", "dir": "x", "verify": True}
+    tree["launch"] = {"_target_": "mine.Launcher", "nodes": 2, "gpus_per_node": 4}
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(tree))
+    found = identity(read_config(path))
+    assert found["moe.router._target_"] == "lunaris.moe.router.softmax.SoftmaxRouterFactory"
+    assert found["data.dir"] == "x"
+    assert "data.verify" not in found
+    assert found["global_batch"] == 8 * identity(compose([]))["global_batch"]
 
 
 def test_a_logger_of_version_1_becomes_a_list(tmp_path: Path) -> None:
