@@ -93,7 +93,13 @@ class Composer:
                 base = compose_options(
                     self._source.name, texts, self._source.path, CONFIG_MODULE, schema_nodes()
                 )
-            except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+            except (
+                HydraException,
+                OmegaConfBaseException,
+                YAMLError,
+                OSError,
+                ValueError,
+            ) as error:
                 raise UserError(explain(error)) from error
             # With its schema, an override of a custom class's key is checked like any other.
             give_schemas(base, strict=False)

@@ -7,6 +7,7 @@ inferred from the keys it is given.
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING as ABSENT
 from dataclasses import Field, field, fields, is_dataclass, make_dataclass
 from functools import cache
@@ -27,7 +28,7 @@ from lunaris.config.keys import (
     schema_of_target,
     takes,
 )
-from lunaris.config.messages import explain, no_such_key, shown
+from lunaris.config.messages import explain, no_such_key, shown, wrong_value
 from lunaris.config.schema.base import Component, component_keys
 from lunaris.config.schema.root import Config
 from lunaris.errors import UserError, did_you_mean
@@ -117,10 +118,22 @@ def to_config(cfg: DictConfig) -> Config:
     for key in fields(Config):
         node = cfg[key.name]
         if key.metadata.get("many"):
-            values[key.name] = {str(name): OmegaConf.to_object(node[name]) for name in node}
+            values[key.name] = {
+                str(name): _to_object(node[name], f"{key.name}.{name}") for name in node
+            }
         else:
-            values[key.name] = OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
+            values[key.name] = _to_object(node, key.name) if OmegaConf.is_config(node) else node
     return Config(**values)
+
+
+def _to_object(node: Any, path: str) -> Any:
+    try:
+        return OmegaConf.to_object(node)
+    except UserError:
+        raise
+    except ValueError as error:
+        # The check of a custom schema, which need not know our UserError.
+        raise UserError(f"{path}: {error}") from error
 
 
 def to_plain(value: Any) -> Any:
@@ -253,12 +266,25 @@ def _typed(schema: type, node: Any, path: str) -> Any:
         raise UserError(_no_key(path, unknown[0], schema))
     inner = {key.name: plain.pop(key.name) for key in components_of(schema) if key.name in plain}
     try:
-        typed: Any = OmegaConf.merge(OmegaConf.structured(schema), plain)
+        empty = OmegaConf.structured(schema)
+    except Exception as error:
+        # A custom schema may hold an unknown annotation, or a default of another type.
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: its schema {_dotted(schema)} is wrong: {reason}") from error
+    try:
+        typed: Any = OmegaConf.merge(empty, plain)
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {explain(error)}") from error
+        raise UserError(_wrong_value(schema, path, error)) from error
     for key, child in inner.items():
         typed[key] = child
     return typed
+
+
+def _wrong_value(schema: type, path: str, error: OmegaConfBaseException) -> str:
+    value = re.search(r"Value '(.*)' of type", str(error))
+    if value and error.full_key in schema_keys(schema):
+        return wrong_value(schema, f"{path}.{error.full_key}", value[1])
+    return f"{path}: {explain(error)}"
 
 
 def _check_keys(node: Any, schema: type, path: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -226,3 +227,53 @@ def test_a_custom_component_brings_its_schema(
         with pytest.raises(UserError) as error:
             compose(["attention=toy", override], source=source)
         assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("_schema_: wrong.Check", "attention: window is odd"),
+        ("_schema_: wrong.Default", "attention: its schema wrong.Default is wrong: "),
+        ("_schema_: wrong.Unknown", "attention: its schema wrong.Unknown is wrong: "),
+        ("_schema_: wrong.Check\nwindow: x", "attention.window=x: must be a whole number"),
+        ("3", "Invalid loaded object type"),
+    ],
+)
+def test_a_wrong_custom_schema_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, message: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wrong", raising=False)
+    (tmp_path / "wrong.py").write_text(
+        textwrap.dedent(
+            """
+            from dataclasses import dataclass
+            from lunaris.config.schema.attention import AttentionConfig
+
+            class Toy: ...
+
+            @dataclass
+            class Check(AttentionConfig):
+                _target_: str = "wrong.Toy"
+                window: int = 3
+
+                def __post_init__(self) -> None:
+                    raise ValueError("window is odd")
+
+            @dataclass
+            class Default(AttentionConfig):
+                _target_: str = "wrong.Toy"
+                window: int = "x"
+
+            @dataclass
+            class Unknown(AttentionConfig):
+                _target_: str = "wrong.Toy"
+                window: "Nowhere" = 3
+            """
+        )
+    )
+    (tmp_path / "options/attention").mkdir(parents=True)
+    (tmp_path / "options/attention/toy.yaml").write_text(option + "\n")
+    with pytest.raises(UserError, match=message) as error:
+        compose(["attention=toy"], source=Source(dir=str(tmp_path / "options")))
+    assert "\n" not in str(error.value)
