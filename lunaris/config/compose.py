@@ -48,7 +48,7 @@ class Composer:
 
     def __init__(self, source: Source | None = None) -> None:
         self._source = source or Source()
-        self._bases: dict[tuple[str, ...], DictConfig] = {}
+        self._bases: dict[tuple[str, ...], tuple[DictConfig, DictConfig]] = {}
 
     def compose(self, overrides: list[str], *, check_data: bool = True) -> Config:
         """Return the checked config for `overrides`; it has a name and no missing value.
@@ -73,17 +73,19 @@ class Composer:
         _search_path(self._source)  # Reported before an option that its folder would hold.
         parsed = parse([*self._source.overrides, *overrides])
         check(parsed, config_dirs(self._source))
-        cfg = copy.deepcopy(self._base([o for o in parsed if is_group_choice(o)]))
-        chosen: dict[str, Any] = dict(cfg.hydra.runtime.choices)
-        if not with_hydra:
+        base, hydra = self._base([o for o in parsed if is_group_choice(o)])
+        cfg = copy.deepcopy(base)
+        chosen: dict[str, Any] = dict(hydra.runtime.choices)
+        if with_hydra:
             with open_dict(cfg):
-                del cfg["hydra"]
+                cfg["hydra"] = hydra
         for override in parsed:
             if not is_group_choice(override):
                 apply(cfg, override, chosen.get(split_key(override.key_or_group)[0]))
         return cfg
 
-    def _base(self, choices: list[Override]) -> DictConfig:
+    def _base(self, choices: list[Override]) -> tuple[DictConfig, DictConfig]:
+        """Return the tree of a set of options, and apart from it Hydra's part, which is large."""
         from hydra.errors import HydraException
 
         texts = [*_search_path(self._source), *open_maps(choices)]
@@ -103,7 +105,10 @@ class Composer:
                 raise UserError(explain(error)) from error
             # With its schema, an override of a custom class's key is checked like any other.
             give_schemas(base, strict=False)
-            self._bases[key] = base
+            hydra = base.hydra
+            with open_dict(base):
+                del base["hydra"]
+            self._bases[key] = base, hydra
         return self._bases[key]
 
 
