@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -38,6 +39,10 @@ class Source:
     dir: str | None = None
     # Overrides of Hydra's part of the config, which come before those of the command line.
     overrides: tuple[str, ...] = ()
+
+
+# What Hydra raises for options that cannot be composed.
+_REFUSED = (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError)
 
 
 class _Base(NamedTuple):
@@ -92,8 +97,6 @@ class Composer:
         return cfg
 
     def _base(self, choices: list[Override]) -> _Base:
-        from hydra.errors import HydraException
-
         texts = [*_search_path(self._source), *open_maps(choices)]
         key = tuple(texts)
         if key not in self._bases:
@@ -101,7 +104,7 @@ class Composer:
                 tree = compose_options(
                     self._source.name, texts, self._source.path, CONFIG_MODULE, schema_nodes()
                 )
-            except (HydraException, OmegaConfBaseException, YAMLError, ValueError) as error:
+            except _REFUSED as error:
                 raise UserError(explain(error)) from error
             # With its schema, an override of a custom class's key is checked like any other.
             give_schemas(tree, strict=False)

@@ -32,13 +32,14 @@ def read_config(path: Path) -> Config:
     """
     try:
         tree: Any = OmegaConf.to_container(OmegaConf.load(path))
-    except (OSError, ValueError, YAMLError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from error
+    except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
+        reason = "; ".join(line.strip() for line in str(error).splitlines()[:4])
+        raise UserError(f"{path}: cannot be read: {reason}") from error
     absent = [key for key in _ALWAYS if not isinstance(tree, dict) or key not in tree]
     if absent:
         raise UserError(f"{path}: is incomplete: it lacks {', '.join(absent)}")
     try:
-        cfg = complete_tree(migrate(tree, str(path)))
+        cfg = complete_tree(migrate(tree))
         give_schemas(cfg)
         check_values(cfg)
         return to_config(cfg)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 from dataclasses import fields, is_dataclass
+from functools import cache
 from typing import Any
 
+from lunaris.config.keys import is_inferred, schemas_below
 from lunaris.config.schema.base import Component, component_keys
 from lunaris.config.schema.root import Config
 
@@ -42,7 +44,7 @@ def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def _identity(part: Any, path: str) -> dict[str, Any]:
-    free = {key.name for key in fields(part) if not key.metadata.get("identity", True)}
+    free = _free_keys(part.__class__)
     values = vars(part)
     if isinstance(part, Component):
         values = {"_target_": part._target_} | component_keys(part)
@@ -55,6 +57,22 @@ def _identity(part: Any, path: str) -> dict[str, Any]:
         else:
             found |= _flatten(value, f"{path}{key}")
     return found
+
+
+@cache
+def _free_keys(schema: type) -> set[str]:
+    """Return the keys of a schema that are not part of a run's identity.
+
+    The keys of a custom class without a schema are free where those of the same name are in a
+    schema of the package for the same group, like `data.verify`.
+    """
+    kinds = [schema]
+    if is_inferred(schema):
+        above = schema.__mro__
+        kinds += schemas_below(above[above.index(Component) - 1])
+    return {
+        key.name for kind in kinds for key in fields(kind) if not key.metadata.get("identity", True)
+    }
 
 
 def _flatten(value: Any, path: str) -> dict[str, Any]:

@@ -36,13 +36,13 @@ def groups() -> dict[str, list[type]]:
     found: dict[str, list[type]] = {}
     for key in fields(Config):
         if "base" in key.metadata:
-            found[key.name] = _subclasses(key.metadata["base"])
+            found[key.name] = schemas_below(key.metadata["base"])
         elif is_dataclass(hints[key.name]):
             found[key.name] = [hints[key.name]]
     for group in list(found):
         for schema in found[group]:
             for key in components_of(schema):
-                found[f"{group}/{key.name}"] = _subclasses(key.metadata["base"])
+                found[f"{group}/{key.name}"] = schemas_below(key.metadata["base"])
     return found
 
 
@@ -73,7 +73,7 @@ def schema_keys(schema: type) -> list[str]:
 
 def schema_of_target(base: type, target: str) -> type | None:
     """Return the schema below `base` whose `_target_` is `target`, or None."""
-    found = (s for s in _subclasses(base) if getattr(s, "_target_", None) == target)
+    found = (s for s in schemas_below(base) if getattr(s, "_target_", None) == target)
     return next(found, None)
 
 
@@ -198,7 +198,8 @@ def _schema_of_option(group: str, option: str, config_dirs: list[Path] | None) -
     return None
 
 
-def _subclasses(base: type) -> list[type]:
+def schemas_below(base: type) -> list[type]:
+    """Return the schemas of the package below `base` that have a `_target_`."""
     return list(_walk(base))
 
 

@@ -68,13 +68,18 @@ def explain(error: BaseException) -> str:
     if of_type and owner:
         return start + wrong_value(schema_named(owner[1]), key, of_type[1])
 
+    group = re.search(r"Could not override '([^']+)'", text)
+    if group:
+        outer, _, inner = group[1].rpartition("/")
+        return f"{start}{group[1]}: the chosen option of {outer or 'the config'} has no {inner}"
+
     option = re.search(r"Could not find '([^']+)'", text)
     if option:
         available = re.findall(r"^\t(\w[^=\n]*)$", text, re.MULTILINE)
-        group, _, name = option[1].rpartition("/")
+        outer, _, name = option[1].rpartition("/")
         allowed = f"; allowed are {', '.join(available)}" if available else ""
         return (
-            f"{start}{group or 'config'}={name}: no such option{allowed}"
+            f"{start}{outer or 'config'}={name}: no such option{allowed}"
             f"{did_you_mean(name, available)}"
         )
     return start + _without_hints(str(error), place)

@@ -83,20 +83,40 @@ def _name_the_logger(tree: dict[str, Any]) -> None:
     tree["logger"] = loggers
 
 
-MIGRATIONS: tuple[Migration, ...] = (Rewritten(2, _name_the_logger),)
+def _name_the_experts_schema(tree: dict[str, Any]) -> None:
+    """Name the schema of a custom class that was chosen over `moe=switch` and its like."""
+    moe = tree.get("moe")
+    if isinstance(moe, dict) and moe.keys() >= _EXPERTS_KEYS and "_schema_" not in moe:
+        if not str(moe.get("_target_")).startswith("lunaris."):
+            moe["_schema_"] = "lunaris.config.schema.moe.MoEConfig"
+
+
+# Every key of the experts in version 1, which had no router to choose.
+_EXPERTS_KEYS = {
+    "_target_", "n_experts", "n_experts_per_token", "n_shared_experts", "capacity_factor",
+    "balancing", "aux_loss_weight", "router_z_loss_weight", "bias_update_rate", "router_lr_scale",
+    "normalize_gates", "expert_hidden_multiplier", "first_dense_layers",
+}  # fmt: skip
+
+MIGRATIONS: tuple[Migration, ...] = (
+    Rewritten(2, _name_the_logger),
+    Rewritten(2, _name_the_experts_schema),
+)
 VERSION = 2
 
 
-def migrate(tree: dict[str, Any], where: str) -> dict[str, Any]:
+def migrate(tree: dict[str, Any]) -> dict[str, Any]:
     """Bring the content of a config file to today's version, in place, and return it.
 
-    Raises UserError, naming the file `where`, for a version that is newer than this code.
+    Raises UserError for a version that is newer than this code, or no version at all.
     """
     version = tree.pop(VERSION_KEY, 1)
-    if not isinstance(version, int) or version > VERSION:
+    if type(version) is not int or version < 1:
+        raise UserError(f"{VERSION_KEY}={version}: must be a whole number from 1")
+    if version > VERSION:
         raise UserError(
-            f"{where}: {VERSION_KEY}={version}: written by a newer version of lunaris; this one "
-            f"reads up to {VERSION}"
+            f"{VERSION_KEY}={version}: written by a newer version of lunaris; this one reads up to "
+            f"{VERSION}"
         )
     for row in MIGRATIONS:
         if row.version > version:

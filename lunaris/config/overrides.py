@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
 
+_UNKNOWN = object()
+
+
 def parse(overrides: list[str], config_loader: ConfigLoader | None = None) -> list[Override]:
     """Return the parsed overrides. Raises UserError for one that is not KEY=VALUE.
 
@@ -153,8 +156,8 @@ def _check_key(cfg: DictConfig, key: str, choice: str | None) -> None:
     parts = key.split(".")
     for depth, part in enumerate(parts):
         here = ".".join(parts[:depth])
-        if node is None:
-            return  # Below a value that has yet to be given.
+        if node is None and depth > 1 or node is _UNKNOWN:
+            return  # Inside a value that is not given yet.
         if not OmegaConf.is_dict(node):
             raise UserError(f"{key}: {here} is a value, it has no keys of its own")
         kind = OmegaConf.get_type(node)
@@ -169,7 +172,7 @@ def _check_key(cfg: DictConfig, key: str, choice: str | None) -> None:
                 raise UserError(f"{key}: the chosen option lacks it; write +{key}=… to add it")
             raise UserError(no_such_key(key, known, choice))
         fixed = not (OmegaConf.is_missing(node, part) or OmegaConf.is_interpolation(node, part))
-        node = node[part] if fixed else None
+        node = node[part] if fixed else _UNKNOWN
 
 
 def _no_such_logger(key: str, name: str, chosen: list[str]) -> str:

@@ -7,6 +7,7 @@ inferred from the keys it is given.
 
 from __future__ import annotations
 
+import re
 from dataclasses import MISSING as ABSENT
 from dataclasses import Field, field, fields, is_dataclass, make_dataclass
 from functools import cache
@@ -25,8 +26,9 @@ from lunaris.config.keys import (
     options_of,
     schema_keys,
     schema_of_target,
+    takes,
 )
-from lunaris.config.messages import explain, no_such_key
+from lunaris.config.messages import explain, no_such_key, shown, wrong_value
 from lunaris.config.schema.base import Component, component_keys
 from lunaris.config.schema.root import Config
 from lunaris.errors import UserError, did_you_mean
@@ -72,6 +74,8 @@ def complete_tree(tree: dict[str, Any]) -> DictConfig:
             raise UserError(no_such_key(str(name), schema_keys(Config)))
     cfg: Any = OmegaConf.structured(OpenConfig)
     for name, value in tree.items():
+        if name in _values() and not isinstance(value, dict):
+            raise UserError(f"{name}={shown(value)}: must be {takes(Config, name)}")
         try:
             cfg[name] = OmegaConf.merge(cfg[name], value) if name in _values() else value
         except OmegaConfBaseException as error:
@@ -89,6 +93,11 @@ def give_schemas(cfg: DictConfig, *, strict: bool = True) -> None:
         try:
             if key.metadata.get("many"):
                 loggers = _chosen(cfg, key.name, key.name, key.name)
+                if "_target_" in loggers or SCHEMA in loggers:
+                    raise UserError(
+                        f"{key.name}: an option file of this group needs a name for its logger; "
+                        f"begin it with `# @package {key.name}.NAME`"
+                    )
                 for name in loggers:
                     _give_schema(loggers, str(name), key, key.name, f"{key.name}.{name}")
             elif "base" in key.metadata:
@@ -114,21 +123,36 @@ def to_config(cfg: DictConfig) -> Config:
     for key in fields(Config):
         node = cfg[key.name]
         if key.metadata.get("many"):
-            values[key.name] = {str(name): OmegaConf.to_object(node[name]) for name in node}
+            values[key.name] = {
+                str(name): _to_object(node[name], f"{key.name}.{name}") for name in node
+            }
         else:
-            values[key.name] = OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
+            values[key.name] = _to_object(node, key.name) if OmegaConf.is_config(node) else node
     return Config(**values)
+
+
+def _to_object(node: Any, path: str) -> Any:
+    try:
+        return OmegaConf.to_object(node)
+    except UserError:
+        raise
+    except ValueError as error:
+        # The check of a custom schema, which need not know our UserError.
+        raise UserError(f"{path}: {error}") from error
 
 
 def to_plain(value: Any) -> Any:
     """Return a typed config, or a part of it, as dicts, lists and scalars.
 
-    A custom component with a schema names it under `_schema_`, so that it is found again.
+    A custom component with a schema names it under `_schema_`, so that it is found again; so does
+    a custom class that was chosen over an option, for the schema of the option.
     """
     if isinstance(value, Component):
         plain = {key: to_plain(item) for key, item in component_keys(value).items()}
-        kind = type(value)
-        named = {} if is_ours(kind) or is_inferred(kind) else {SCHEMA: _dotted(kind)}
+        schema = next(kind for kind in type(value).__mro__ if not is_inferred(kind))
+        found_by_target = is_ours(schema) and value._target_.startswith(_OURS)
+        is_base = getattr(schema, "_target_", MISSING) == MISSING
+        named = {} if found_by_target or is_base else {SCHEMA: _dotted(schema)}
         return {"_target_": value._target_} | named | plain
     if is_dataclass(value):
         return {key: to_plain(item) for key, item in vars(value).items()}
@@ -148,7 +172,11 @@ def _give_schema(parent: Any, name: str, key: Field[Any], group: str, path: str)
     base = key.metadata["base"]
     node = _chosen(parent, name, group, path)
     target, custom = _target_of(node, path), _custom_schema(node, base, path)
-    schema = custom or _fitting_schema(node, target, base, group, path)
+    if custom is not None and is_ours(custom) and not target.startswith(_OURS):
+        # A custom class that was chosen over an option of ours; it may have further keys.
+        schema, custom = _with_further_keys(custom, node, frozenset()), None
+    else:
+        schema = custom or _fitting_schema(node, target, base, group, path)
     if OmegaConf.get_type(node) is not schema:
         with open_dict(parent):
             parent[name] = _typed(schema, node, path)
@@ -197,14 +225,9 @@ def _fitting_schema(node: Any, target: str, base: type, group: str, path: str) -
     kind = OmegaConf.get_type(node)
     if not target.startswith(_OURS):
         given = kind if isinstance(kind, type) and issubclass(kind, base) else base
-        further = tuple(str(key) for key in node if key not in schema_keys(given))
         if given is base:
-            return _inferred(base, further, frozenset(schema_keys(base)) - set(node))
-        return (
-            _inferred(given, further, getattr(given, "_not_given", frozenset()))
-            if further
-            else given
-        )
+            return _inferred(base, _further(base, node), frozenset(schema_keys(base)) - set(node))
+        return _with_further_keys(given, node, getattr(given, "_not_given", frozenset()))
     schema = schema_of_target(base, target)
     if schema is None:
         known = [str(getattr(s, "_target_", "")) for s in groups()[group]]
@@ -216,6 +239,17 @@ def _fitting_schema(node: Any, target: str, base: type, group: str, path: str) -
         option = next(iter(options_of(schema, group)), "")
         raise UserError(f"{path}._target_={target}: choose it by {group}={option}")
     return schema
+
+
+def _with_further_keys(given: type, node: Any, not_given: frozenset[str]) -> type:
+    """Return the schema `given`, or one below it that also has the node's further keys."""
+    further = _further(given, node)
+    return _inferred(given, further, not_given) if further else given
+
+
+def _further(given: type, node: Any) -> tuple[str, ...]:
+    known = (SCHEMA, *schema_keys(given))
+    return tuple(str(key) for key in node if key not in known)
 
 
 @cache
@@ -237,12 +271,25 @@ def _typed(schema: type, node: Any, path: str) -> Any:
         raise UserError(_no_key(path, unknown[0], schema))
     inner = {key.name: plain.pop(key.name) for key in components_of(schema) if key.name in plain}
     try:
-        typed: Any = OmegaConf.merge(OmegaConf.structured(schema), plain)
+        empty = OmegaConf.structured(schema)
+    except Exception as error:
+        # A custom schema may hold an unknown annotation, or a default of another type.
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"{path}: its schema {_dotted(schema)} is wrong: {reason}") from error
+    try:
+        typed: Any = OmegaConf.merge(empty, plain)
     except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {explain(error)}") from error
+        raise UserError(_wrong_value(schema, path, error)) from error
     for key, child in inner.items():
         typed[key] = child
     return typed
+
+
+def _wrong_value(schema: type, path: str, error: OmegaConfBaseException) -> str:
+    value = re.search(r"Value '(.*)' of type", str(error))
+    if value and error.full_key in schema_keys(schema):
+        return wrong_value(schema, f"{path}.{error.full_key}", value[1])
+    return f"{path}: {explain(error)}"
 
 
 def _check_keys(node: Any, schema: type, path: str) -> None:

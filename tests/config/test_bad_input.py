@@ -20,6 +20,8 @@ TABLE: list[tuple[str, str]] = [
     ("n_experts=3", "n_experts: no such key or group; did you mean moe.n_experts?"),
     ("model.learning_rate=1", "did you mean optimizer.learning_rate?"),
     ("model.d_model.x=3", "model.d_model.x: model.d_model is a value"),
+    ("experiment.foo=1", "experiment.foo: experiment is a value, it has no keys of its own"),
+    ("moe=none moe/router=softmax", "moe/router: the chosen option of moe has no router"),
     ("foo=3", "foo: no such key or group; allowed are name, seed, out_dir, model, attention"),
     ("+moe.n_experts=16", "write moe.n_experts=… without the plus"),
     ("~moe.n_experts", "~moe.n_experts: a key cannot be removed"),

@@ -154,6 +154,12 @@ def test_a_custom_class_may_have_any_keys(tmp_path: Path) -> None:
         compose(["moe=mine", "moe.others=2"], source=source)
 
 
+def test_a_logger_option_without_a_name_says_what_it_needs(tmp_path: Path) -> None:
+    write(tmp_path / "logger/mine.yaml", "_target_: json.JSONDecoder\n")
+    with pytest.raises(UserError, match="begin it with `# @package logger.NAME`"):
+        compose(["logger=mine"], source=Source(dir=str(tmp_path)))
+
+
 def test_faults_in_files_name_the_file_and_the_key(tmp_path: Path) -> None:
     start = "# @package _global_\n"
     write(tmp_path / "experiment/typo.yaml", start + "moe: {n_expert: 4}\n")

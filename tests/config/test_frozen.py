@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -100,7 +101,11 @@ def test_migrations_rename_remove_and_keep_old_defaults(
     ("change", "message"),
     [
         ({"config_version": 99}, "config_version=99: written by a newer version of lunaris"),
+        ({"config_version": True}, "config_version=True: must be a whole number"),
         ({"moo": 1}, "moo: no such key"),
+        ({"model": None}, "model=null: must be a map"),
+        ({"trainer": "x"}, "trainer=x: must be a map"),
+        ({"checkpoint": 3}, "checkpoint=3: must be a map"),
         ({"moe": {"_target_": "lunaris.moe.factory.MoEFactory", "n_expert": 1}}, "did you mean"),
         ({"moe": {"_target_": "lunaris.moe.factory.Moe"}}, "not a class for moe"),
         ({"seed": "x"}, "config.yaml: "),
@@ -115,7 +120,56 @@ def test_a_file_that_the_schemas_refuse_is_named(
     path.write_text(OmegaConf.to_yaml(tree | change))
     with pytest.raises(UserError, match=message) as error:
         read_config(path)
-    assert str(path) in str(error.value)
+    assert str(error.value).count(str(path)) == 1
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "content", ["a: [", "a: b: c", "&a [*a]", "name: ${seed", "model:\n  d_mo"]
+)
+def test_a_file_that_is_not_yaml_is_refused_in_one_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match="cannot be read|is incomplete") as error:
+        read_config(path)
+    assert "\n" not in str(error.value)
+
+
+CUSTOM_OVER_OPTIONS = [
+    ["data=text", "data.files=[a]", "data.dir=x", "data._target_=mine.Text", "data.verify=true"],
+    ["launch=slurm", "launch.nodes=2", "parallelism=ddp", "launch._target_=mine.Launcher"],
+    ["moe._target_=mine.Experts", "+moe.further={a: [1]}", "moe.router._target_=mine.Router"],
+    ["optimizer._target_=mine.Optimizer", "+optimizer.fused=true"],
+]
+
+
+@pytest.mark.parametrize("command", CUSTOM_OVER_OPTIONS, ids=" ".join)
+def test_a_custom_class_over_an_option_keeps_the_option_s_type(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    names = ("Text", "Launcher", "Experts", "Router", "Optimizer")
+    (tmp_path / "mine.py").write_text("".join(f"class {name}: ...\n" for name in names))
+    cfg = compose(command, check_data=False)
+    (tmp_path / "config.yaml").write_bytes(to_yaml(cfg))
+    again = read_config(tmp_path / "config.yaml")
+    assert again == cfg
+    assert differing(identity(cfg), identity(again)) == []
+
+
+def test_a_custom_class_in_a_file_of_version_1_keeps_its_identity(tmp_path: Path) -> None:
+    tree: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(compose([])).decode()))
+    del tree["config_version"], tree["moe"]["router"]
+    tree["moe"]["_target_"] = "mine.Experts"
+    tree["data"] = {"_target_": "mine.Data", "dir": "x", "verify": True}
+    tree["launch"] = {"_target_": "mine.Launcher", "nodes": 2, "gpus_per_node": 4}
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(tree))
+    found = identity(read_config(path))
+    assert found["moe.router._target_"] == "lunaris.moe.router.softmax.SoftmaxRouterFactory"
+    assert found["data.dir"] == "x"
+    assert "data.verify" not in found
+    assert found["global_batch"] == 8 * identity(compose([]))["global_batch"]
 
 
 def test_a_logger_of_version_1_becomes_a_list(tmp_path: Path) -> None:
@@ -173,3 +227,53 @@ def test_a_custom_component_brings_its_schema(
         with pytest.raises(UserError) as error:
             compose(["attention=toy", override], source=source)
         assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("_schema_: wrong.Check", "attention: window is odd"),
+        ("_schema_: wrong.Default", "attention: its schema wrong.Default is wrong: "),
+        ("_schema_: wrong.Unknown", "attention: its schema wrong.Unknown is wrong: "),
+        ("_schema_: wrong.Check\nwindow: x", "attention.window=x: must be a whole number"),
+        ("3", "Invalid loaded object type"),
+    ],
+)
+def test_a_wrong_custom_schema_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str, message: str
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "wrong", raising=False)
+    (tmp_path / "wrong.py").write_text(
+        textwrap.dedent(
+            """
+            from dataclasses import dataclass
+            from lunaris.config.schema.attention import AttentionConfig
+
+            class Toy: ...
+
+            @dataclass
+            class Check(AttentionConfig):
+                _target_: str = "wrong.Toy"
+                window: int = 3
+
+                def __post_init__(self) -> None:
+                    raise ValueError("window is odd")
+
+            @dataclass
+            class Default(AttentionConfig):
+                _target_: str = "wrong.Toy"
+                window: int = "x"
+
+            @dataclass
+            class Unknown(AttentionConfig):
+                _target_: str = "wrong.Toy"
+                window: "Nowhere" = 3
+            """
+        )
+    )
+    (tmp_path / "options/attention").mkdir(parents=True)
+    (tmp_path / "options/attention/toy.yaml").write_text(option + "\n")
+    with pytest.raises(UserError, match=message) as error:
+        compose(["attention=toy"], source=Source(dir=str(tmp_path / "options")))
+    assert "\n" not in str(error.value)

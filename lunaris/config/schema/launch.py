@@ -20,8 +20,15 @@ class LaunchConfig(Component):
         above_zero("launch.collective_timeout_s", self.collective_timeout_s)
 
     def world_size(self) -> int:
-        """Return the number of processes that the launcher starts."""
-        return int(getattr(self, "processes", 1))
+        """Return the number of processes that the launcher starts.
+
+        Of a custom launcher without a schema, by the keys it is given: `nodes` and what follows,
+        as for SLURM, or `processes`.
+        """
+        if not hasattr(self, "nodes"):
+            return int(getattr(self, "processes", 1))
+        tasks, gpus = getattr(self, "tasks_per_node", None), getattr(self, "gpus_per_node", None)
+        return int(self.nodes * (tasks or gpus or 1))
 
 
 @dataclass
