@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
@@ -41,8 +40,8 @@ class Source:
     overrides: tuple[str, ...] = ()
 
 
-# What Hydra raises for options that cannot be composed.
-_REFUSED = (HydraException, OmegaConfBaseException, YAMLError, OSError, ValueError)
+# What is raised, besides a HydraException, for options that cannot be composed.
+_REFUSED = (OmegaConfBaseException, YAMLError, OSError, ValueError)
 
 
 class _Base(NamedTuple):
@@ -97,6 +96,8 @@ class Composer:
         return cfg
 
     def _base(self, choices: list[Override]) -> _Base:
+        from hydra.errors import HydraException
+
         texts = [*_search_path(self._source), *open_maps(choices)]
         key = tuple(texts)
         if key not in self._bases:
@@ -104,7 +105,7 @@ class Composer:
                 tree = compose_options(
                     self._source.name, texts, self._source.path, CONFIG_MODULE, schema_nodes()
                 )
-            except _REFUSED as error:
+            except (HydraException, *_REFUSED) as error:
                 raise UserError(explain(error)) from error
             # With its schema, an override of a custom class's key is checked like any other.
             give_schemas(tree, strict=False)
