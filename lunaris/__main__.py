@@ -11,6 +11,7 @@ from pathlib import Path
 from lunaris import __version__
 from lunaris.errors import Stopped, UserError, did_you_mean
 
+_FOLDER = Path(__file__).parent / "commands"
 _ORDER = ("train", "prepare", "plan", "runs", "resume", "cancel", "report", "evaluate", "generate")
 _EPILOG = """\
 `lunaris COMMAND --help` explains a command and gives an example.
@@ -44,12 +45,10 @@ def main(argv: list[str] | None = None) -> int:
         return 0
 
 
-def commands() -> dict[str, str]:
-    """Return every command and its one line of help, in the order in which a run needs them."""
-    folder = Path(__file__).parent / "commands"
-    names = {path.stem for path in folder.glob("*.py") if not path.stem.startswith("_")}
-    ordered = [name for name in _ORDER if name in names] + sorted(names - set(_ORDER))
-    return {name: _help_line(folder / f"{name}.py") for name in ordered}
+def commands() -> list[str]:
+    """Return the names of all commands, in the order in which a run needs them."""
+    names = {path.stem for path in _FOLDER.glob("*.py") if not path.stem.startswith("_")}
+    return [name for name in _ORDER if name in names] + sorted(names - set(_ORDER))
 
 
 def _run(args: list[str]) -> int:
@@ -88,7 +87,7 @@ def _complete(args: list[str]) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<10} {line}" for name, line in commands().items()]
+    lines = [f"  {name:<10} {_help_line(_FOLDER / f'{name}.py')}" for name in commands()]
     return "\n".join(["usage: lunaris COMMAND [ARGUMENTS]", "", *lines, "", _EPILOG])
 
 

@@ -107,7 +107,7 @@ def test_every_file_named_exists() -> None:
 
 def test_every_command_shown_exists() -> None:
     shown = {line.split()[1] for page in PAGES for line in shell_lines(page)}
-    assert shown - {"--help", "COMMAND"} <= commands().keys()
+    assert shown - {"--help", "COMMAND"} <= set(commands())
     assert len(TRAIN) > 3
 
 

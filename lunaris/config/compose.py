@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lunaris.config.hydra_internals import compose_options
-from lunaris.config.keys import CONFIG_MODULE, folders, groups, split_key
+from lunaris.config.keys import CONFIG_MODULE, folders, groups, schema_keys, split_key
 from lunaris.config.messages import explain
 from lunaris.config.overrides import apply, check, is_group_choice, open_maps, parse, quoted
 from lunaris.config.run_names import experiment, run_name
@@ -139,8 +139,14 @@ def config_dirs(source: Source) -> list[Path]:
 
 
 def schema_nodes() -> dict[str, type]:
-    """Return every schema by the name under which the `defaults` of option files find it."""
-    return {"train": OpenConfig} | {s.__name__: s for found in groups().values() for s in found}
+    """Return the schemas that the `defaults` of option files name.
+
+    Those of components that have keys: a group of values is typed by `Config` itself, and an option
+    without keys states its `_target_`.
+    """
+    found = [schema for schemas in groups().values() for schema in schemas]
+    named = {s.__name__: s for s in found if {"_target_"} < set(schema_keys(s))}
+    return {"train": OpenConfig} | named
 
 
 def _search_path(source: Source) -> list[str]:

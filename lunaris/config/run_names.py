@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 
 # Groups that change where, how fast or how visibly a run trains: they are not part of its name.
@@ -53,6 +52,8 @@ def join_names(overrides: list[str]) -> str:
     name = ",".join(part for part in parts if part)
     if len(name) <= _LONGEST and not _loses(overrides):
         return name
+    import hashlib  # Not at the top: it takes milliseconds, and few names need it.
+
     digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
     return f"{name[: _LONGEST - 9].rstrip(',=.')}-{digest}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -183,8 +184,8 @@ def test_help_lists_every_command_with_a_line(capsys: pytest.CaptureFixture[str]
     shown = capsys.readouterr().out
     assert main(["--help"]) == 0
     assert capsys.readouterr().out == shown
-    for name, line in commands().items():
-        assert line and f"  {name:<10} {line}" in shown
+    for name in commands():
+        assert re.search(rf"^  {name} +\w", shown, re.MULTILINE)
 
 
 def test_the_way_of_installing_does_not_matter() -> None:
