@@ -18,9 +18,7 @@ import argparse
 import gc
 import json
 import os
-import socket
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,6 +26,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from processes import SMALL_CACHES, run_group
 from torch import nn
 from torch.distributed._composable.replicate_with_fsdp import replicate
 from torch.distributed.device_mesh import init_device_mesh
@@ -117,31 +116,12 @@ def main() -> None:
 
 def _group(work: str, processes: int, args: argparse.Namespace) -> dict[str, list[float]]:
     """Run one group of processes and return each variant's figures, which rank 0 prints."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {
-        "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-    }
-    if work != "time":  # Freed memory goes back at once: the resident set then shows what is used.
-        shared |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     command = [sys.executable, str(Path(__file__)), "--worker", work, *args.overrides]
     command += ["--pairs", str(args.pairs)]
-    workers = [
-        subprocess.Popen(
-            command,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    outputs = [worker.communicate()[0] for worker in workers]
-    assert all(worker.returncode == 0 for worker in workers), "a worker failed"
-    return json.loads(outputs[0])
+    found: dict[str, list[float]] = run_group(
+        command, processes, None if work == "time" else SMALL_CACHES
+    )
+    return found
 
 
 def _worker(args: argparse.Namespace) -> None:

@@ -15,13 +15,12 @@ import argparse
 import gc
 import json
 import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import torch
+from processes import SMALL_CACHES, run_group
 from torch.distributed.tensor import DTensor
 
 from lunaris.distributed import collectives, session
@@ -59,33 +58,11 @@ def main() -> None:
 
 def _measure(parallelism: str, processes: int, args: argparse.Namespace) -> list[dict[str, float]]:
     """Return each process's state and peak in MiB."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {
-        "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        # Freed memory goes back at once: else the resident set shows glibc's caches, not ours.
-        "MALLOC_MMAP_THRESHOLD_": "65536",
-        "MALLOC_TRIM_THRESHOLD_": "65536",
-    }
     command = [sys.executable, str(Path(__file__)), "--worker", parallelism]
     command += ["--device", args.device or "", "--layers", str(args.layers)]
     command += ["--width", str(args.width)]
-    workers = [
-        subprocess.Popen(
-            command,
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(processes)
-    ]
-    outputs = [worker.communicate()[0] for worker in workers]
-    assert all(worker.returncode == 0 for worker in workers), "a worker failed"
-    return json.loads(outputs[0])
+    found: list[dict[str, float]] = run_group(command, processes, SMALL_CACHES)
+    return found
 
 
 def _worker(args: argparse.Namespace) -> None:
