@@ -35,6 +35,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy
 from lunaris.config.compose import compose
 from lunaris.distributed import collectives, session
 from lunaris.metrics.throughput import peak_memory_gb
+from lunaris.objective.next_token import NextToken
 from lunaris.optim.adamw import build_adamw
 from lunaris.optim.clip import clip_grad_norm
 from lunaris.parallelism.base import Parallelism, materialize
@@ -151,7 +152,8 @@ def _steps(parallelism: Parallelism, args: argparse.Namespace) -> Callable[[], f
         for last in (False, True):
             tokens = torch.randint(_VOCAB, (2, 129), generator=generator)
             with parallelism.micro_step(model, last=last):
-                loss = model(tokens[:, :-1], tokens[:, 1:]).loss / 2
+                batch = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:]}
+                loss = NextToken()(model, batch).total / 2
                 loss.backward()
         clip_grad_norm(model.parameters(), 1.0)
         optimizer.step()

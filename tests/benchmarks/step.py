@@ -77,7 +77,7 @@ def bare_products(run: Any) -> Callable[[], None]:
     """Return a function that does the products of one process's part of a step."""
     model, trainer = unwrap(run.model), run.cfg.trainer
     tokens = trainer.batch_size * run.cfg.model.max_seq_len
-    k = run.cfg.moe.get("n_experts_per_token", 1)
+    k = getattr(run.cfg.moe, "n_experts_per_token", 1)
     shapes = []
     for parameter in model.parameters():
         if parameter.ndim == 3:
