@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -107,3 +109,25 @@ def finished(_trained: Path, tiny: Callable[..., Any], run_here: Callable[[Any],
     shutil.copytree(_trained, run_dir.path, dirs_exist_ok=True)
     run_dir.config_path.write_bytes(to_yaml(cfg))
     return run_dir
+
+
+@pytest.fixture
+def canary_of() -> Callable[..., AbstractContextManager[None]]:
+    """Return a context (package, what, place=…) that fails when a package changed what we use.
+
+    The message names the package, its version, what it changed, and the place to adapt.
+    """
+
+    @contextmanager
+    def canary(package: str, what: str, *, place: str) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            version = metadata.version(package)
+            pytest.fail(
+                f"{package} {version} changed {what}: adapt {place}, or limit {package} in "
+                f"pyproject.toml ({type(error).__name__}: {error})",
+                pytrace=False,
+            )
+
+    return canary

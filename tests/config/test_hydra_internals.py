@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import metadata
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,21 +14,16 @@ import pytest
 PACKAGE = "pkg://lunaris.conf"
 
 
-@contextmanager
-def canary(what: str) -> Iterator[None]:
-    """Fail with a message that names the package, its version and what it changed."""
-    try:
-        yield
-    except Exception as error:
-        version = metadata.version("hydra-core")
-        pytest.fail(
-            f"hydra-core {version} changed {what}: adapt lunaris/config/hydra_internals.py, or "
-            f"limit hydra-core in pyproject.toml ({type(error).__name__}: {error})",
-            pytrace=False,
-        )
+Canary = Callable[..., AbstractContextManager[None]]
 
 
-def test_a_plugin_can_be_registered_by_hand() -> None:
+@pytest.fixture
+def canary(canary_of: Canary) -> Canary:
+    """Return a context that fails, naming what hydra-core changed and where to adapt."""
+    return partial(canary_of, "hydra-core", place="lunaris/config/hydra_internals.py")
+
+
+def test_a_plugin_can_be_registered_by_hand(canary: Canary) -> None:
     with canary("how a plugin is registered"):
         from hydra.core.plugins import Plugins
         from hydra.plugins.launcher import Launcher
@@ -47,7 +42,7 @@ def test_a_plugin_can_be_registered_by_hand() -> None:
         assert plugins.is_in_toplevel_plugins_module(name)
 
 
-def test_a_launcher_is_instantiated_by_its_context() -> None:
+def test_a_launcher_is_instantiated_by_its_context(canary: Canary) -> None:
     with canary("Plugins.instantiate_launcher"):
         from hydra.core.plugins import Plugins
 
@@ -55,7 +50,7 @@ def test_a_launcher_is_instantiated_by_its_context() -> None:
         assert list(keys) == ["self", "hydra_context", "task_function", "config"]
 
 
-def test_hydra_main_reads_the_lent_command_line_and_raises_its_errors() -> None:
+def test_hydra_main_reads_the_lent_command_line_and_raises_its_errors(canary: Canary) -> None:
     argv = list(sys.argv)
     with canary("HYDRA_FULL_ERROR, or that hydra.main reads sys.argv"):
         from hydra.errors import HydraException
@@ -73,7 +68,7 @@ def test_hydra_main_reads_the_lent_command_line_and_raises_its_errors() -> None:
     assert sys.argv == argv
 
 
-def test_a_loader_knows_the_options_of_every_folder(tmp_path: Path) -> None:
+def test_a_loader_knows_the_options_of_every_folder(canary: Canary, tmp_path: Path) -> None:
     (tmp_path / "moe").mkdir()
     (tmp_path / "moe" / "mine.yaml").write_text("{}\n")
     with canary("ConfigLoaderImpl, or the search path of its options"):
@@ -83,7 +78,7 @@ def test_a_loader_knows_the_options_of_every_folder(tmp_path: Path) -> None:
         assert {"mine", "switch", "top2"} <= set(loader.get_group_options("moe"))
 
 
-def test_a_glob_asks_the_loader_of_its_override() -> None:
+def test_a_glob_asks_the_loader_of_its_override(canary: Canary) -> None:
     with canary("Override.config_loader, or how a glob is expanded"):
         from lunaris.config.hydra_internals import option_loader
         from lunaris.config.overrides import parse
@@ -93,7 +88,7 @@ def test_a_glob_asks_the_loader_of_its_override() -> None:
         assert points == [["schedule=constant"], ["schedule=cosine"]]
 
 
-def test_composing_leaves_an_outer_hydra_as_it_was() -> None:
+def test_composing_leaves_an_outer_hydra_as_it_was(canary: Canary) -> None:
     with canary("GlobalHydra, ConfigStore or hydra.compose"):
         from hydra import initialize_config_module
         from hydra.core.config_store import ConfigStore

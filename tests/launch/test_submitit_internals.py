@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import metadata
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-
-@contextmanager
-def canary(what: str, place: str = "launch/submitit_internals.py") -> Iterator[None]:
-    """Fail with a message that names the package, its version and what it changed."""
-    try:
-        yield
-    except Exception as error:
-        version = metadata.version("submitit")
-        pytest.fail(
-            f"submitit {version} changed {what}: adapt {place}, or limit submitit in "
-            f"pyproject.toml ({type(error).__name__}: {error})",
-            pytrace=False,
-        )
+Canary = Callable[..., AbstractContextManager[None]]
 
 
-def test_the_script_is_the_one_that_submitit_sends() -> None:
+@pytest.fixture
+def canary(canary_of: Canary) -> Canary:
+    """Return a context that fails, naming what submitit changed and where to adapt."""
+    return partial(canary_of, "submitit", place="launch/submitit_internals.py")
+
+
+def test_the_script_is_the_one_that_submitit_sends(canary: Canary) -> None:
     with canary("_make_sbatch_string"):
         from lunaris.launch.slurm import Slurm
         from lunaris.launch.submitit_internals import JOB_MODULE, sbatch_script
@@ -37,7 +31,7 @@ def test_the_script_is_the_one_that_submitit_sends() -> None:
         assert f"-u -m {JOB_MODULE} /logs" in script
 
 
-def test_a_job_runs_the_module_that_the_script_names() -> None:
+def test_a_job_runs_the_module_that_the_script_names(canary: Canary) -> None:
     with canary("the module that a job runs"):
         from submitit.slurm.slurm import SlurmExecutor
 
@@ -48,7 +42,7 @@ def test_a_job_runs_the_module_that_the_script_names() -> None:
         assert JOB_MODULE in command
 
 
-def test_the_local_executor_starts_a_requeued_task_again() -> None:
+def test_the_local_executor_starts_a_requeued_task_again(canary: Canary) -> None:
     with canary("LOCAL_REQUEUE_RETURN_CODE"):
         from submitit.local import local
 
@@ -58,14 +52,14 @@ def test_the_local_executor_starts_a_requeued_task_again() -> None:
         assert "LOCAL_REQUEUE_RETURN_CODE" in inspect.getsource(local.Controller)
 
 
-def test_a_task_knows_its_executor_and_its_log_tells_its_start() -> None:
-    with canary("a job's environment", "lunaris/runs/slurm_client.py"):
+def test_a_task_knows_its_executor_and_its_log_tells_its_start(canary: Canary) -> None:
+    with canary("a job's environment", place="lunaris/runs/slurm_client.py"):
         from submitit.core import job_environment
         from submitit.local import local
 
         assert "SUBMITIT_EXECUTOR" in inspect.getsource(job_environment)
         assert "SUBMITIT_LOCAL_JOB_ID" in inspect.getsource(local)
-    with canary("the first line of a job's log", "lunaris/runs/status.py"):
+    with canary("the first line of a job's log", place="lunaris/runs/status.py"):
         from submitit.core import submission
 
         assert "Starting with" in inspect.getsource(submission)
