@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help train test test-fast cluster lint format clean
+.PHONY: help train test test-fast faults cluster lint format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -20,6 +20,10 @@ test: lint ## Run all checks and tests; those that need SLURM skip where `make c
 test-fast: $(VENV)/dev.stamp ## Run the unit tests only, in under two minutes.
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow and not cluster" --ignore tests/e2e \
 		-n $(TEST_WORKERS) --dist loadfile
+
+faults: $(VENV)/dev.stamp ## Run the long form of the fault tests and print how many tries each made (hours).
+	LUNARIS_FAULTS=long OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults --timeout 0 \
+		-n $(TEST_WORKERS)
 
 cluster: ## Install SLURM from Debian's packages for the cluster tests (root).
 	bash tests/slurm/install.sh

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Iterable
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerSpec
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs
@@ -67,28 +68,23 @@ def describe(failures: list[ProcessFailure], path: Path) -> str:
     if first.exitcode in (_WRONG_INPUT, _STOPPED):
         return f"{'error' if first.exitcode == _WRONG_INPUT else 'stopped'}: {_reason(first)}"
     # All workers are on this machine, so that the local rank is the rank.
-    log = rank_log(path, first.local_rank)
-    return f"rank {first.local_rank} failed: {_reason(first)}; see {log}"
-
-
-def rank_log(path: Path, rank: int) -> Path:
-    """Return the path of the log with a worker's output and traceback."""
-    return path / "logs" / f"rank_{rank}.log"
+    rank = first.local_rank
+    return f"rank {rank} failed: {_reason(first)}; see {path / 'logs' / f'rank_{rank}.log'}"
 
 
 def _reason(failure: ProcessFailure) -> str:
     if failure.exitcode < 0:
         return f"killed by {signal.Signals(-failure.exitcode).name}"
-    data = failure.error_file_data.get("message") if failure.error_file_data else None
-    if isinstance(data, dict):
-        return str(data["message"])
-    return f"exit code {failure.exitcode}"
+    return str(_recorded(failure).get("message", f"exit code {failure.exitcode}"))
 
 
 def _time(failure: ProcessFailure) -> float:
-    data = failure.error_file_data.get("message") if failure.error_file_data else None
-    extra = data.get("extraInfo", {}) if isinstance(data, dict) else {}
-    return float(extra.get("time", failure.timestamp))
+    return float(_recorded(failure).get("extraInfo", {}).get("time", failure.timestamp))
+
+
+def _recorded(failure: ProcessFailure) -> dict[str, Any]:
+    data = (failure.error_file_data or {}).get("message")
+    return data if isinstance(data, dict) else {}
 
 
 class _Agent(ElasticAgent):

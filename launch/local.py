@@ -1,28 +1,34 @@
-"""Runs on this machine: one process, or several under torch's elastic agent."""
+"""Runs on this machine: in this process as one rank, or in several under torch's elastic agent."""
 
 from __future__ import annotations
 
 import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from lunaris.config.schema.base import component_keys
 from lunaris.config.schema.root import Config
 from lunaris.distributed.signals import StopSignal
-from lunaris.errors import Stopped
-from lunaris.launch.process import exit_code_here
+from lunaris.errors import EXPECTED, Stopped
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
 
+if TYPE_CHECKING:
+    from lunaris.run import RunResult
 
+
+@dataclass(kw_only=True)
 class Local:
     """Starts the processes of a run on this machine and waits for them."""
 
-    def __init__(
-        self, *, collective_timeout_s: float = 120.0, processes: int = 1, max_restarts: int = 0
-    ) -> None:
-        self._timeout_s = collective_timeout_s
-        self._processes = processes
-        self._max_restarts = max_restarts
+    collective_timeout_s: float = 120.0
+    processes: int = 1
+    max_restarts: int = 0
 
     @classmethod
     def of(cls, cfg: Config) -> Local:
@@ -38,7 +44,7 @@ class Local:
 
     def start(self, path: Path) -> int:
         """Train the run in folder `path` by its frozen config; return the exit code."""
-        if self._processes == 1:
+        if self.processes == 1:
             return exit_code_here(RunDir(path).read_config(), path)
         with StopSignal() as early:
             from lunaris.launch.elastic import run_group
@@ -47,6 +53,103 @@ class Local:
                 RunDir(path).write_status(state="stopped")
                 raise Stopped(f"by {early.received.name} at {path}; run the same command to start")
         # Each process gets its share of the cores: more threads would slow down the others.
-        threads = max(1, (os.cpu_count() or 1) // self._processes)
+        threads = max(1, (os.cpu_count() or 1) // self.processes)
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-        return run_group(path, self._processes, self._max_restarts, self._timeout_s)
+        return run_group(path, self.processes, self.max_restarts, self.collective_timeout_s)
+
+
+def train_here(cfg: Config, path: Path) -> RunResult:
+    """Train as this process of the run in folder `path` and return how the run ended.
+
+    The output of the process and the traceback of the error that ends it are written to
+    `logs/rank_K.log`; rank 0 prints to the console too. Raises what `lunaris.run.execute` raises.
+    """
+    rank = os.environ.get("RANK", "0")
+    log_path = RunDir(path).logs / f"rank_{rank}.log"
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    send = _console_and if rank == "0" else output_to
+    with log_path.open("a", buffering=1) as log, send(log), StopSignal():
+        try:
+            from lunaris.run import execute
+
+            return execute(cfg, path)
+        except BaseException as error:
+            from lunaris.distributed.heartbeat import record_failure
+
+            record_failure(error)
+            if isinstance(error, EXPECTED):
+                print(f"{type(error).__name__}: {error}", file=log)
+            else:
+                traceback.print_exc(file=sys.stderr)
+            raise
+
+
+def exit_code_here(cfg: Config, path: Path) -> int:
+    """Train as `train_here` does and return the exit code. Raises the errors of `EXPECTED`."""
+    try:
+        train_here(cfg, path)
+    except EXPECTED:
+        raise
+    except Exception:  # `train_here` has printed its traceback.
+        return 1
+    return 0
+
+
+@contextmanager
+def output_to(log: IO[Any]) -> Iterator[None]:
+    """Send the output of this process, of its C++ code and of its children, to the file `log`."""
+    saved = {}
+    for fd, stream in ((1, sys.stdout), (2, sys.stderr)):
+        stream.flush()
+        saved[fd] = os.dup(fd)
+        os.dup2(log.fileno(), fd)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        for fd, before in saved.items():
+            os.dup2(before, fd)
+            os.close(before)
+
+
+@contextmanager
+def _console_and(log: TextIO) -> Iterator[None]:
+    out, err = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
+    with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
+        yield
+
+
+class _Tee:
+    """A text stream that writes to the console and to a log, and otherwise is the console.
+
+    A progress line that is overwritten (it contains a carriage return) is not logged. When the
+    reader of the console has left, as `head` does, training continues with the log alone.
+    """
+
+    def __init__(self, console: TextIO, log: TextIO) -> None:
+        self._console = console
+        self._log = log
+
+    def write(self, text: str) -> int:
+        if "\r" not in text:
+            self._log.write(text)
+        try:
+            return self._console.write(text)
+        except BrokenPipeError:
+            self._discard_console()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._console.flush()
+        except BrokenPipeError:
+            self._discard_console()
+
+    def _discard_console(self) -> None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._console.fileno())
+        os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._console, name)

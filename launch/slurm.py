@@ -5,11 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
-import sys
 import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ from lunaris.config.schema.launch import SlurmLaunchConfig
 from lunaris.config.schema.root import Config
 from lunaris.errors import Stopped, UserError
 from lunaris.launch import snapshot
+from lunaris.launch.local import output_to
 from lunaris.launch.slurm_task import Task
 from lunaris.launch.submitit_internals import sbatch_script
 from lunaris.runs.create import create
@@ -119,20 +118,14 @@ class Slurm:
         }
         if further["requeue"] in (False, None):
             further |= {"requeue": None, "no-requeue": True}
-        values = {
+        same = ("nodes", "cpus_per_task", "signal_delay_s", "partition", "account", "qos",
+                "constraint", "array_parallelism")  # fmt: skip
+        values = {key: getattr(keys, key) for key in same} | {
             "job_name": name,
-            "nodes": keys.nodes,
             "ntasks_per_node": keys.processes_per_node(),
             "gpus_per_node": keys.gpus_per_node or None,
-            "cpus_per_task": keys.cpus_per_task,
             "mem": None if keys.mem_gb is None else f"{round(keys.mem_gb * 1024)}MB",
             "time": keys.timeout_min,
-            "signal_delay_s": keys.signal_delay_s,
-            "partition": keys.partition,
-            "account": keys.account,
-            "qos": keys.qos,
-            "constraint": keys.constraint,
-            "array_parallelism": keys.array_parallelism,
             "setup": self._setup(code),
             "stderr_to_stdout": True,
             # A failed rank must end the job. A job step does not inherit --cpus-per-task.
@@ -168,7 +161,9 @@ class Slurm:
                 *self._setup(code),
             ],
         )
-        with _output_to(logs / "local.log"):
+        with (logs / "local.log").open("ab") as log, output_to(log), warnings.catch_warnings():
+            # The jobs outlive this process; Python warns about the running child.
+            warnings.simplefilter("ignore", ResourceWarning)
             return executor.submit_array(tasks)
 
 
@@ -215,22 +210,3 @@ def _sent(job_id: str, keys: SlurmLaunchConfig, out_dir: str) -> str:
             f"state   lunaris runs {shlex.quote(out_dir)}",
         ]
     )
-
-
-@contextmanager
-def _output_to(log: Path) -> Iterator[None]:
-    """Send the output of processes started in this context to `log`, not to our own pipes."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    with log.open("ab") as file, warnings.catch_warnings():
-        # The jobs outlive this process; Python warns about the running child.
-        warnings.simplefilter("ignore", ResourceWarning)
-        saved = [os.dup(1), os.dup(2)]
-        try:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-            yield
-        finally:
-            for fd, old in zip((1, 2), saved, strict=True):
-                os.dup2(old, fd)
-                os.close(old)

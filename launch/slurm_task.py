@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 import zlib
+from dataclasses import dataclass
 from pathlib import Path
 
 from submitit.helpers import TorchDistributedEnvironment
@@ -79,6 +80,7 @@ class Task:
         return Stopped.exit_code
 
 
+@dataclass
 class _Job:
     """The job of this process, as SLURM reports it now.
 
@@ -86,27 +88,27 @@ class _Job:
     restart that has not happened yet.
     """
 
-    def __init__(self, fields: dict[str, str], *, local: bool, timed_out: bool) -> None:
-        self.local = local
-        self.timed_out = timed_out
-        # A job that is being requeued or cancelled is already COMPLETING.
-        self.ours_to_requeue = timed_out if local else fields.get("JobState") == "RUNNING"
-        before = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        self.restarts = int(fields.get("Restarts", before)) > before
+    local: bool
+    timed_out: bool
+    ours_to_requeue: bool
+    restarts: bool = False
 
     @classmethod
     def now(cls, seconds: float, launch: SlurmLaunchConfig) -> _Job:
         """Ask SLURM for the job of this process. seconds: how long the process has run."""
         if os.environ.get("SUBMITIT_EXECUTOR") == "local":
-            limit = launch.timeout_min * 60 - launch.signal_delay_s
-            return cls({}, local=True, timed_out=seconds >= limit - 1)
+            timed_out = seconds >= launch.timeout_min * 60 - launch.signal_delay_s - 1
+            return cls(local=True, timed_out=timed_out, ours_to_requeue=timed_out)
         command = ["scontrol", "show", "job", "-o", os.environ["SLURM_JOB_ID"]]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         fields = dict(f.split("=", 1) for f in done.stdout.split() if "=" in f)
         run_s, limit_s = _seconds(fields.get("RunTime")), _seconds(fields.get("TimeLimit"))
         slack = launch.signal_delay_s + _SIGNAL_EARLY_S
         timed_out = run_s is not None and limit_s is not None and run_s >= limit_s - slack
-        return cls(fields, local=False, timed_out=timed_out)
+        # A job that is being requeued or cancelled is already COMPLETING.
+        running = fields.get("JobState") == "RUNNING"
+        before = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        return cls(False, timed_out, running, int(fields.get("Restarts", before)) > before)
 
     def requeue(self) -> str | None:
         """Put the job back into the queue under its id; return SLURM's refusal, or None."""

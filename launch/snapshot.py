@@ -97,12 +97,10 @@ def _package_files() -> dict[str, Path]:
     for module in (lunaris, lunaris.conf, lunaris.launch):
         assert module.__file__ is not None
         package = Path(module.__file__).resolve().parent
-        for folder, _, names in os.walk(package):
-            for name in names:
-                source = Path(folder) / name
-                if source.suffix in _CODE:
-                    target = Path(*module.__name__.split("."), source.relative_to(package))
-                    files[str(target)] = source
+        for source in package.rglob("*"):
+            if source.suffix in _CODE and source.is_file():
+                target = Path(*module.__name__.split("."), source.relative_to(package))
+                files[str(target)] = source
     return files
 
 

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from lunaris.config.schema.root import Config
 from lunaris.distributed.signals import StopSignal
-from lunaris.errors import Stopped, UserError
-from lunaris.launch.local import Local
-from lunaris.launch.process import exit_code_here
+from lunaris.errors import EXPECTED, Stopped, UserError
+from lunaris.launch.local import Local, exit_code_here
 from lunaris.runs.run_dir import RunDir
 
 
@@ -32,18 +31,12 @@ def main(argv: list[str] | None = None) -> int:
             if "RANK" not in os.environ and getattr(cfg.launch, "processes", 1) > 1:
                 return Local.of(cfg).start(path)
             return exit_code_here(cfg, path)
-    except UserError as error:
-        _print_error(f"error: {error}")
-        return UserError.exit_code
-    except Stopped as stopped:
-        _print_error(f"stopped: {stopped}")
-        return Stopped.exit_code
-
-
-def _print_error(message: str) -> None:
-    # Under torch's elastic agent the launcher prints it, once for all processes.
-    if "TORCHELASTIC_ERROR_FILE" not in os.environ:
-        print(message, file=sys.stderr)
+    except EXPECTED as error:
+        # Under torch's elastic agent the launcher prints it, once for all processes.
+        if "TORCHELASTIC_ERROR_FILE" not in os.environ:
+            kind = "stopped" if isinstance(error, Stopped) else "error"
+            print(f"{kind}: {error}", file=sys.stderr)
+        return error.exit_code
 
 
 if __name__ == "__main__":

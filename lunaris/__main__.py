@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 from lunaris import __version__
-from lunaris.errors import Stopped, UserError, did_you_mean
+from lunaris.errors import RunFailed, Stopped, UserError, did_you_mean
 
 _FOLDER = Path(__file__).parent / "commands"
 _ORDER = ("train", "prepare", "plan", "runs", "resume", "cancel", "report", "evaluate", "generate")
@@ -30,9 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
     try:
         return _run(args)
-    except UserError as error:
+    except (UserError, RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)
-        return UserError.exit_code
+        return error.exit_code
     except Stopped as stopped:
         print(f"stopped: {stopped}", file=sys.stderr)
         return Stopped.exit_code
@@ -87,16 +87,15 @@ def _complete(args: list[str]) -> int:
 
 
 def _overview() -> str:
-    lines = [f"  {name:<10} {_help_line(_FOLDER / f'{name}.py')}" for name in commands()]
+    lines = [f"  {name:<10} {_help_line(name)}" for name in commands()]
     return "\n".join(["usage: lunaris COMMAND [ARGUMENTS]", "", *lines, "", _EPILOG])
 
 
-def _help_line(path: Path) -> str:
+def _help_line(name: str) -> str:
     # Parsed, not imported: a command may import torch, the list of commands must not.
-    for node in ast.parse(path.read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", None) == "HELP":
-            return str(ast.literal_eval(node.value))
-    return ""
+    text = ast.get_docstring(ast.parse((_FOLDER / f"{name}.py").read_text(encoding="utf-8"))) or ""
+    what = text.partition("\n\n")[0].removeprefix(f"`lunaris {name}`: ").removesuffix(".")
+    return " ".join(what.split())
 
 
 if __name__ == "__main__":

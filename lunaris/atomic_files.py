@@ -5,8 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -39,20 +37,20 @@ def sync_folder(folder: Path) -> None:
         os.close(handle)
 
 
-@contextmanager
-def file_lock(path: Path, *, wait: bool = True) -> Iterator[TextIO]:
-    """Hold an exclusive lock on the file `path`, which is created; yield it, open for appending.
+def file_lock(path: Path, *, wait: bool = True) -> TextIO:
+    """Lock the file `path`, which is created, for this process; return it, open for appending.
 
-    The kernel releases the lock when the process ends, however it ends. With `wait=False`, raises
-    `FileInUse` with the file's content while another process holds the lock.
+    Closing it releases the lock, as does the end of the process, however it ends. With
+    `wait=False`, raises `FileInUse` with the file's content while another process has the lock.
     """
-    with path.open("a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except OSError as error:
+    file = path.open("a+", errors="replace")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError as error:
+        with file:
             file.seek(0)
             raise FileInUse(file.read().strip()) from error
-        yield file
+    return file
 
 
 class FileInUse(RuntimeError):
@@ -68,6 +66,6 @@ def read_json(path: Path) -> dict[str, Any]:
     """Return the JSON object in `path`, or {} where there is none or it cannot be read."""
     try:
         value = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

@@ -11,16 +11,16 @@ import re
 import shutil
 import warnings
 import zlib
-from collections.abc import Iterator
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -32,31 +32,47 @@ from torch.distributed.checkpoint.state_dict import (
 
 from lunaris.atomic_files import read_json, sync_folder, write_json
 from lunaris.distributed import collectives, session
-from lunaris.errors import UserError
+from lunaris.errors import RunFailed, UserError
+from lunaris.model.layers import local_part
+from lunaris.runs.facts import NAME as FACTS
 
 _OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
 _CHUNK = 1 << 22
 _NAME = re.compile(r"step_\d+")
+_WRITTEN_BY_RANK_0 = (".metadata", "train_state.json", FACTS)
 
 
 @dataclass
 class TrainState:
     """The progress of a run: what a checkpoint has besides weights and optimizer state.
 
-    `sequences` is the position in the data: how many sequences of the global order are consumed.
+    `sequences` is the position in the data: the number of the next sequence of the global order.
+    left_out: the ranges of sequences that the run does not train on. guard: the state of
+    `lunaris.optim.guard.StepGuard`.
     """
 
     step: int = 0
     sequences: int = 0
     best_val_loss: float | None = None
     scaler: dict[str, float] = field(default_factory=dict)
+    left_out: list[list[int]] = field(default_factory=list)
+    guard: dict[str, Any] = field(default_factory=dict)
 
 
 class Checkpoints:
     """The `checkpoints` folder of a run; every process has one."""
 
-    def __init__(self, folder: Path, *, keep_last: int | None, async_save: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        keep_last: int | None,
+        async_save: bool,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        """facts: the content of every checkpoint's `run.json` (`lunaris.runs.facts`)."""
         self._folder = folder
+        self._facts = facts or {}
         self._keep_last = keep_last
         self._async = async_save
         self._pending: tuple[Path, Future[object]] | None = None
@@ -66,14 +82,18 @@ class Checkpoints:
         """Write the checkpoint of `state.step`; every process calls this.
 
         With `async_save`, this returns once the state is copied; `wait_pending` completes it.
+        Raises RunFailed, having written nothing, when a weight or the optimizer's state has a value
+        that is not finite.
         """
         self.wait_pending()
+        _require_finite(model, optimizer, state.step)
         target = self._folder / f"step_{state.step:08d}"
         temporary = self._folder / f".tmp-{target.name}"
         if session.rank() == 0:
             shutil.rmtree(temporary, ignore_errors=True)
             temporary.mkdir(parents=True)
             write_json(temporary / "train_state.json", asdict(state))
+            write_json(temporary / FACTS, self._facts)
         collectives.barrier()
         model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
         tree = {"model": model_state, "optimizer": optimizer_state}
@@ -138,7 +158,7 @@ class Checkpoints:
         rank = session.rank()
         mine = {p.name: _sums(p) for p in temporary.glob(f"__{rank}_*")}
         if rank == 0:
-            mine |= {name: _sums(temporary / name) for name in (".metadata", "train_state.json")}
+            mine |= {name: _sums(temporary / name) for name in _WRITTEN_BY_RANK_0}
         sums: dict[str, list[int]] = {}
         for part in collectives.gather_objects(mine):
             sums |= part
@@ -162,6 +182,32 @@ class Checkpoints:
         if self._keep_last is not None:
             for old in complete(self._folder)[self._keep_last :]:
                 shutil.rmtree(old)
+
+
+@torch.no_grad()
+def _require_finite(model: nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
+    named = [*model.named_parameters(), *model.named_buffers()]
+    named += [
+        (f"the optimizer's {key}", value)
+        for state in optimizer.state.values()
+        for key, value in state.items()
+    ]
+    local = [
+        (name, local_part(x.detach()))
+        for name, x in named
+        if isinstance(x, Tensor) and x.is_floating_point()
+    ]
+    local = [(name, x) for name, x in local if x.numel()]
+    # The largest absolute value of each; it is NaN where any of them is.
+    largest = [x.item() for x in torch._foreach_norm([x for _, x in local], torch.inf)]
+    bad = [name for (name, _), value in zip(local, largest, strict=True) if not isfinite(value)]
+    everywhere = [name for found in collectives.gather_objects(bad) for name in found]
+    if everywhere:
+        raise RunFailed(
+            f"step {step}: {everywhere[0]} has a value that is not finite; no checkpoint is "
+            "written and the last one is kept. Lower optimizer.learning_rate or set "
+            "trainer.grad_clip"
+        )
 
 
 def complete(folder: Path) -> list[Path]:
@@ -241,13 +287,8 @@ def _processes(group: dist.ProcessGroup | None) -> dict[str, Any]:
 
 def _sums(path: Path) -> list[int]:
     crc = size = 0
-    for chunk in _chunks(path):
-        crc = zlib.crc32(chunk, crc)
-        size += len(chunk)
-    return [size, crc]
-
-
-def _chunks(path: Path) -> Iterator[bytes]:
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
-            yield chunk
+            crc = zlib.crc32(chunk, crc)
+            size += len(chunk)
+    return [size, crc]

@@ -14,10 +14,20 @@ class UserError(ValueError):
     exit_code = 2
 
 
+class RunFailed(RuntimeError):
+    """A run cannot go on, for a reason outside of the code, which the message says in full."""
+
+    exit_code = 1
+
+
 class Stopped(Exception):
     """A signal stopped the run after a checkpoint was saved."""
 
     exit_code = 3
+
+
+# What ends a command with its message alone; anything else is a fault of the code.
+EXPECTED = (UserError, RunFailed, Stopped)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -26,15 +36,17 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
-def need(module: str, what: str) -> ModuleType:
-    """Import and return a module of the extra `hf`.
+def need(module: str, what: str, *, extra: str = "hf") -> ModuleType:
+    """Import and return a module of an extra.
 
     Raises UserError, which says that `what` needs it, when it is not installed.
     """
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise UserError(
-            f"{what} needs {module.partition('.')[0]}, which is not installed: "
-            "pip install 'lunaris-codex[hf]'"
-        ) from error
+        raise UserError(not_installed(module, what, extra)) from error
+
+
+def not_installed(module: str, what: str, extra: str) -> str:
+    """Return the message that `what` needs a module that is not installed."""
+    return f"{what} needs {module}, which is not installed: pip install 'lunaris-codex[{extra}]'"

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 import torch
 from torch import nn
 
-from lunaris.data.base import Sequences
-from lunaris.data.loader import IGNORED, check_ids, split_documents
+from lunaris.data.base import Sequences, is_masked
+from lunaris.data.loader import IGNORED, check_ids, to_batch
 from lunaris.objective.base import Objective
 from lunaris.parallelism.base import Parallelism, unwrap
 
 
+@dataclass(frozen=True)
 class Evaluator:
     """Computes the mean main loss of an objective over sequences spaced evenly in each source.
 
@@ -21,25 +23,16 @@ class Evaluator:
     world size to float tolerance.
     """
 
-    def __init__(
-        self,
-        sources: dict[str, Sequences],
-        *,
-        objective: Objective,
-        parallelism: Parallelism,
-        seq_len: int,
-        batch_size: int,
-        max_sequences: int | None,
-        eot_id: int | None,
-    ) -> None:
-        """max_sequences: of each source; None takes all. eot_id: None without document masking."""
-        self._sources = sources
-        self._objective = objective
-        self._parallelism = parallelism
-        self._seq_len = seq_len
-        self._batch_size = batch_size
-        self._max = max_sequences
-        self._eot_id = eot_id
+    sources: dict[str, Sequences]
+    _: KW_ONLY
+    objective: Objective
+    parallelism: Parallelism
+    seq_len: int
+    batch_size: int
+    # Of each source; None takes all.
+    max_sequences: int | None
+    # None without document masking.
+    eot_id: int | None
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
@@ -49,11 +42,11 @@ class Evaluator:
         full length, also when only some of its sequences are evaluated. Empty when there is no
         validation part.
         """
-        if not self._sources:
+        if not self.sources:
             return {}
         model.eval()
-        totals = {name: self._total(model, source) for name, source in self._sources.items()}
-        scale = {name: len(part) / self._count(part) for name, part in self._sources.items()}
+        totals = {name: self._total(model, source) for name, source in self.sources.items()}
+        scale = {name: len(part) / self._count(part) for name, part in self.sources.items()}
         row = {}
         if len(totals) > 1:
             row = {f"val/{name}/loss": t[0] / max(t[1], 1) for name, t in totals.items()}
@@ -62,11 +55,11 @@ class Evaluator:
         return {"val/loss": loss, "val/perplexity": math.exp(min(loss, 700.0))} | row
 
     def _count(self, source: Sequences) -> int:
-        return len(source) if self._max is None else min(self._max, len(source))
+        return len(source) if self.max_sequences is None else min(self.max_sequences, len(source))
 
     def _total(self, model: nn.Module, source: Sequences) -> list[float]:
         """Return [summed loss, number of targets] of one source over all data ranks."""
-        size, parallelism = self._batch_size, self._parallelism
+        size, parallelism = self.batch_size, self.parallelism
         rank, world = parallelism.data_rank, parallelism.data_world_size
         count = self._count(source)
         device = parallelism.device
@@ -75,14 +68,14 @@ class Evaluator:
         # each. A row past the end repeats the last sequence and has no targets.
         for first in range(0, count, size * world):
             wanted = np.arange(first + rank * size, first + (rank + 1) * size)
-            rows = np.empty((size, self._seq_len + 1), dtype=np.int64)
+            rows = np.empty((size, self.seq_len + 1), dtype=np.int64)
             picked = np.minimum(wanted, count - 1) * len(source) // count
             source.gather(picked, rows)
             check_ids(rows, picked, source, unwrap(model).vocab_size)
-            batch = split_documents(torch.from_numpy(rows), self._eot_id)
+            batch = to_batch(torch.from_numpy(rows), self.eot_id, is_masked(source))
             batch["targets"][torch.from_numpy(wanted >= count)] = IGNORED
             batch = {name: part.to(device) for name, part in batch.items()}
-            main = self._objective(model, batch).losses["main"].value
-            n_targets = self._objective.count_targets(batch)
+            main = self.objective(model, batch).losses["main"].value
+            n_targets = self.objective.count_targets(batch)
             total += torch.stack([main.double() * n_targets, n_targets.double()])
         return parallelism.sum(total).tolist()

@@ -16,12 +16,14 @@ from lunaris.data.tokenizer import TextTokenizer
 from lunaris.distributed import session
 from lunaris.errors import UserError
 from lunaris.model.generate import stream
+from lunaris.model.speculative import stream_ahead
 from lunaris.model.transformer import Transformer
 from lunaris.parallelism.base import unwrap
 from lunaris.parallelism.single import Single
 from lunaris.precision import Precision
 from lunaris.run import bare_model, evaluator_of
-from lunaris.runs.data_fingerprint import check_tokenizer
+from lunaris.runs.data_fingerprint import check_tokenizer, intact_tokenizer
+from lunaris.runs.facts import newest_facts
 from lunaris.runs.run_dir import RunDir
 
 
@@ -64,24 +66,28 @@ def sample_texts(
     temperature: float,
     top_k: int | None,
     top_p: float | None,
+    speculative: bool = False,
 ) -> Iterator[Iterator[str]]:
     """Yield for each seed the pieces of a continuation of `prompt`, sampled as they are asked for.
 
-    Each ends at end-of-text or `max_new_tokens`, and is to be read before the next is taken. Raises
-    UserError, before the first piece, when the run has no tokenizer or checkpoint.
+    Each ends at end-of-text or `max_new_tokens`, and is to be read before the next is taken.
+    speculative: draft by the depths of multi-token prediction, which gives the same text. Raises
+    UserError, before the first piece, when the run has no tokenizer, checkpoint or depths.
     """
-    path = run_dir.tokenizer_path
-    if not path.is_file():
-        raise UserError(f"{path}: missing; a run on data without a tokenizer cannot generate text")
-    tokenizer = TextTokenizer(path, run_dir.noted("eot_id"))
+    facts = newest_facts(run_dir.checkpoints)
+    eot_id = run_dir.noted("eot_id") if facts is None else facts.eot_id
+    tokenizer = TextTokenizer(intact_tokenizer(run_dir), eot_id)
     ids = tokenizer.encode([prompt.encode()])[0].tolist()
     if not ids:
         raise UserError("--prompt: must hold at least one character")
     with session.join(cfg.trainer.device, cfg.launch.collective_timeout_s):
-        model, _ = load_trained(cfg, run_dir, step)
+        model, _ = load_trained(cfg, run_dir, step, predictors=speculative)
+        if speculative:
+            _check_drafts(model)
+        objective = instantiate_component("objective", cfg.objective)
         prompt_ids = torch.tensor([ids], device=next(model.parameters()).device)
         for seed in seeds:
-            tokens = stream(
+            tokens = (stream_ahead if speculative else stream)(
                 model,
                 prompt_ids,
                 max_new_tokens,
@@ -90,8 +96,24 @@ def sample_texts(
                 top_p=top_p,
                 seed=seed,
                 eot_id=tokenizer.eot_id,
+                head=objective.logits,
             )
             yield _text(tokenizer, tokens)
+
+
+def _check_drafts(model: Transformer) -> None:
+    """Raise UserError unless `stream_ahead` can draft with this model."""
+    if not model.predictors:
+        raise UserError(
+            "--speculative: this run has no depths that draft; train with objective=multi_token"
+        )
+    caches = [model.new_cache(1), *model.new_caches_ahead(1)]
+    layers = [layer for cache in caches for layer in cache.layers]
+    if not all(hasattr(layer, "truncate") for layer in layers):
+        raise UserError(
+            "--speculative: the cache of this run's attention has no method truncate(length), by "
+            "which drafts are taken back"
+        )
 
 
 def _text(tokenizer: TextTokenizer, tokens: Iterable[Any]) -> Iterator[str]:
@@ -106,15 +128,18 @@ def _text(tokenizer: TextTokenizer, tokens: Iterable[Any]) -> Iterator[str]:
         shown = len(data)
 
 
-def load_trained(cfg: Config, run_dir: RunDir, step: int | None) -> tuple[Transformer, int]:
+def load_trained(
+    cfg: Config, run_dir: RunDir, step: int | None, *, predictors: bool = False
+) -> tuple[Transformer, int]:
     """Return a run's model with the weights of a checkpoint, in eval mode, and its step.
 
-    One process. Raises UserError when there is no such checkpoint.
+    predictors: with the further modules of its objective. One process. Raises UserError when there
+    is no such checkpoint.
     """
     path = newest(run_dir.checkpoints, step)
     single = Single()
     model = single.wrap(
-        bare_model(cfg, saved_vocab_size(path)),
+        bare_model(cfg, saved_vocab_size(path), predictors=predictors),
         precision=Precision(cfg.trainer.precision, single.device),
         seed=cfg.seed,
         compile=False,

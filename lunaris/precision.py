@@ -6,12 +6,13 @@ smaller than half a unit in the last place (2^-9 of the weight).
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 
 from lunaris.torch_internals import AgreedGradScaler, cpu_multiplies
 
+_FIRST_SCALE = 2.0**15
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -25,13 +26,12 @@ class Precision:
         self.name = name
         self.dtype = _DTYPES[name]
         self.device = device
-        self.scaler = AgreedGradScaler(device.type, enabled=name == "fp16", init_scale=2.0**15)
+        self.scaler = AgreedGradScaler(device.type, enabled=name == "fp16", init_scale=_FIRST_SCALE)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context for forward passes; it does nothing in fp32."""
-        if self.dtype == torch.float32:
-            return nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype, enabled=enabled)
 
     @property
     def emulated(self) -> bool:

@@ -14,6 +14,7 @@ from lunaris.checkpoint import Checkpoints, TrainState
 from lunaris.config.instantiate import instantiate_component
 from lunaris.config.schema.root import Config
 from lunaris.data.loader import Loader
+from lunaris.data.order import SequenceOrder
 from lunaris.data.prepare.build import make_ready
 from lunaris.distributed import collectives, session
 from lunaris.distributed.signals import StopSignal
@@ -24,10 +25,13 @@ from lunaris.metrics.plot import plot_loss
 from lunaris.metrics.throughput import Meter, peak_flops
 from lunaris.model.layers import ModelShape
 from lunaris.model.transformer import Transformer
+from lunaris.objective.base import Objective
+from lunaris.optim.guard import StepGuard
 from lunaris.parallelism.base import Parallelism, unwrap
 from lunaris.precision import Precision
 from lunaris.run_summary import conclude, describe
 from lunaris.runs.data_fingerprint import save_data_fingerprint
+from lunaris.runs.facts import facts_of
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import current_job_id
 from lunaris.train import Run, train
@@ -80,34 +84,29 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
             seed=cfg.seed,
             compile=cfg.trainer.compile_model,
         )
+    scale = getattr(cfg.moe, "router_lr_scale", 1.0)
     optimizer = instantiate_component(
-        "optimizer",
-        cfg.optimizer,
-        model=model,
-        router_lr_scale=getattr(cfg.moe, "router_lr_scale", 1.0),
+        "optimizer", cfg.optimizer, model=model, router_lr_scale=scale
     )
-    schedule = instantiate_component("schedule", cfg.schedule, max_steps=cfg.trainer.max_steps)
     checkpoints = Checkpoints(
         run_dir.checkpoints,
         keep_last=cfg.checkpoint.keep_last,
         async_save=cfg.checkpoint.async_save,
+        facts=facts_of(cfg, run_dir) if session.rank() == 0 else None,
     )
     state = checkpoints.load_newest(model, optimizer) or TrainState()
     if state.scaler:
         precision.scaler.load_state_dict(state.scaler)
+    guard = _guard(cfg, run_dir, parallelism.device)
+    if state.guard:
+        guard.load_state_dict(state.guard)
+    order = _order(run_dir, state)
 
-    seq_len, trainer = cfg.model.max_seq_len, cfg.trainer
+    trainer, seq_len = cfg.trainer, cfg.model.max_seq_len
+    peak = peak_flops(parallelism.device)
     per_rank = trainer.batch_size * trainer.gradient_accumulation_steps
     global_batch = per_rank * parallelism.data_world_size
-    loader = loader_of(cfg, data, parallelism, start=state.sequences)
-    evaluator = evaluator_of(
-        cfg,
-        data,
-        parallelism,
-        most=trainer.eval_steps and trainer.eval_steps * global_batch,
-    )
-    logger = loggers_of(cfg) if parallelism.is_writer else Loggers({})
-    logger.start(run_dir, cfg, state.step)
+    most = trainer.eval_steps and trainer.eval_steps * global_batch
     run = Run(
         cfg=cfg,
         dir=run_dir,
@@ -116,17 +115,24 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
         model=model,
         objective=instantiate_component("objective", cfg.objective),
         optimizer=optimizer,
-        schedule=schedule,
-        loader=loader,
-        evaluator=evaluator,
+        guard=guard,
+        schedule=instantiate_component("schedule", cfg.schedule, max_steps=trainer.max_steps),
+        order=order,
+        loader=loader_of(cfg, data, parallelism, start=state.sequences, order=order),
+        evaluator=evaluator_of(cfg, data, parallelism, most),
         checkpoints=checkpoints,
-        logger=logger,
-        meter=_meter(unwrap(model), parallelism, seq_len, global_batch),
+        logger=loggers_of(cfg) if parallelism.is_writer else Loggers({}),
+        meter=Meter(
+            tokens_per_step=global_batch * seq_len,
+            flops_per_token=unwrap(model).flops_per_token(seq_len),
+            peak=peak and peak * parallelism.world_size,
+        ),
         stop=stop,
         state=state,
         global_batch=global_batch,
     )
-    logger.message(describe(run))
+    run.logger.start(run_dir, cfg, state.step)
+    run.logger.message(describe(run))
     return run
 
 
@@ -146,22 +152,32 @@ def prepared_data(cfg: Config, run_dir: RunDir) -> Any:
     return data
 
 
-def bare_model(cfg: Config, data_vocab_size: int) -> Transformer:
-    """Return the model on the meta device: shapes, no memory, no values."""
+def bare_model(cfg: Config, data_vocab_size: int, *, predictors: bool = True) -> Transformer:
+    """Return the model on the meta device: shapes, no memory, no values.
+
+    predictors: with the modules that the objective adds, which only training needs.
+    """
     shape = ModelShape(**{key.name: getattr(cfg.model, key.name) for key in fields(ModelShape)})
+    attention = instantiate_component("attention", cfg.attention)
+    feed_forward = instantiate_component("moe", cfg.moe)
+    objective: Objective = instantiate_component("objective", cfg.objective)
     with torch.device("meta"):
+        found = objective.predictors(shape, attention, feed_forward) if predictors else []
         return Transformer(
             shape,
             vocab_size=cfg.model.vocab_size or data_vocab_size,
             tie_embeddings=cfg.model.tie_embeddings,
-            attention=instantiate_component("attention", cfg.attention),
-            feed_forward=instantiate_component("moe", cfg.moe),
+            attention=attention,
+            feed_forward=feed_forward,
+            predictors=found,
             activation_checkpointing=cfg.trainer.activation_checkpointing,
         )
 
 
-def loader_of(cfg: Config, data: Any, parallelism: Parallelism, start: int) -> Loader:
-    """Return the loader of this process's part of every batch from sequence `start` on."""
+def loader_of(
+    cfg: Config, data: Any, parallelism: Parallelism, start: int, order: SequenceOrder
+) -> Loader:
+    """Return the loader of this process's part of every batch from position `start` of `order`."""
     sequences = data.train(cfg.model.max_seq_len, cfg.seed)
     with explain_out_of_memory(_step_advice(cfg)):
         return Loader(
@@ -174,6 +190,7 @@ def loader_of(cfg: Config, data: Any, parallelism: Parallelism, start: int) -> L
             device=parallelism.device,
             vocab_size=cfg.model.vocab_size or data.vocab_size,
             eot_id=_masked_id(cfg, data),
+            order=order,
         )
 
 
@@ -192,27 +209,33 @@ def evaluator_of(cfg: Config, data: Any, parallelism: Parallelism, most: int | N
 
 def loggers_of(cfg: Config) -> Loggers:
     """Return the loggers of the `logger` group by name."""
-    return Loggers(
-        {
-            name: instantiate_component(f"logger.{name}", logger)
-            for name, logger in cfg.logger.items()
-        }
+    chosen = cfg.logger.items()
+    return Loggers({name: instantiate_component(f"logger.{name}", keys) for name, keys in chosen})
+
+
+def _guard(cfg: Config, run_dir: RunDir, device: torch.device) -> StepGuard:
+    trainer = cfg.trainer
+    return StepGuard(
+        max_skipped_steps=trainer.max_skipped_steps,
+        skip_spikes=trainer.skip_spikes,
+        window=trainer.spike_window,
+        threshold=trainer.spike_threshold,
+        device=device,
+        run=str(run_dir.path),
     )
+
+
+def _order(run_dir: RunDir, state: TrainState) -> SequenceOrder:
+    """Return the order without what the checkpoint or provenance.json leaves out."""
+    noted = collectives.from_rank_0(run_dir.left_out())
+    order = SequenceOrder.without([*((a, b) for a, b in state.left_out), *noted])
+    state.left_out = [list(pair) for pair in order.left_out]
+    return order
 
 
 def _masked_id(cfg: Config, data: Any) -> int | None:
     """Return the id at which attention and targets stop, if they are to."""
-    eot_id: int | None = data.eot_id
-    return eot_id if cfg.data.document_masking else None
-
-
-def _meter(model: Transformer, parallelism: Parallelism, seq_len: int, global_batch: int) -> Meter:
-    peak = peak_flops(parallelism.device)
-    return Meter(
-        tokens_per_step=global_batch * seq_len,
-        flops_per_token=model.flops_per_token(seq_len),
-        peak=peak and peak * parallelism.world_size,
-    )
+    return data.eot_id if cfg.data.document_masking else None
 
 
 @contextmanager
@@ -220,6 +243,8 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
     """Lock the folder on rank 0. Every process raises UserError when another job has the lock."""
     with ExitStack() as stack:
         collectives.on_rank_0(lambda: stack.enter_context(run_dir.lock()))
+        if session.rank() == 0:
+            run_dir.set_aside_damaged()
         yield
 
 
@@ -230,13 +255,8 @@ def track_status(run_dir: RunDir) -> Iterator[None]:
         yield
         return
     was_done = run_dir.read_status().get("state") == "done"
-    attempts = run_dir.record_attempt(session.world_size())
-    run_dir.write_status(
-        state="running",
-        attempts=attempts,
-        last_error=None,
-        job_id=current_job_id(),
-    )
+    attempts, job_id = run_dir.record_attempt(session.world_size()), current_job_id()
+    run_dir.write_status(state="running", attempts=attempts, last_error=None, job_id=job_id)
     try:
         yield
     except Stopped:

@@ -50,6 +50,14 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
     return torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
+def takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a step of `optimizer` reads its attribute `found_inf` on the device.
+
+    Where that ([] float32) is 1 the step changes nothing: the protocol of torch's gradient scaler.
+    """
+    return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
 class AgreedGradScaler(torch.amp.GradScaler):
     """torch's gradient scaler for plain and sharded gradients; all processes skip a step together.
 

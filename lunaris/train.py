@@ -14,15 +14,18 @@ from torch import Tensor, nn
 from lunaris.checkpoint import Checkpoints, TrainState
 from lunaris.config.schema.root import Config
 from lunaris.data.loader import Loader
+from lunaris.data.order import SequenceOrder
 from lunaris.distributed.signals import StopSignal
-from lunaris.errors import Stopped
+from lunaris.errors import RunFailed, Stopped
 from lunaris.evaluate import Evaluator
 from lunaris.metrics.loggers import Logger
 from lunaris.metrics.records import Row
 from lunaris.metrics.throughput import Meter, peak_memory_gb
+from lunaris.model.transformer import Transformer
 from lunaris.objective.base import Batch, Objective
 from lunaris.optim.clip import clip_grad_norm
 from lunaris.optim.groups import set_learning_rate
+from lunaris.optim.guard import StepGuard, StepRange, restore_where, take_step
 from lunaris.optim.schedule import Constant
 from lunaris.parallelism.base import Parallelism, unwrap
 from lunaris.precision import Precision
@@ -40,7 +43,9 @@ class Run:
     model: nn.Module
     objective: Objective
     optimizer: torch.optim.Optimizer
+    guard: StepGuard
     schedule: Constant
+    order: SequenceOrder
     loader: Loader
     evaluator: Evaluator
     checkpoints: Checkpoints
@@ -66,9 +71,16 @@ class StepStats:
     load: Tensor
     dropped: Tensor
 
+    def loss(self) -> Tensor:
+        """Return the loss that is minimised, [] float64."""
+        return torch.stack([self.weights[name] * self.losses[name] for name in self.losses]).sum()
+
 
 def train(run: Run) -> None:
-    """Train until `trainer.max_steps`. Raises Stopped, with a checkpoint saved, on a signal."""
+    """Train until `trainer.max_steps`. Raises Stopped, with a checkpoint saved, on a signal.
+
+    Raises RunFailed when too many steps in a row had to be skipped.
+    """
     state, trainer = run.state, run.cfg.trainer
     if state.step == 0:
         with run.meter.paused():
@@ -77,7 +89,8 @@ def train(run: Run) -> None:
     while state.step < trainer.max_steps:
         stats = train_step(run, next(batches))
         state.step += 1
-        state.sequences += run.global_batch
+        state.sequences = sequences_of_step(run)[1] + 1
+        report_skips(run, lag=1)
         run.meter.step(run.loader.wait_s)
         run.logger.tick(state.step)
 
@@ -92,7 +105,7 @@ def train(run: Run) -> None:
             if row:
                 run.logger.log({"step": state.step} | row)
             if last or stop or state.step % run.cfg.checkpoint.save_interval == 0:
-                save(run, stats)
+                save(run)
             run.checkpoints.try_finalize()
         if stop and not last:
             run.checkpoints.wait_pending()
@@ -123,20 +136,41 @@ def train_step(run: Run, batch: Batch) -> StepStats:
             totals[name] = totals.get(name, 0) + value.detach().double()
     run.precision.scaler.unscale_(run.optimizer)
     grad_norm = clip_grad_norm(run.model.parameters(), run.cfg.trainer.grad_clip)
-    run.precision.scaler.step(run.optimizer)
-    run.precision.scaler.update()
-    run.optimizer.zero_grad()
-
-    totals = _sum_over_ranks(run.parallelism, totals)
-    unwrap(run.model).update_balance(totals["load"])
+    totals = _sum_over_ranks(run.parallelism, totals | {"grad_norm": grad_norm.double()})
     world = run.parallelism.data_world_size
-    return StepStats(
+    stats = StepStats(
         {name: totals[f"{name}_loss"] / world for name in out.losses},
         {name: loss.weight for name, loss in out.losses.items()},
         grad_norm,
         totals["load"],
         totals["dropped"],
     )
+    at = StepRange(run.state.step + 1, *sequences_of_step(run))
+    skip = run.guard.judge(at, stats.loss(), totals["grad_norm"] / world)
+    take_step(run.optimizer, skip)
+    run.precision.scaler.update()
+    run.optimizer.zero_grad()
+    balance_experts(unwrap(run.model), stats.load, skip)
+    return stats
+
+
+def balance_experts(model: Transformer, load: Tensor, skip: Tensor) -> None:
+    """Let the routers balance their experts ([n_moe_layers, E] tokens) unless `skip` ([]) is 1."""
+    buffers = model.balance_buffers()
+    saved = [buffer.clone() for buffer in buffers]
+    model.update_balance(load)
+    restore_where(skip, buffers, saved)
+
+
+def sequences_of_step(run: Run) -> tuple[int, int]:
+    """Return the first and the last sequence of the global batch that comes next."""
+    return run.order.first_and_last(run.state.sequences, run.global_batch)
+
+
+def report_skips(run: Run, lag: int = 0) -> None:
+    """Report the skipped steps and outliers up to the last step, or with lag 1 the one before."""
+    for event in run.guard.settle(lag):
+        run.logger.message(str(event))
 
 
 def micro_step_weights(run: Run, batch: Batch) -> Tensor | list[float]:
@@ -156,14 +190,16 @@ def micro_step_weights(run: Run, batch: Batch) -> Tensor | list[float]:
 def step_row(run: Run, stats: StepStats) -> Row:
     """Return the `train/`, `moe/` and `perf/` metrics of a step; waits for the device.
 
-    Raises RuntimeError when the loss is not finite, before such weights can be saved.
+    Of a step that was skipped, the losses are those of the weights that it did not change.
     """
-    require_finite(run, stats)
+    report_skips(run)
     losses = {name: loss.item() for name, loss in stats.losses.items()}
     row: Row = {
         "train/loss": sum(stats.weights[name] * loss for name, loss in losses.items()),
         **{f"train/{name}_loss": loss for name, loss in losses.items()},
         "train/perplexity": math.exp(min(losses["main"], 700.0)),
+        "train/skipped_steps": run.guard.skipped,
+        "train/spikes": run.guard.spikes,
         "train/lr": run.optimizer.param_groups[0]["lr"],
         "train/grad_norm": stats.grad_norm.item(),
         "train/sequences": run.state.sequences,
@@ -200,34 +236,24 @@ def evaluate(run: Run) -> Row:
         row = run.evaluator(run.model)
     loss = row.get("val/loss")
     if loss is not None:
-        _require_finite(run, "val/loss", loss)
+        if not math.isfinite(loss):
+            raise RunFailed(
+                f"val/loss is {loss} at step {run.state.step}; lower optimizer.learning_rate or "
+                "set trainer.grad_clip. The last checkpoint is kept"
+            )
         best = run.state.best_val_loss
         run.state.best_val_loss = loss if best is None else min(best, loss)
     return row
 
 
-def save(run: Run, stats: StepStats) -> None:
-    """Save a checkpoint of the step just taken."""
-    require_finite(run, stats)
+def save(run: Run) -> None:
+    """Save a checkpoint of the step just taken. Raises RunFailed when a weight is not finite."""
+    report_skips(run)
     run.logger.flush()
     run.state.scaler = run.precision.scaler.state_dict()
+    run.state.guard = run.guard.state_dict()
     run.checkpoints.save(run.model, run.optimizer, run.state)
     write_progress(run)
-
-
-def require_finite(run: Run, stats: StepStats) -> None:
-    """Raise RuntimeError unless the step's main loss and gradients are finite."""
-    _require_finite(run, "train/main_loss", stats.losses["main"].item())
-    if not run.precision.scaler.is_enabled():  # A scaler looks for overflow and skips the step.
-        _require_finite(run, "train/grad_norm", stats.grad_norm.item())
-
-
-def _require_finite(run: Run, name: str, value: float) -> None:
-    if not math.isfinite(value):
-        raise RuntimeError(
-            f"{name} is {value} at step {run.state.step}; lower optimizer.learning_rate or set "
-            "trainer.grad_clip. The last checkpoint is kept"
-        )
 
 
 def write_progress(run: Run) -> None:

@@ -31,11 +31,13 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Keep what `data=stdlib` prepares out of the user's cache, once for all xdist workers."""
+    """Keep what tests write out of the user's caches; `data=stdlib` once for all xdist workers."""
     root = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         root = root.parent
     os.environ["LUNARIS_CACHE"] = str(root / "lunaris-cache")
+    # Trackio reads it once, when it is imported.
+    os.environ["TRACKIO_DIR"] = str(tmp_path_factory.getbasetemp() / "trackio")
 
 
 @pytest.fixture

@@ -123,7 +123,13 @@ def test_the_files_for_newcomers_stay_short() -> None:
 def path_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Put the test's folder on the Python path, and forget the modules that come from it."""
     monkeypatch.syspath_prepend(tmp_path)
+    # Also before: another test may have left a module of this name.
+    forget_mine()
     yield
+    forget_mine()
+
+
+def forget_mine() -> None:
     for name in [name for name in sys.modules if name.partition(".")[0] == "mine"]:
         del sys.modules[name]
 

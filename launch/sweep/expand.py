@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -97,8 +97,12 @@ class SweepRequest:
         """
         task = [o for o in self.overrides if not o.is_hydra_override()]
         given = parse([f"{key}={value}" for key, value in params.items()])
+        for override in (*given, *task):
+            if override.value_type is ValueType.GLOB_CHOICE_SWEEP:
+                # It knows the options that a `glob(…)` stands for.
+                override.config_loader = _option_loader(self.source)
         try:
-            return expand([*given, *task], partial(_option_loader, self.source))
+            return expand([*given, *task])
         except (HydraException, ValueError) as error:
             if isinstance(error, UserError):
                 raise
@@ -112,18 +116,14 @@ def read_request(flags: Flags, command: str) -> SweepRequest:
     return SweepRequest(flags, command, parsed)
 
 
-def expand(
-    overrides: list[Override], loader: Callable[[], ConfigLoader] | None = None
-) -> list[list[str]]:
+def expand(overrides: list[Override]) -> list[list[str]]:
     """Return the overrides of every point: the product of all swept values.
 
-    The last override of a key counts. loader: returns Hydra's loader, which knows the options that
-    a `glob(…)` stands for. Raises UserError for an interval, and for a key without any value.
+    The last override of a key counts. Raises UserError for an interval, and for a key without any
+    value.
     """
     last: dict[str, list[str]] = {}
     for override in overrides:
-        if loader is not None and override.value_type is ValueType.GLOB_CHOICE_SWEEP:
-            override.config_loader = loader()
         key = override.get_key_element()
         last.pop(key, None)
         last[key] = [f"{key}={value}" for value in _values(override)]

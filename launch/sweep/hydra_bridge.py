@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -95,24 +96,15 @@ def call_hydra(
 
 def _argv(flags: Flags, overrides: list[str]) -> list[str]:
     argv = ["lunaris"]
-    for flag, value in (
-        ("--cfg", flags.cfg),
-        ("--package", flags.package),
-        ("--info", flags.info),
-        ("--config-name", flags.config_name),
-        ("--config-dir", flags.config_dir),
-        ("--config-path", flags.config_path and os.path.abspath(flags.config_path)),
-    ):
-        argv += [flag, value] if value is not None else []
-    for flag, given in (
-        ("--multirun", flags.multirun),
-        ("--resolve", flags.resolve),
-        ("--hydra-help", flags.hydra_help),
-        ("--shell-completion", flags.shell_completion),
-    ):
-        argv += [flag] if given else []
     if flags.config_path is not None:
-        argv.append(f"hydra.searchpath=[pkg://{CONFIG_MODULE}]")
+        flags = replace(flags, config_path=os.path.abspath(flags.config_path))
+        overrides = [f"hydra.searchpath=[pkg://{CONFIG_MODULE}]", *overrides]
+    for name, value in vars(flags).items():
+        flag = f"--{name.replace('_', '-')}"
+        if isinstance(value, str):
+            argv += [flag, value]
+        elif value is True:
+            argv.append(flag)
     return [*argv, *overrides]
 
 
@@ -140,7 +132,6 @@ class Product(Sweeper):
 
     def __init__(self, params: dict[str, str] | None = None) -> None:
         self._params = params or {}
-        self._launcher: Launcher | None = None
 
     def setup(
         self, *, hydra_context: HydraContext, task_function: TaskFunction, config: Any
@@ -152,7 +143,6 @@ class Product(Sweeper):
 
     def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
         """Check and launch the points; return how each ended."""
-        assert self._launcher is not None
         given = [f"{key}={value}" for key, value in self._params.items()]
         points = expand(parse([*given, *arguments], self._config_loader))
         if not isinstance(self._launcher, _PointLauncher):
@@ -165,9 +155,7 @@ class Product(Sweeper):
 class _PointLauncher(Launcher):
     """One of our launchers as a plugin, for Hydra's sweepers."""
 
-    def setup(
-        self, *, hydra_context: HydraContext, task_function: TaskFunction, config: Any
-    ) -> None:
+    def setup(self, *, task_function: TaskFunction, config: Any, **_: Any) -> None:
         assert isinstance(task_function, _SweepTask)
         self._sweep = task_function.sweep
         launcher = point_launcher(config.hydra.launcher._target_)
@@ -209,7 +197,7 @@ def _train_in_job(sweep: Sweep, overrides: list[str]) -> float | None:
 
     The launcher calls this in every task. Only rank 0 writes the folder.
     """
-    from lunaris.launch.process import train_here
+    from lunaris.launch.local import train_here
     from lunaris.launch.slurm_task import export_ranks
 
     export_ranks()

@@ -158,10 +158,7 @@ def outcome_of(point: Point) -> Outcome:
     status = RunDir(point.dir).read_status()
     state, error = str(status.get("state", "failed")), str(status.get("last_error") or "")
     logs = RunDir(point.dir).logs
-    log = next((p for p in (logs / "rank_0.log", logs / "console.log") if _has_text(p)), None)
+    written = (logs / "rank_0.log", logs / "console.log")
+    log = next((path for path in written if path.is_file() and path.stat().st_size), None)
     loss = status.get("best_val_loss")
     return Outcome(point, state, loss, error or last_line([log] if log else []), log)
-
-
-def _has_text(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0

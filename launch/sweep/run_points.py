@@ -11,6 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from lunaris.config.hydra_internals import PLUGIN_PACKAGE
+from lunaris.distributed.signals import StopSignal
 from lunaris.errors import Stopped
 from lunaris.launch.sweep.points import Outcome, Point, PointLauncher, Sweep, outcome_of
 from lunaris.runs.run_dir import RunDir
@@ -81,7 +82,8 @@ def run_point(point: Point, show: Callable[[str], None]) -> Outcome:
 
 def _run_worker(point: Point, run_dir: RunDir, show: Callable[[str], None]) -> tuple[int, bool]:
     """Run the point's worker; return its exit code and whether a signal was forwarded to it."""
-    with (run_dir.logs / "console.log").open("ab") as log, _Forwarded() as signals:
+    signals = _Forwarded()
+    with (run_dir.logs / "console.log").open("ab") as log, signals:
         worker = subprocess.Popen(
             worker_command(point.dir),
             stdin=subprocess.DEVNULL,
@@ -93,7 +95,7 @@ def _run_worker(point: Point, run_dir: RunDir, show: Callable[[str], None]) -> t
         signals.child = worker
         while True:
             try:
-                return worker.wait(_POLL_S), signals.received
+                return worker.wait(_POLL_S), signals.received is not None
             except subprocess.TimeoutExpired:
                 status = run_dir.read_status()
                 show(f"step {status.get('step', 0)}/{point.cfg.trainer.max_steps}")
@@ -134,23 +136,12 @@ def _record_exit(run_dir: RunDir, code: int) -> None:
         run_dir.write_status(state="failed", **({"last_error": error} if error else {}))
 
 
-class _Forwarded:
-    """A context that forwards SIGTERM and SIGINT to `child`."""
+class _Forwarded(StopSignal):
+    """Forwards every signal to `child`, too."""
 
-    def __init__(self) -> None:
-        self.child: subprocess.Popen[bytes] | None = None
-        self.received = False
+    child: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> _Forwarded:
-        numbers = (signal.SIGTERM, signal.SIGINT)
-        self._before = {number: signal.signal(number, self._forward) for number in numbers}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _forward(self, number: int, frame: FrameType | None) -> None:
-        self.received = True
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        self.received = signal.Signals(number)
         if self.child is not None:
             self.child.send_signal(number)

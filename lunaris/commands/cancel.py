@@ -12,8 +12,6 @@ from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import cancel_jobs
 from lunaris.runs.status import resolve_states
 
-HELP = "cancel the SLURM jobs of a run or a sweep"
-
 
 def main(argv: list[str]) -> int:
     """Cancel every queued or running job in a folder. Raises UserError where SLURM refuses."""

@@ -1,18 +1,18 @@
-"""`lunaris evaluate`: loss and perplexity of a run's checkpoint."""
+"""`lunaris evaluate`: loss and perplexity of a run's checkpoint, on its data or on any shards."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
+from typing import Any
 
 from lunaris.config.overrides import parse
 from lunaris.config.schema.data import ShardsDataConfig
 from lunaris.config.schema.root import Config
-from lunaris.config.schema.trainer import TrainerConfig
 from lunaris.errors import UserError, did_you_mean
 from lunaris.runs.run_dir import RunDir
 
-HELP = "loss and perplexity of a run's checkpoint, on its validation data or on any shards"
 _KEYS = ("data.dir", "trainer.batch_size", "trainer.precision", "trainer.device")
 
 
@@ -73,13 +73,12 @@ def _apply(cfg: Config, override: str) -> None:
         )
         return
     name = key.removeprefix("trainer.")
-    typed: str | int = value
+    typed: Any = value
     if name == "batch_size":
         if not value.removeprefix("-").isdecimal():
             raise UserError(f"{key}={value}: must be an integer")
         typed = int(value)
-    TrainerConfig(**{name: typed})  # type: ignore[arg-type]  # It raises for a wrong value.
-    setattr(cfg.trainer, name, typed)
+    cfg.trainer = replace(cfg.trainer, **{name: typed})
 
 
 def _folders(override: str) -> str | list[str]:

@@ -1,4 +1,4 @@
-"""`lunaris generate`: text sampled from a run's checkpoint."""
+"""`lunaris generate`: sample text from a run's checkpoint, with a KV cache."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import sys
 
 from lunaris.errors import UserError
 from lunaris.runs.run_dir import RunDir
-
-HELP = "sample text from a run's checkpoint, with a KV cache"
 
 
 def main(argv: list[str]) -> int:
@@ -33,6 +31,7 @@ def main(argv: list[str]) -> int:
         temperature=args.temperature,
         top_k=args.top_k,
         top_p=args.top_p,
+        speculative=args.speculative,
     )
     # Faults of the run were raised before the first text.
     for i, (seed, pieces) in enumerate(zip(seeds, texts, strict=True)):
@@ -65,6 +64,11 @@ def _parser() -> argparse.ArgumentParser:
         help="the seed of the first sample; each next one adds 1 (default: 0)",
     )
     parser.add_argument("--samples", type=int, default=1, help="how many texts (default: 1)")
+    parser.add_argument(
+        "--speculative",
+        action="store_true",
+        help="draft with the depths of objective=multi_token: the same text, in fewer forwards",
+    )
     parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest)")
     return parser
 

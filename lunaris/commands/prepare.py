@@ -1,4 +1,5 @@
-"""`lunaris prepare`: from text to a tokenizer, shards and their manifest."""
+"""`lunaris prepare`: make token shards from text files or Hub datasets; run again, it continues
+where it stopped."""
 
 from __future__ import annotations
 
@@ -10,8 +11,6 @@ from lunaris.errors import UserError
 
 if TYPE_CHECKING:
     from lunaris.data.manifest import Manifest
-
-HELP = "make token shards from text files or Hub datasets; run again, it continues where it stopped"
 
 _USAGE = """\
 usage: lunaris prepare [--verify] data=text|hf|stdlib data.dir=FOLDER [data.KEY=VALUE ...]
@@ -25,6 +24,7 @@ data.processes. Train on the folder with `lunaris train data=shards data.dir=FOL
   lunaris prepare data=text data.dir=shards 'data.files=[corpus/*.jsonl]'
   lunaris prepare data=text data.dir=shards data.tokenizer=gpt2 \\
       'data.files={code: src/**/*.py, prose: books/*.txt.gz}' 'data.weights={code: 1, prose: 3}'
+  lunaris prepare data=text data.dir=shards data.format=chat 'data.files=[chat/*.jsonl]'
   lunaris prepare data=hf data.dir=shards data.datasets=roneneldan/TinyStories
   lunaris prepare --verify data=shards data.dir=shards
 
@@ -83,9 +83,7 @@ def _report(made: Manifest, folder: str, seconds: float) -> None:
             f"{source.name}: {source.documents:,} documents, {source.tokens:,} tokens "
             f"of {source.bytes:,} bytes{skipped}"
         )
-    tokens = {
-        part: sum(entry.tokens for entry in made.shards.get(part, ())) for part in made.shards
-    }
+    tokens = {part: sum(entry.tokens for entry in shards) for part, shards in made.shards.items()}
     shards = sum(len(entries) for entries in made.shards.values())
     print(
         f"{folder}: {tokens.get('train', 0):,} tokens for training, {tokens.get('val', 0):,} for "

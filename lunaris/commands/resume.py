@@ -1,4 +1,4 @@
-"""`lunaris resume`: continue a run, or the points of a sweep that are not done."""
+"""`lunaris resume`: continue a run, or the points of a sweep that are not done, as launched."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ from lunaris.config.cli import Flags, parse_flags
 from lunaris.config.compose import Composer, compose
 from lunaris.config.identity import differing, identity
 from lunaris.config.schema.root import Config
+from lunaris.config.validate import validate
 from lunaris.errors import UserError, did_you_mean
 from lunaris.runs.create import create
 from lunaris.runs.discovery import find_runs, is_run, is_sweep
 from lunaris.runs.run_dir import RunDir
-from lunaris.runs.status import ACTIVE, STATES, RunState, resolve_states
+from lunaris.runs.status import ACTIVE, STATES, resolve_states
 from lunaris.runs.sweep_manifest import ManifestPoint, read_manifest
 
 if TYPE_CHECKING:
     from lunaris.data.base import Data
     from lunaris.launch.sweep.points import Point, Sweep
-
-HELP = "continue a run, or the points of a sweep that are not done, as it was launched"
 
 _UNDONE = tuple(state for state in STATES if state not in ("done", *ACTIVE))
 
@@ -35,9 +34,15 @@ def main(argv: list[str]) -> int:
     args = _parser().parse_args(argv)
     folder = Path(args.dir)
     wanted = _states(args.only)
+    skipped = _sequences(args.skip_sequences)
     if is_run(folder):
-        return _resume_run(folder, wanted)
+        return _resume_run(folder, wanted, skipped)
     if is_sweep(folder):
+        if skipped is not None:
+            raise UserError(
+                f"--skip-sequences {args.skip_sequences}: goes with the folder of a run, not of a "
+                "sweep, whose points read their data in different orders"
+            )
         return _resume_sweep(folder, wanted)
     raise UserError(f"{folder}: not a run's folder and not a sweep's")
 
@@ -56,7 +61,24 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STATES",
         help=f"of a sweep, only the points in these states: {', '.join(_UNDONE)}",
     )
+    parser.add_argument(
+        "--skip-sequences",
+        metavar="A-B",
+        help="of a run, do not train on the sequences A to B of its data, as the message of a run "
+        "that stopped at them names them",
+    )
     return parser
+
+
+def _sequences(text: str | None) -> tuple[int, int] | None:
+    """Return the first and the last sequence of `--skip-sequences A-B`."""
+    if text is None:
+        return None
+    first, dash, last = text.partition("-")
+    numbers = first.isdecimal() and last.isdecimal() and len(text) < 40
+    if not dash or not numbers or not int(first) <= int(last) < 2**62:
+        raise UserError(f"--skip-sequences {text}: must be A-B, two sequences with A at most B")
+    return int(first), int(last)
 
 
 def _states(only: str | None) -> tuple[str, ...]:
@@ -69,28 +91,35 @@ def _states(only: str | None) -> tuple[str, ...]:
     return wanted
 
 
-def _resume_run(folder: Path, wanted: tuple[str, ...]) -> int:
+def _resume_run(
+    folder: Path, wanted: tuple[str, ...], skipped: tuple[int, int] | None = None
+) -> int:
     from lunaris.commands.train import submit
 
     (state,) = resolve_states([folder])
-    if not _is_wanted(folder, state, wanted):
-        return 0
-    run_dir = RunDir(folder)
-    cfg: Config = run_dir.read_config()
-    # The folder may have been moved.
-    cfg.out_dir = str(folder)
-    _check_data(cfg, folder, {})
-    return submit(cfg, run_dir.noted("command") or "", run_dir.noted("overrides") or [])
-
-
-def _is_wanted(folder: Path, state: RunState, wanted: tuple[str, ...]) -> bool:
     if state.active:
         where = f"as job {state.job_id}" if state.job_id else "here"
         raise UserError(f"{folder}: is already {state.state}, {where}")
     if state.state not in wanted:
         print(f"{folder}: {state.state}; nothing to do")
-        return False
-    return True
+        return 0
+    run_dir = RunDir(folder)
+    cfg = _config_of(folder)
+    _check_data(cfg, folder, {})
+    if skipped is not None:
+        run_dir.leave_out(*skipped)
+    return submit(cfg, run_dir.noted("command") or "", run_dir.noted("overrides") or [])
+
+
+def _config_of(folder: Path) -> Config:
+    """Return the checked config of a run's folder, which may have been moved."""
+    cfg = RunDir(folder).read_config()
+    cfg.out_dir = str(folder)
+    try:
+        validate(cfg, check_data=False)
+    except UserError as error:
+        raise UserError(f"{RunDir(folder).config_path}: {error}") from error
+    return cfg
 
 
 def _check_data(cfg: Config, folder: Path, checked: dict[str, Data]) -> None:
@@ -139,11 +168,7 @@ def _resume_sweep(folder: Path, wanted: tuple[str, ...]) -> int:
             # The other points can be resumed without this one.
             print(f"error: {error}", file=sys.stderr)
     code = UserError.exit_code if len(points) < len(rows) else 0
-    if not points:
-        return code
-    if hasattr(points[0].cfg.launch, "cluster"):
-        return _send(sweep, points) or code
-    return _run_here(points) or code
+    return code if not points else _submit(sweep, points) or code
 
 
 def _point(
@@ -155,8 +180,7 @@ def _point(
     path = folder / row.dir
     cfg: Config
     if is_run(path):
-        cfg = RunDir(path).read_config()
-        cfg.out_dir = str(path)
+        cfg = _config_of(path)
         _check_data(cfg, path, checked)
     else:
         cfg = compose(row.overrides, source=flags.source)
@@ -174,22 +198,17 @@ def _point(
     return Point(row.name, row.overrides, cfg, path)
 
 
-def _send(sweep: Sweep, points: list[Point]) -> int:
-    from lunaris.launch.slurm import wait_until_ended
-    from lunaris.launch.sweep.slurm_array import send_points
-
-    send_points(sweep, points)
-    if not points[0].cfg.launch.wait:
-        return 0
-    ended = wait_until_ended([point.dir for point in points])
-    return int(any(state.state != "done" for state in ended))
-
-
-def _run_here(points: list[Point]) -> int:
+def _submit(sweep: Sweep, points: list[Point]) -> int:
     from lunaris.launch.sweep.run_points import console, run_point
 
-    outcomes = []
-    for i, point in enumerate(points):
-        label = f"[{i + 1}/{len(points)}] {point.name}"
-        outcomes.append(run_point(point, console(label)))
+    launch = points[0].cfg.launch
+    if hasattr(launch, "cluster"):
+        from lunaris.launch.slurm import wait_until_ended
+        from lunaris.launch.sweep.slurm_array import send_points
+
+        send_points(sweep, points)
+        ended = wait_until_ended([point.dir for point in points]) if launch.wait else []
+        return int(any(state.state != "done" for state in ended))
+    labels = [f"[{i + 1}/{len(points)}] {point.name}" for i, point in enumerate(points)]
+    outcomes = [run_point(p, console(label)) for p, label in zip(points, labels, strict=True)]
     return int(any(outcome.state != "done" for outcome in outcomes))

@@ -1,4 +1,4 @@
-"""`lunaris runs`: a table of runs and sweep points with their states. No torch."""
+"""`lunaris runs`: a table of runs and sweep points: state, step, validation loss, job."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import sys
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from lunaris.runs.discovery import FoundRun, find_runs
+from lunaris.runs.rows import run_row
 from lunaris.runs.status import STATES, RunState, last_line, logs_of, resolve_states
-
-HELP = "a table of runs and sweep points: state, step, validation loss, job"
 
 _HEADS = ("run", "state", "step", "val loss", "job", "overrides")
 _WIDEST_NAME = 48
@@ -28,7 +26,7 @@ def main(argv: list[str]) -> int:
     found = find_runs(Path(args.dir))
     pairs = list(zip(found, resolve_states([run.path for run in found]), strict=True))
     if args.json:
-        print(json.dumps([_as_json(run, state) for run, state in pairs], indent=2))
+        print(json.dumps([run_row(run, state) for run, state in pairs], indent=2))
         return 0
     width = shutil.get_terminal_size((160, 24)).columns if sys.stdout.isatty() else 10_000
     tables = []
@@ -49,24 +47,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON list")
     return parser
-
-
-def _as_json(run: FoundRun, state: RunState) -> dict[str, Any]:
-    status = state.status
-    return {
-        "name": run.name,
-        "dir": str(run.path),
-        "sweep": None if run.sweep is None else str(run.sweep),
-        "overrides": run.overrides,
-        "state": state.state,
-        "remark": state.remark or None,
-        "step": status.get("step", 0),
-        "max_steps": status.get("max_steps"),
-        "best_val_loss": status.get("best_val_loss"),
-        "attempts": status.get("attempts", 0),
-        "job_id": state.job_id,
-        "logs": [str(log) for log in logs_of(run.path, status)],
-    }
 
 
 def _table(sweep: Path | None, pairs: list[tuple[FoundRun, RunState]], width: int) -> str:

@@ -1,4 +1,4 @@
-"""`lunaris train`: compose a run from the options and overrides, and run or send it."""
+"""`lunaris train`: train a model here, or send it to SLURM (launch=slurm); -m sweeps."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from lunaris.errors import UserError
 if TYPE_CHECKING:
     from lunaris.config.cli import Flags
     from lunaris.config.schema.root import Config
-
-HELP = "train a model here (launch=local) or send it to SLURM (launch=slurm); -m sweeps"
 
 _WHAT = """\
 Trains a model on this machine, or sends the run to SLURM (launch=slurm). The config is checked
@@ -32,11 +30,13 @@ _EXAMPLES = [
 
 def main(argv: list[str]) -> int:
     """Compose, check and launch; return the exit code."""
-    from lunaris.config.cli import parse_flags
+    from lunaris.config.cli import help_text, parse_flags
+    from lunaris.config.compose import compose, config_dirs
 
     flags = parse_flags(argv)
     if flags.help:
-        return _help(flags)
+        print(help_text("lunaris train", _WHAT, _EXAMPLES, config_dirs(flags.source)))
+        return 0
     if flags.cfg == "job":
         return _show(flags)
     command = shlex.join(["lunaris", "train", *argv])
@@ -50,39 +50,23 @@ def main(argv: list[str]) -> int:
 
         call_hydra(flags, parse(flags.overrides), _unreached)
         return 0
-
-    from lunaris.config.compose import compose
-
-    cfg: Config = compose(flags.overrides, source=flags.source)
+    cfg = compose(flags.overrides, source=flags.source)
     return submit(cfg, command, flags.overrides)
 
 
 def submit(cfg: Config, command: str, overrides: list[str]) -> int:
     """Give a composed config to its launcher, or train here where torchrun started this process."""
-    if "RANK" in os.environ:
-        return _train_as_rank(cfg, command, overrides)
     from lunaris.config.instantiate import instantiate_component
-
-    launcher = instantiate_component("launch", cfg.launch)
-    return int(launcher.submit(cfg, command, overrides))
-
-
-def _train_as_rank(cfg: Config, command: str, overrides: list[str]) -> int:
-    from lunaris.launch.process import exit_code_here
+    from lunaris.launch.local import exit_code_here
     from lunaris.runs.create import create
 
+    if "RANK" not in os.environ:
+        launcher = instantiate_component("launch", cfg.launch)
+        return int(launcher.submit(cfg, command, overrides))
     if os.environ["RANK"] == "0":
         create(cfg, command, overrides)
     # The other ranks wait for rank 0 when the process group is created.
     return exit_code_here(cfg, Path(cfg.out_dir))
-
-
-def _help(flags: Flags) -> int:
-    from lunaris.config.cli import help_text
-    from lunaris.config.compose import config_dirs
-
-    print(help_text("lunaris train", _WHAT, _EXAMPLES, config_dirs(flags.source)))
-    return 0
 
 
 def _show(flags: Flags) -> int:
@@ -91,13 +75,13 @@ def _show(flags: Flags) -> int:
     from lunaris.config.compose import Composer, finish
     from lunaris.config.messages import shown
     from lunaris.config.typed import give_schemas
-    from lunaris.config.validate import check_interpolations
+    from lunaris.config.validate import check_values
 
     cfg: Any = Composer(flags.source).compose_raw(flags.overrides)
     finish(cfg, flags.overrides)
     give_schemas(cfg)
     if flags.resolve:
-        check_interpolations(cfg)
+        check_values(cfg, missing=True)
     if flags.package not in (None, "_global_"):
         absent = object()
         part = OmegaConf.select(cfg, flags.package, default=absent)

@@ -57,10 +57,10 @@ def parser(prog: str) -> argparse.ArgumentParser:
     made = _Parser(prog=prog, add_help=False, allow_abbrev=False, usage=argparse.SUPPRESS)
     made.add_argument("overrides", nargs="*", help=argparse.SUPPRESS)
     flags = made.add_argument_group("flags")
-    add = flags.add_argument
+    add, add_one = flags.add_argument, flags.add_mutually_exclusive_group().add_argument
     add("-h", "--help", action="store_true", help="this text")
-    add("-m", "--multirun", action="store_true", help="a sweep over every KEY=A,B,C")
-    add(
+    add_one("-m", "--multirun", action="store_true", help="a sweep over every KEY=A,B,C")
+    add_one(
         "-c", "--cfg", nargs="?", const="job", choices=("job", "hydra", "all"),
         help="show the config and do nothing",
     )  # fmt: skip
@@ -68,19 +68,14 @@ def parser(prog: str) -> argparse.ArgumentParser:
     add("--resolve", action="store_true", help="with --cfg: fill in the interpolations")
     add("-cd", "--config-dir", metavar="DIR", help="a folder with more options")
     add("-cn", "--config-name", metavar="NAME", default="train", help="instead of train")
-    add(
-        "-cp",
-        "--config-path",
-        metavar="DIR",
-        help="a folder that is read before the one of lunaris",
-    )
-    add(
+    add("-cp", "--config-path", metavar="DIR", help="a folder that is read before ours")
+    add_one(
         "-i", "--info", nargs="?", const="all",
         choices=("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
         help="how Hydra composes the config",
     )  # fmt: skip
     add("--hydra-help", action="store_true", help="Hydra's own help")
-    add("-sc", "--shell-completion", action="store_true", help="with install=SHELL: completion")
+    add_one("-sc", "--shell-completion", action="store_true", help="with install=SHELL: completion")
     return made
 
 
@@ -93,21 +88,9 @@ def parse_flags(argv: list[str], prog: str = "lunaris train") -> Flags:
     for text in argv:
         # argparse would take the override for the flag's value.
         if spread and spread[-1] in ("-c", "--cfg", "-i", "--info") and "=" in text:
-            spread[-1] = f"{'--cfg=job' if 'c' in spread[-1] else '--info=all'}"
+            spread[-1] = "--cfg=job" if "c" in spread[-1] else "--info=all"
         spread.append(text)
     flags = Flags(**vars(parser(prog).parse_intermixed_args(spread)))
-    asked = [
-        name
-        for name, given in (
-            ("--cfg", flags.cfg),
-            ("--multirun", flags.multirun),
-            ("--info", flags.info),
-            ("--shell-completion", flags.shell_completion),
-        )
-        if given
-    ]
-    if len(asked) > 1:
-        raise UserError(f"{' '.join(asked)}: only one of these at a time")
     for name, value in (("--resolve", flags.resolve), ("--package", flags.package)):
         if value and not flags.cfg:
             raise UserError(f"{name}: goes with --cfg")
@@ -119,8 +102,6 @@ def help_text(
 ) -> str:
     """Return the help of a command; examples: pairs of a command line and what it does."""
     longest = max(len(line) for line, _ in examples)
-    shown = [f"  {line:<{longest}}  {does}" for line, does in examples]
-    flags = parser(prog).format_help().strip()
     return "\n".join(
         [
             f"usage: {prog} [FLAGS] [GROUP=OPTION …] [KEY=VALUE …]",
@@ -128,9 +109,9 @@ def help_text(
             what,
             "",
             "examples:",
-            *shown,
+            *(f"  {line:<{longest}}  {does}" for line, does in examples),
             "",
-            flags,
+            parser(prog).format_help().strip(),
             "",
             "groups and their options (GROUP=OPTION):",
             *_groups(config_dirs),

@@ -69,11 +69,7 @@ class Composer:
         """
         tree = self.compose_raw(overrides)
         finish(tree, overrides)
-        give_schemas(tree)
-        check_values(tree)
-        cfg = to_config(tree)
-        validate(cfg, check_data=check_data)
-        return cfg
+        return checked(tree, check_data=check_data)
 
     def compose_raw(self, overrides: list[str], *, with_hydra: bool = False) -> DictConfig:
         """Return the tree that Hydra composes, without the checks across keys.
@@ -119,6 +115,17 @@ def compose(
 ) -> Config:
     """Return the config for one command line, as `Composer.compose` does. No torch."""
     return Composer(source).compose(overrides, check_data=check_data)
+
+
+def checked(tree: DictConfig, *, check_data: bool = True) -> Config:
+    """Return the checked config of a composed tree, which has a name. Raises UserError."""
+    if tree.get("name") is None:
+        finish(tree, [])
+    give_schemas(tree)
+    check_values(tree)
+    cfg = to_config(tree)
+    validate(cfg, check_data=check_data)
+    return cfg
 
 
 def finish(cfg: DictConfig, overrides: list[str]) -> None:

@@ -21,7 +21,12 @@ _ALWAYS = ("model", "data", "trainer", "launch")
 
 def to_yaml(cfg: Config) -> bytes:
     """Return the content of the file for a config."""
-    return OmegaConf.to_yaml({VERSION_KEY: VERSION} | to_plain(cfg)).encode()
+    return OmegaConf.to_yaml(to_tree(cfg)).encode()
+
+
+def to_tree(cfg: Config) -> dict[str, Any]:
+    """Return the content of the file for a config, as dicts, lists and scalars."""
+    return {VERSION_KEY: VERSION} | to_plain(cfg)
 
 
 def read_config(path: Path) -> Config:
@@ -35,6 +40,14 @@ def read_config(path: Path) -> Config:
     except (OSError, ValueError, YAMLError, OmegaConfBaseException, RecursionError) as error:
         reason = "; ".join(line.strip() for line in str(error).splitlines()[:4])
         raise UserError(f"{path}: cannot be read: {reason}") from error
+    return from_tree(tree, path)
+
+
+def from_tree(tree: Any, path: Path) -> Config:
+    """Return the config in the content of a file, which is changed; path: of the file.
+
+    Raises UserError for what is incomplete or not allowed by today's schemas.
+    """
     absent = [key for key in _ALWAYS if not isinstance(tree, dict) or key not in tree]
     if absent:
         raise UserError(f"{path}: is incomplete: it lacks {', '.join(absent)}")

@@ -9,8 +9,8 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -53,9 +53,14 @@ def run_hydra_main(config_path: str, task: Callable[[Any], Any], argv: list[str]
     """
     import hydra
 
-    with warnings.catch_warnings(), _as_hydra_program(argv):
-        warnings.simplefilter("ignore")
-        hydra.main(config_path, "train", version_base="1.3")(task)()
+    before = sys.argv, os.environ.get("HYDRA_FULL_ERROR", "0")
+    sys.argv, os.environ["HYDRA_FULL_ERROR"] = argv, "1"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            hydra.main(config_path, "train", version_base="1.3")(task)()
+    finally:
+        sys.argv, os.environ["HYDRA_FULL_ERROR"] = before
 
 
 def option_loader(config_path: str, search_path: list[str]) -> ConfigLoader:
@@ -103,29 +108,13 @@ def compose_options(
     state = GlobalHydra.instance()
     outer, state.hydra = state.hydra, None
     try:
-        opened: AbstractContextManager[object]
-        if path is not None:
-            opened = initialize_config_dir(os.path.abspath(path), version_base="1.3")
-        else:
-            opened = initialize_config_module(module, version_base="1.3")
+        opened: AbstractContextManager[object] = (
+            initialize_config_module(module, version_base="1.3")
+            if path is None
+            else initialize_config_dir(os.path.abspath(path), version_base="1.3")
+        )
         with warnings.catch_warnings(), opened:
             warnings.simplefilter("ignore")
             return compose(name, choices, return_hydra_config=True)
     finally:
         GlobalHydra.instance().hydra = outer
-
-
-@contextmanager
-def _as_hydra_program(argv: list[str]) -> Iterator[None]:
-    """Let `hydra.main` read `argv`, and make it raise its errors instead of printing them."""
-    argv_before, full_error = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
-    sys.argv = argv
-    os.environ["HYDRA_FULL_ERROR"] = "1"
-    try:
-        yield
-    finally:
-        sys.argv = argv_before
-        if full_error is None:
-            del os.environ["HYDRA_FULL_ERROR"]
-        else:
-            os.environ["HYDRA_FULL_ERROR"] = full_error

@@ -28,7 +28,7 @@ def identity(cfg: Config) -> dict[str, Any]:
     """
     trainer = cfg.trainer
     sequences = trainer.batch_size * trainer.gradient_accumulation_steps * cfg.launch.world_size()
-    return _identity(cfg, "") | {"global_batch": sequences}
+    return _flat(cfg, "") | {"global_batch": sequences}
 
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -43,19 +43,18 @@ def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return rows
 
 
-def _identity(part: Any, path: str) -> dict[str, Any]:
-    free = _free_keys(part.__class__)
-    values = vars(part)
-    if isinstance(part, Component):
-        values = {"_target_": part._target_} | component_keys(part)
+def _flat(value: Any, path: str) -> dict[str, Any]:
+    free: set[str] = set()
+    if is_dataclass(value):
+        free = _free_keys(value.__class__)
+        target = {"_target_": value._target_} if isinstance(value, Component) else {}
+        value = target | component_keys(value)
+    if not isinstance(value, dict) or not value:
+        return {path: list(value) if isinstance(value, tuple) else value}
     found: dict[str, Any] = {}
-    for key, value in values.items():
-        if key in free:
-            continue
-        if is_dataclass(value):
-            found |= _identity(value, f"{path}{key}.")
-        else:
-            found |= _flatten(value, f"{path}{key}")
+    for key, item in value.items():
+        if key not in free:
+            found |= _flat(item, f"{path}.{key}" if path else key)
     return found
 
 
@@ -73,12 +72,3 @@ def _free_keys(schema: type) -> set[str]:
     return {
         key.name for kind in kinds for key in fields(kind) if not key.metadata.get("identity", True)
     }
-
-
-def _flatten(value: Any, path: str) -> dict[str, Any]:
-    if isinstance(value, dict) and value:
-        found: dict[str, Any] = {}
-        for key, item in value.items():
-            found |= _flatten(item, f"{path}.{key}")
-        return found
-    return {path: list(value) if isinstance(value, tuple) else value}

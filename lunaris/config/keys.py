@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 import types
-from collections.abc import Iterator
 from dataclasses import Field, fields, is_dataclass
 from functools import cache
 from importlib import resources
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -71,24 +71,15 @@ def schema_keys(schema: type) -> list[str]:
     return [key.name for key in fields(schema)]
 
 
-def schema_of_target(base: type, target: str) -> type | None:
-    """Return the schema below `base` whose `_target_` is `target`, or None."""
-    found = (s for s in schemas_below(base) if getattr(s, "_target_", None) == target)
-    return next(found, None)
+def schema_of_target(group: str, target: str) -> type | None:
+    """Return the schema of a group whose `_target_` is `target`, or None."""
+    return next((s for s in groups()[group] if getattr(s, "_target_", "") == target), None)
 
 
 def schema_named(name: str) -> type | None:
     """Return the schema class of that name, or None."""
     found = {schema.__name__: schema for schemas in groups().values() for schema in schemas}
     return (found | {"Config": Config, "OpenConfig": Config}).get(name)
-
-
-def schemas_of_parent(dotted: str) -> list[type]:
-    """Return the schemas that may hold the dotted key: those of `moe` for `moe.n_experts`."""
-    parent = dotted.rpartition(".")[0]
-    if not parent:
-        return [Config]
-    return groups().get(parent.replace(".", "/")) or _logger_schemas(parent)
 
 
 def all_keys() -> list[str]:
@@ -98,7 +89,7 @@ def all_keys() -> list[str]:
         for schema in schemas:
             start = group.replace("/", ".")
             if group == "logger":
-                start = f"logger.{_logger_name(schema)}"
+                start += f".{next(iter(options_of(schema, group)), 'NAME')}"
             found |= dict.fromkeys(f"{start}.{key}" for key in schema_keys(schema))
     return list(found)
 
@@ -130,34 +121,33 @@ def options_of(schema: type, group: str) -> list[str]:
     return [o.name for o in options(group) if _schema_of_option(group, o.name, None) is schema]
 
 
+@cache
+def type_of(schema: type | None, key: str) -> Any:
+    """Return the type of a key of a schema, or Any where there is none."""
+    return get_type_hints(schema or object).get(key, Any)
+
+
 def takes(schema: type, key: str) -> str:
     """Return what a key of a schema takes, in words: "a whole number or null"."""
-    return _in_words(get_type_hints(schema).get(key, Any))
-
-
-def is_switch(dotted: str) -> bool:
-    """Return whether the key takes true or false in every option that has it."""
-    key = dotted.rpartition(".")[2]
-    having = [s for s in schemas_of_parent(dotted) if key in schema_keys(s)]
-    return bool(having) and all(get_type_hints(s)[key] is bool for s in having)
+    return _in_words(type_of(schema, key))
 
 
 def nearest(name: str) -> str:
-    """Return "; did you mean X?" for the key nearest to `name`, or an empty string.
+    """Return "; did you mean X?" for the key nearest to `name`, or "" for an existing key.
 
     The right key in the wrong group is found, and so is a key without its group: `n_experts`
     is taken for `moe.n_experts`. A name without a dot may also be a group's.
     """
     known = all_keys()
     last = name.rpartition(".")[2]
-    ending = [key for key in known if "." in key and key.rpartition(".")[2] == last]
-    if ending and name not in ending:
-        return f"; did you mean {ending[0]}?"
+    if name in known:
+        return ""
+    for key in known:
+        if "." in key and key.rpartition(".")[2] == last:
+            return f"; did you mean {key}?"
     if name.partition(".")[0] in groups():
         return ""
-    if "." in name:
-        return did_you_mean(name, [key for key in known if "." in key])
-    return did_you_mean(name, [key for key in known if "." not in key])
+    return did_you_mean(name, [key for key in known if ("." in key) == ("." in name)])
 
 
 def folders() -> list[Path]:
@@ -191,8 +181,7 @@ def _schema_of_option(group: str, option: str, config_dirs: list[Path] | None) -
         if named := re.search(r"/schema/(\w+)@", text):
             return schema_named(named[1])
         if target := re.search(r"^_target_: *(\S+)", text, re.MULTILINE):
-            found = (s for s in groups()[group] if getattr(s, "_target_", None) == target[1])
-            return next(found, None)
+            return schema_of_target(group, target[1])
         begins = re.search(r"^defaults: *\[? *-? *(\w+)|^ *- +(\w+)$", text, re.MULTILINE)
         option = (begins[1] or begins[2]) if begins else ""
     return None
@@ -200,41 +189,20 @@ def _schema_of_option(group: str, option: str, config_dirs: list[Path] | None) -
 
 def schemas_below(base: type) -> list[type]:
     """Return the schemas of the package below `base` that have a `_target_`."""
-    return list(_walk(base))
-
-
-def _walk(schema: type) -> Iterator[type]:
-    children: list[type] = schema.__subclasses__()
+    found: list[type] = []
+    children: list[type] = base.__subclasses__()
     for child in children:
-        if not is_ours(child):
-            continue
-        if getattr(child, "_target_", "???") != "???":
-            yield child
-        yield from _walk(child)
-
-
-def _logger_name(schema: type) -> str:
-    return next(iter(options_of(schema, "logger")), "NAME")
-
-
-def _logger_schemas(parent: str) -> list[type]:
-    # `logger` is a map of names to loggers.
-    group, _, name = parent.partition(".")
-    if group != "logger" or not name:
-        return []
-    found = _schema_of_option(group, name, None)
-    return [found] if found is not None else groups()[group]
+        if is_ours(child):
+            found += [child] if getattr(child, "_target_", "???") != "???" else []
+            found += schemas_below(child)
+    return found
 
 
 def _summary(file: Path) -> str:
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        text = line.lstrip("# ")
-        # An experiment opens with the command that runs it.
-        if not text.startswith(("@", "lunaris ")):
-            return text
-    return ""
+    lines = file.read_text(encoding="utf-8").splitlines()
+    texts = (line.lstrip("# ") for line in takewhile(lambda line: line.startswith("#"), lines))
+    # An experiment opens with the command that runs it.
+    return next((text for text in texts if not text.startswith(("@", "lunaris "))), "")
 
 
 def _in_words(kind: Any) -> str:

@@ -10,11 +10,10 @@ from lunaris.errors import did_you_mean
 
 
 def no_such_key(key: str, known: list[str], choice: str | None = None) -> str:
-    """Return the message for a dotted key that does not exist. known: the keys next to it.
+    """Return the message for a dotted key that does not exist. known: the names next to it.
 
     choice: the option that is chosen for the key's group, if it is known.
     """
-    group, _, last = key.rpartition(".")
     elsewhere = options_having(key)
     if elsewhere:
         name = split_key(key)[0]
@@ -22,10 +21,12 @@ def no_such_key(key: str, known: list[str], choice: str | None = None) -> str:
         choices = ", ".join(f"{name}={option}" for option in elsewhere)
         have = "have" if len(elsewhere) > 1 else "has"
         return f"{key}: {chosen} has no such key; {choices} {have} it"
-    near = did_you_mean(last, [name.rpartition(".")[2] for name in known])
-    if near and group:
-        near = near.replace("did you mean ", f"did you mean {group}.")
-    return f"{key}: no such key{near or nearest(key) or _there_are(known)}"
+    last = key.rpartition(".")[2]
+    outer = key.removesuffix(last)
+    near = did_you_mean(last, known).replace("you mean ", f"you mean {outer}") or nearest(key)
+    keys = ", ".join(f"{outer}{name}" for name in known if name != "_target_")
+    allowed = f"; allowed are {keys}" if keys else "; the chosen option has no keys"
+    return f"{key}: no such key{near or allowed}"
 
 
 def wrong_value(schema: type | None, key: str, value: Any) -> str:
@@ -55,26 +56,16 @@ def explain(error: BaseException) -> str:
     start = f"{place[1]}: " if place and place[1] not in ("train", "hydra/config") else ""
     full_key = re.search(r"full_key: (\S+)", text)
     key = full_key[1] if full_key else ""
-
-    absent = re.search(r"Key '([^']+)' not in '(\w+)'", text)
-    schema = schema_named(absent[2]) if absent else None
-    if absent and schema is not None:
-        parent = key.rpartition(".")[0]
-        known = [f"{parent}.{name}".lstrip(".") for name in schema_keys(schema)]
-        return start + no_such_key(key, known)
-
-    of_type = re.search(r"Value '(.*)' of type", text)
     owner = re.search(r"object_type=(\w+)", text)
-    if of_type and owner:
+    if absent := re.search(r"Key '[^']+' not in '(\w+)'", text):
+        if schema := schema_named(absent[1]):
+            return start + no_such_key(key, schema_keys(schema))
+    if owner and (of_type := re.search(r"Value '(.*)' of type", text)):
         return start + wrong_value(schema_named(owner[1]), key, of_type[1])
-
-    group = re.search(r"Could not override '([^']+)'", text)
-    if group:
+    if group := re.search(r"Could not override '([^']+)'", text):
         outer, _, inner = group[1].rpartition("/")
         return f"{start}{group[1]}: the chosen option of {outer or 'the config'} has no {inner}"
-
-    option = re.search(r"Could not find '([^']+)'", text)
-    if option:
+    if option := re.search(r"Could not find '([^']+)'", text):
         available = re.findall(r"^\t(\w[^=\n]*)$", text, re.MULTILINE)
         outer, _, name = option[1].rpartition("/")
         allowed = f"; allowed are {', '.join(available)}" if available else ""
@@ -82,19 +73,7 @@ def explain(error: BaseException) -> str:
             f"{start}{outer or 'config'}={name}: no such option{allowed}"
             f"{did_you_mean(name, available)}"
         )
-    return start + _without_hints(str(error), place)
-
-
-def _without_hints(text: str, place: re.Match[str] | None) -> str:
-    text = text.removeprefix(f"In '{place[1]}': " if place else "")
-    kept = [
-        line.strip()
-        for line in text.splitlines()
-        if line.strip() and not re.search(r"use \+|append to|full_key|_type=|https?://", line)
-    ]
-    return "; ".join(kept) or "the config cannot be composed"
-
-
-def _there_are(known: list[str]) -> str:
-    keys = [key for key in known if not key.endswith("_target_")]
-    return f"; allowed are {', '.join(keys)}" if keys else "; the chosen option has no keys"
+    hint = r"use \+|append to|full_key|_type=|https?://"
+    lines = str(error).removeprefix(f"In '{place[1]}': " if place else "").splitlines()
+    kept = [line.strip() for line in lines if line.strip() and not re.search(hint, line)]
+    return start + ("; ".join(kept) or "the config cannot be composed")

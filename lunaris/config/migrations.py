@@ -2,72 +2,54 @@
 
 A config file holds `config_version`; one without it is of version 1. Reading it applies, in order,
 the rows of MIGRATIONS above its version; then a key that it lacks takes its default. A new key's
-default must therefore keep the numbers of old runs; where it does not, a `DefaultChanged` row gives
+default must therefore keep the numbers of old runs; where it does not, `default_changed` gives
 the old value.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from typing import Any, NamedTuple
 
 from lunaris.errors import UserError
 
 VERSION_KEY = "config_version"
 
 
-@dataclass(frozen=True)
-class Renamed:
-    """A key that has another dotted name from `version` on."""
-
-    version: int
-    old: str
-    new: str
-
-    def apply(self, tree: dict[str, Any]) -> None:
-        value = _pop(tree, self.old)
-        if value is not _ABSENT:
-            _put(tree, self.new, value)
-
-
-@dataclass(frozen=True)
-class Removed:
-    """A key that does not exist any more from `version` on."""
-
-    version: int
-    key: str
-
-    def apply(self, tree: dict[str, Any]) -> None:
-        _pop(tree, self.key)
-
-
-@dataclass(frozen=True)
-class DefaultChanged:
-    """A key whose default is another from `version` on; `old` is what older files meant."""
-
-    version: int
-    key: str
-    old: Any
-
-    def apply(self, tree: dict[str, Any]) -> None:
-        parent, last = _parent(tree, self.key)
-        if parent is not None:
-            parent.setdefault(last, self.old)
-
-
-@dataclass(frozen=True)
-class Rewritten:
+class Rewritten(NamedTuple):
     """A part of the tree that has another form from `version` on."""
 
     version: int
-    rewrite: Callable[[dict[str, Any]], None]
-
-    def apply(self, tree: dict[str, Any]) -> None:
-        self.rewrite(tree)
+    rewrite: Callable[[dict[str, Any]], object]
 
 
-Migration = Renamed | Removed | DefaultChanged | Rewritten
+def renamed(version: int, old: str, new: str) -> Rewritten:
+    """Return the migration of a key that has another dotted name from `version` on."""
+
+    def rewrite(tree: dict[str, Any]) -> None:
+        parent, last = _parent(tree, old)
+        if last in parent:
+            *path, name = new.split(".")
+            node = reduce(lambda node, part: node.setdefault(part, {}), path, tree)
+            node[name] = parent.pop(last)
+
+    return Rewritten(version, rewrite)
+
+
+def removed(version: int, key: str) -> Rewritten:
+    """Return the migration of a key that does not exist any more from `version` on."""
+    return Rewritten(version, lambda tree: _parent(tree, key)[0].pop(key.rpartition(".")[2], None))
+
+
+def default_changed(version: int, key: str, old: Any) -> Rewritten:
+    """Return the migration of a key whose default is another; `old` is what older files meant."""
+
+    def rewrite(tree: dict[str, Any]) -> None:
+        parent, last = _parent(tree, key)
+        parent.setdefault(last, old)
+
+    return Rewritten(version, rewrite)
 
 
 def _name_the_logger(tree: dict[str, Any]) -> None:
@@ -91,6 +73,15 @@ def _name_the_experts_schema(tree: dict[str, Any]) -> None:
             moe["_schema_"] = "lunaris.config.schema.moe.MoEConfig"
 
 
+def _forget_the_attentions_schema(tree: dict[str, Any]) -> None:
+    """Let a custom class that was chosen over `attention=gqa` get no keys, as gqa had none."""
+    attention = tree.get("attention")
+    if isinstance(attention, dict) and not str(attention.get("_target_")).startswith("lunaris."):
+        if attention.get("_schema_") == "lunaris.config.schema.attention.GQAConfig":
+            del attention["_schema_"]
+
+
+_EXPERTS = "lunaris.moe.factory.MoEFactory"
 # Every key of the experts in version 1, which had no router to choose.
 _EXPERTS_KEYS = {
     "_target_", "n_experts", "n_experts_per_token", "n_shared_experts", "capacity_factor",
@@ -98,11 +89,32 @@ _EXPERTS_KEYS = {
     "normalize_gates", "expert_hidden_multiplier", "first_dense_layers",
 }  # fmt: skip
 
-MIGRATIONS: tuple[Migration, ...] = (
+
+def _keep_the_scopes_of_sequences(tree: dict[str, Any]) -> None:
+    """Keep what version 2 counted in each sequence: expert shares and capacity."""
+    moe = tree.setdefault("moe", {"_target_": _EXPERTS})
+    if not isinstance(moe, dict) or not _has_experts(moe):
+        return
+    if moe.get("balancing", "aux_loss") == "aux_loss":
+        moe.setdefault("balance_scope", "sequence")
+    data = tree.get("data")
+    if moe.get("capacity_factor") is not None and isinstance(data, dict):
+        if data.get("document_masking", False):
+            moe.setdefault("capacity_scope", "sequence")
+
+
+def _has_experts(moe: dict[str, Any]) -> bool:
+    schema = "lunaris.config.schema.moe.MoEConfig"
+    return moe.get("_target_") == _EXPERTS or moe.get("_schema_") == schema
+
+
+MIGRATIONS = (
     Rewritten(2, _name_the_logger),
     Rewritten(2, _name_the_experts_schema),
+    Rewritten(3, _keep_the_scopes_of_sequences),
+    Rewritten(3, _forget_the_attentions_schema),
 )
-VERSION = 2
+VERSION = 3
 
 
 def migrate(tree: dict[str, Any]) -> dict[str, Any]:
@@ -120,28 +132,14 @@ def migrate(tree: dict[str, Any]) -> dict[str, Any]:
         )
     for row in MIGRATIONS:
         if row.version > version:
-            row.apply(tree)
+            row.rewrite(tree)
     return tree
 
 
-_ABSENT = object()
-
-
-def _parent(tree: dict[str, Any], key: str) -> tuple[dict[str, Any] | None, str]:
+def _parent(tree: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
+    """Return the map that holds a dotted key, {} where the tree has none, and the key's name."""
     *path, last = key.split(".")
     node: Any = tree
     for part in path:
         node = node.get(part) if isinstance(node, dict) else None
-    return (node if isinstance(node, dict) else None), last
-
-
-def _pop(tree: dict[str, Any], key: str) -> Any:
-    parent, last = _parent(tree, key)
-    return _ABSENT if parent is None else parent.pop(last, _ABSENT)
-
-
-def _put(tree: dict[str, Any], key: str, value: Any) -> None:
-    *path, last = key.split(".")
-    for part in path:
-        tree = tree.setdefault(part, {})
-    tree[last] = value
+    return (node if isinstance(node, dict) else {}), last

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException, ValidationError
 
 from lunaris.config.hydra_internals import override_parser
 from lunaris.config.keys import (
     EXPERIMENT,
-    all_keys,
     group_names,
     is_inferred,
-    is_switch,
     nearest,
     options,
     schema_keys,
+    type_of,
 )
 from lunaris.config.messages import no_such_key, shown, wrong_value
 from lunaris.config.schema.root import Config
@@ -83,9 +82,6 @@ def check(parsed: list[Override], config_dirs: list[Path], *, sweep: bool = Fals
                     f"{text}: several values; add -m to sweep over them, or write [a,b] for a list"
                 )
             continue
-        if is_switch(override.key_or_group) and type(override.value()) in (int, float):
-            # OmegaConf takes any number for true.
-            raise UserError(f"{text}: must be true or false")
         if override.key_or_group in group_names():
             _check_option(override, config_dirs, certain=not further)
 
@@ -124,20 +120,20 @@ def apply(cfg: DictConfig, override: Override, choice: str | None = None) -> Non
     """
     key, value = override.key_or_group, override.value()
     added = override.is_add() or override.is_force_add()
-    if override.is_add() and _exists(cfg, key) and not isinstance(value, dict | list):
-        raise UserError(f"+{key}: the key exists already; write {key}=… without the plus")
-    if not added:
-        _check_key(cfg, key, choice)
+    if override.is_add() and not isinstance(value, dict | list):
+        if OmegaConf.select(cfg, key) is not None:
+            raise UserError(f"+{key}: the key exists already; write {key}=… without the plus")
     for name, part in _leaves(cfg, key, value):
-        if name != key and not added:
+        if not added:
             _check_key(cfg, name, choice)
+        schema, number = _schema_of_parent(cfg, name), type(part) in (int, float)
         try:
+            if number and type_of(schema, name.rpartition(".")[2]) is bool:
+                raise ValidationError("OmegaConf takes any number for true")
             with open_dict(cfg):
                 OmegaConf.update(cfg, name, part, merge=True, force_add=True)
         except OmegaConfBaseException as error:
-            if not added:
-                _check_key(cfg, name, choice)
-            raise UserError(wrong_value(_schema_of_parent(cfg, name), name, part)) from error
+            raise UserError(wrong_value(schema, name, part)) from error
 
 
 def _leaves(cfg: DictConfig, key: str, value: Any) -> Iterator[tuple[str, Any]]:
@@ -167,10 +163,10 @@ def _check_key(cfg: DictConfig, key: str, choice: str | None) -> None:
             component = here.replace(".", "/") in group_names() or here.startswith("logger.")
             if kind is dict and not component:
                 return  # An entry of a free map, like `launch.additional_parameters`.
-            known = [f"{here}.{name}".lstrip(".") for name in node if name != "hydra"]
             if kind is dict or is_inferred(kind):
                 raise UserError(f"{key}: the chosen option lacks it; write +{key}=… to add it")
-            raise UserError(no_such_key(key, known, choice))
+            known = [str(name) for name in node if name != "hydra"]
+            raise UserError(no_such_key(f"{here}.{part}".lstrip("."), known, choice))
         fixed = not (OmegaConf.is_missing(node, part) or OmegaConf.is_interpolation(node, part))
         node = node[part] if fixed else _UNKNOWN
 
@@ -215,8 +211,7 @@ def _cannot_remove(override: Override) -> str:
     if key in group_names():
         names = ", ".join(option.name for option in options(key))
         return f"~{key}: a group cannot be removed; allowed are {key}=…: {names}"
-    hint = "" if key in all_keys() else nearest(key)
-    return f"~{key}: a key cannot be removed, only given another value{hint}"
+    return f"~{key}: a key cannot be removed, only given another value{nearest(key)}"
 
 
 def _bad_syntax(text: str) -> str:
@@ -226,13 +221,8 @@ def _bad_syntax(text: str) -> str:
     if text.startswith("-"):
         return f"{text}: no such flag; overrides are KEY=VALUE"
     if not equals:
-        hint = "" if key in all_keys() else nearest(key.lstrip("+~"))
-        return f"{text}: not an override; write {key}=VALUE{hint}"
+        return f"{text}: not an override; write {key}=VALUE{nearest(key.lstrip('+~'))}"
     return (
         f"{text}: the value cannot be read; put one that holds spaces or any of = : , [ ] {{ }} "
         f"( ) in quotes, twice for the shell: {key}='\"{value}\"'"
     )
-
-
-def _exists(cfg: DictConfig, key: str) -> bool:
-    return OmegaConf.select(cfg, key, throw_on_missing=False) is not None

@@ -47,14 +47,13 @@ def experiment(overrides: list[str]) -> str | None:
 
 def join_names(overrides: list[str]) -> str:
     """Return the overrides as one safe name, shortened with a hash where it is too long."""
-    whole = "\n".join(overrides)
     parts = [_safe(text) for text in overrides]
     name = ",".join(part for part in parts if part)
     if len(name) <= _LONGEST and not _loses(overrides):
         return name
     import hashlib  # Not at the top: it takes milliseconds, and few names need it.
 
-    digest = hashlib.sha256(whole.encode()).hexdigest()[:8]
+    digest = hashlib.sha256("\n".join(overrides).encode()).hexdigest()[:8]
     return f"{name[: _LONGEST - 9].rstrip(',=.')}-{digest}"
 
 

@@ -8,10 +8,9 @@ inferred from the keys it is given.
 from __future__ import annotations
 
 import re
-from dataclasses import MISSING as ABSENT
 from dataclasses import Field, field, fields, is_dataclass, make_dataclass
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any
 
 from omegaconf import MISSING, DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
@@ -37,28 +36,17 @@ SCHEMA = "_schema_"
 _OURS = "lunaris."
 
 
-def _open_schema() -> type:
-    rows: list[Any] = []
-    hints = get_type_hints(Config)
-    for key in fields(Config):
-        if "base" not in key.metadata:
-            rows.append((key.name, hints[key.name], _copy(key)))
-        elif key.metadata.get("many"):
-            rows.append((key.name, Any, field(default_factory=dict)))
-        else:
-            rows.append((key.name, Any, MISSING))
-    return make_dataclass("OpenConfig", rows, namespace={"__module__": __name__})
-
-
-def _copy(key: Field[Any]) -> Any:
-    if key.default_factory is not ABSENT:
-        return field(default_factory=key.default_factory)
-    return field(default=key.default)
-
-
 # `Config` for OmegaConf: the key of a component takes any schema, also a custom one. A module's
 # attribute, so that it is pickled by name.
-OpenConfig = _open_schema()
+OpenConfig = make_dataclass(
+    "OpenConfig",
+    [
+        (key.name, Any, field(default_factory=dict) if key.metadata.get("many") else MISSING)
+        for key in components_of(Config)
+    ],
+    bases=(Config,),
+    namespace={"__module__": __name__},
+)
 
 
 def complete_tree(tree: dict[str, Any]) -> DictConfig:
@@ -69,15 +57,14 @@ def complete_tree(tree: dict[str, Any]) -> DictConfig:
     for key in components_of(Config):
         default = {"_target_": key.metadata["default"]._target_}
         tree.setdefault(key.name, {"local": default} if key.metadata.get("many") else default)
-    for name in tree:
-        if name not in schema_keys(Config):
-            raise UserError(no_such_key(str(name), schema_keys(Config)))
+    _check_keys(tree, Config)
     cfg: Any = OmegaConf.structured(OpenConfig)
     for name, value in tree.items():
-        if name in _values() and not isinstance(value, dict):
+        values_only = OmegaConf.get_type(cfg, name) in groups().get(name, ())
+        if values_only and not isinstance(value, dict):
             raise UserError(f"{name}={shown(value)}: must be {takes(Config, name)}")
         try:
-            cfg[name] = OmegaConf.merge(cfg[name], value) if name in _values() else value
+            cfg[name] = OmegaConf.merge(cfg[name], value) if values_only else value
         except OmegaConfBaseException as error:
             raise UserError(explain(error)) from error
     return cfg
@@ -107,11 +94,8 @@ def give_schemas(cfg: DictConfig, *, strict: bool = True) -> None:
         except UserError:
             if strict:
                 raise
-    if not strict:
-        return
-    for name in cfg:
-        if name not in schema_keys(Config):
-            raise UserError(no_such_key(str(name), schema_keys(Config)))
+    if strict:
+        _check_keys(cfg, Config)
 
 
 def to_config(cfg: DictConfig) -> Config:
@@ -120,25 +104,16 @@ def to_config(cfg: DictConfig) -> Config:
     The schemas' own checks of ranges run here. Raises UserError.
     """
     values: dict[str, Any] = {}
-    for key in fields(Config):
-        node = cfg[key.name]
-        if key.metadata.get("many"):
-            values[key.name] = {
-                str(name): _to_object(node[name], f"{key.name}.{name}") for name in node
-            }
-        else:
-            values[key.name] = _to_object(node, key.name) if OmegaConf.is_config(node) else node
+    for name in map(str, cfg):
+        node = cfg[name]
+        try:
+            values[name] = OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
+        except UserError:
+            raise
+        except ValueError as error:
+            # The check of a custom schema, which need not know our UserError.
+            raise UserError(f"{name}: {error}") from error
     return Config(**values)
-
-
-def _to_object(node: Any, path: str) -> Any:
-    try:
-        return OmegaConf.to_object(node)
-    except UserError:
-        raise
-    except ValueError as error:
-        # The check of a custom schema, which need not know our UserError.
-        raise UserError(f"{path}: {error}") from error
 
 
 def to_plain(value: Any) -> Any:
@@ -163,21 +138,17 @@ def to_plain(value: Any) -> Any:
     return value
 
 
-def _values() -> set[str]:
-    """Return the groups that hold values alone, not a component."""
-    return {name for name, schemas in groups().items() if "_target_" not in schema_keys(schemas[0])}
-
-
 def _give_schema(parent: Any, name: str, key: Field[Any], group: str, path: str) -> None:
     base = key.metadata["base"]
     node = _chosen(parent, name, group, path)
     target, custom = _target_of(node, path), _custom_schema(node, base, path)
     if custom is not None and is_ours(custom) and not target.startswith(_OURS):
         # A custom class that was chosen over an option of ours; it may have further keys.
-        schema, custom = _with_further_keys(custom, node, frozenset()), None
+        schema = _with_further_keys(custom, node, frozenset())
     else:
         schema = custom or _fitting_schema(node, target, base, group, path)
-    if OmegaConf.get_type(node) is not schema:
+    _check_keys(node, schema, path)
+    if OmegaConf.get_type(node) is not schema or SCHEMA in node:
         with open_dict(parent):
             parent[name] = _typed(schema, node, path)
         node = parent[name]
@@ -185,8 +156,6 @@ def _give_schema(parent: Any, name: str, key: Field[Any], group: str, path: str)
         if OmegaConf.is_missing(node, inner.name):
             node[inner.name] = OmegaConf.structured(inner.metadata["default"])
         _give_schema(node, inner.name, inner, f"{group}/{inner.name}", f"{path}.{inner.name}")
-    if target.startswith(_OURS) or custom is not None:
-        _check_keys(node, schema, path)
 
 
 def _chosen(parent: Any, name: str, group: str, path: str) -> Any:
@@ -228,7 +197,7 @@ def _fitting_schema(node: Any, target: str, base: type, group: str, path: str) -
         if given is base:
             return _inferred(base, _further(base, node), frozenset(schema_keys(base)) - set(node))
         return _with_further_keys(given, node, getattr(given, "_not_given", frozenset()))
-    schema = schema_of_target(base, target)
+    schema = schema_of_target(group, target)
     if schema is None:
         known = [str(getattr(s, "_target_", "")) for s in groups()[group]]
         raise UserError(
@@ -255,20 +224,15 @@ def _further(given: type, node: Any) -> tuple[str, ...]:
 @cache
 def _inferred(base: type, further: tuple[str, ...], not_given: frozenset[str]) -> type:
     """Return a schema below `base` that also has the keys `further`, of any type."""
-    rows: list[Any] = [(key, Any, MISSING) for key in further]
-    name = f"Custom{base.__name__}"
-    return make_dataclass(
-        name, rows, bases=(base,), namespace={"_not_given": not_given - {"_target_"}}
-    )
+    rows = [(key, Any, MISSING) for key in further]
+    namespace = {"_not_given": not_given - {"_target_"}}
+    return make_dataclass(f"Custom{base.__name__}", rows, bases=(base,), namespace=namespace)
 
 
 def _typed(schema: type, node: Any, path: str) -> Any:
     # Untyped contents, so that a value is converted, or refused, as the schema says.
     plain: Any = OmegaConf.to_container(node)
     plain.pop(SCHEMA, None)
-    unknown = [str(key) for key in plain if key not in schema_keys(schema)]
-    if unknown:
-        raise UserError(_no_key(path, unknown[0], schema))
     inner = {key.name: plain.pop(key.name) for key in components_of(schema) if key.name in plain}
     try:
         empty = OmegaConf.structured(schema)
@@ -279,27 +243,20 @@ def _typed(schema: type, node: Any, path: str) -> Any:
     try:
         typed: Any = OmegaConf.merge(empty, plain)
     except OmegaConfBaseException as error:
-        raise UserError(_wrong_value(schema, path, error)) from error
+        value = re.search(r"Value '(.*)' of type", str(error))
+        if value and error.full_key in schema_keys(schema):
+            raise UserError(wrong_value(schema, f"{path}.{error.full_key}", value[1])) from error
+        raise UserError(f"{path}: {explain(error)}") from error
     for key, child in inner.items():
         typed[key] = child
     return typed
 
 
-def _wrong_value(schema: type, path: str, error: OmegaConfBaseException) -> str:
-    value = re.search(r"Value '(.*)' of type", str(error))
-    if value and error.full_key in schema_keys(schema):
-        return wrong_value(schema, f"{path}.{error.full_key}", value[1])
-    return f"{path}: {explain(error)}"
-
-
-def _check_keys(node: Any, schema: type, path: str) -> None:
+def _check_keys(node: Any, schema: type, path: str = "") -> None:
+    known = schema_keys(schema)
     for key in node:
-        if key not in schema_keys(schema):
-            raise UserError(_no_key(path, str(key), schema))
-
-
-def _no_key(path: str, key: str, schema: type) -> str:
-    return no_such_key(f"{path}.{key}", [f"{path}.{name}" for name in schema_keys(schema)])
+        if key not in known and key != SCHEMA:
+            raise UserError(no_such_key(f"{path}.{key}".lstrip("."), known))
 
 
 def _dotted(kind: type) -> str:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lunaris.config.identity import world_size
 from lunaris.config.instantiate import locate_class
+from lunaris.config.schema.attention import MLAConfig
 from lunaris.config.schema.base import Component
 from lunaris.config.schema.data import (
     PreparedDataConfig,
@@ -20,13 +22,11 @@ from lunaris.config.schema.data import (
 )
 from lunaris.config.schema.launch import SlurmLaunchConfig
 from lunaris.config.schema.moe import MoEConfig
+from lunaris.config.schema.objective import MultiTokenConfig
 from lunaris.config.schema.parallelism import DDPConfig, HSDPConfig, SingleConfig
 from lunaris.config.schema.root import Config
 from lunaris.config.schema.schedule import ConstantConfig, WSDConfig
-from lunaris.errors import UserError
-
-if TYPE_CHECKING:
-    from omegaconf import DictConfig
+from lunaris.errors import UserError, not_installed
 
 _EXAMPLES = {"dir": "FOLDER", "files": "'[corpus/*.jsonl]'", "datasets": "OWNER/NAME"}
 
@@ -38,18 +38,16 @@ def validate(cfg: Config, *, check_data: bool = True) -> None:
     """
     _check_names(cfg)
     _check_classes(cfg)
+    _check_extras(cfg)
+    _check_attention(cfg)
     _check_moe(cfg)
+    _check_objective(cfg)
     _check_schedule(cfg)
     _check_launch(cfg)
     _check_parallelism(cfg)
     _check_vocabulary(cfg)
     if check_data:
         _check_shards(cfg)
-
-
-def check_interpolations(cfg: DictConfig) -> None:
-    """Raise UserError for an interpolation that cannot be resolved; a value may be missing."""
-    check_values(cfg, missing=True)
 
 
 def check_values(node: Any, path: str = "", *, missing: bool = False) -> None:
@@ -80,13 +78,20 @@ def check_values(node: Any, path: str = "", *, missing: bool = False) -> None:
 
 def _check_classes(cfg: Config) -> None:
     """Import the custom classes that the config names, as training will. Raises UserError."""
-    parts = {name: part for name, part in vars(cfg).items() if isinstance(part, Component)}
-    parts |= {f"logger.{name}": logger for name, logger in cfg.logger.items()}
+    parts = vars(cfg) | {f"logger.{name}": logger for name, logger in cfg.logger.items()}
     for key, part in list(parts.items()):
-        inner = {f"{key}.{k}": v for k, v in vars(part).items() if isinstance(v, Component)}
-        for name, component in ({key: part} | inner).items():
-            if not component._target_.startswith("lunaris."):
-                locate_class(name, component)
+        if isinstance(part, Component):
+            parts |= {f"{key}.{name}": value for name, value in vars(part).items()}
+    for key, part in parts.items():
+        if isinstance(part, Component) and not part._target_.startswith("lunaris."):
+            locate_class(key, part)
+
+
+def _check_extras(cfg: Config) -> None:
+    """Raise UserError for a logger whose package, an extra of this one, is not installed."""
+    for name, logger in cfg.logger.items():
+        if logger._needs_ and importlib.util.find_spec(logger._needs_) is None:
+            raise UserError(not_installed(logger._needs_, f"logger={name}", logger._needs_))
 
 
 def _check_names(cfg: Config) -> None:
@@ -99,11 +104,37 @@ def _check_names(cfg: Config) -> None:
         raise UserError("out_dir=: must be the path of a folder")
 
 
+def _check_attention(cfg: Config) -> None:
+    """Check that the keys of `model` say what latent attention computes."""
+    model = cfg.model
+    if not isinstance(cfg.attention, MLAConfig):
+        return
+    wanted = {"norm": "pre", "n_kv_heads": model.n_heads}
+    wrong = [
+        f"model.{key}={getattr(model, key)}" for key in wanted if getattr(model, key) != wanted[key]
+    ]
+    if wrong:
+        raise UserError(
+            f"{' and '.join(wrong)}: attention=mla normalises its latents, not queries and keys, "
+            "and every head has its own keys and values; write "
+            f"model.norm=pre model.n_kv_heads={model.n_heads}"
+        )
+
+
 def _check_moe(cfg: Config) -> None:
     if isinstance(cfg.moe, MoEConfig) and cfg.moe.first_dense_layers >= cfg.model.n_layers:
         raise UserError(
             f"moe.first_dense_layers={cfg.moe.first_dense_layers}: must be below "
             f"model.n_layers={cfg.model.n_layers}; a model without experts is moe=none"
+        )
+
+
+def _check_objective(cfg: Config) -> None:
+    objective = cfg.objective
+    if isinstance(objective, MultiTokenConfig) and objective.depth >= cfg.model.max_seq_len:
+        raise UserError(
+            f"objective.depth={objective.depth}: must be below "
+            f"model.max_seq_len={cfg.model.max_seq_len}, for no position has so many later tokens"
         )
 
 
@@ -153,7 +184,9 @@ def _check_parallelism(cfg: Config) -> None:
         size = parallelism.shard_size
         if size is not None and world % size:
             raise UserError(f"parallelism.shard_size={size}: must divide the world: {said}")
-        size, degree = size or _processes_of_a_node(cfg), parallelism.expert_parallel
+        if size is None and "RANK" in os.environ:
+            size = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+        size, degree = size or cfg.launch.processes_per_node(), parallelism.expert_parallel
         if size % degree:
             raise UserError(
                 f"parallelism.expert_parallel={degree}: must divide parallelism.shard_size={size}"
@@ -174,20 +207,13 @@ def _check_expert_parallel(cfg: Config, degree: int, world: int, said: str) -> N
         raise UserError(f"{key}: must divide moe.n_experts={cfg.moe.n_experts}")
 
 
-def _processes_of_a_node(cfg: Config) -> int:
-    if "RANK" in os.environ:
-        return int(os.environ.get("LOCAL_WORLD_SIZE", world_size(cfg)))
-    launch = cfg.launch
-    return launch.processes_per_node() if isinstance(launch, SlurmLaunchConfig) else world_size(cfg)
-
-
 def _world_in_words(cfg: Config) -> str:
     launch, world = cfg.launch, world_size(cfg)
     if "RANK" in os.environ:
         return f"torchrun started {world} processes"
     if isinstance(launch, SlurmLaunchConfig):
-        tasks = launch.processes_per_node()
-        return f"launch.nodes={launch.nodes} × {tasks} processes = {world}"
+        per_node = launch.processes_per_node()
+        return f"launch.nodes={launch.nodes} × {per_node} processes = {world}"
     return f"launch.processes={world}"
 
 

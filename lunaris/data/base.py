@@ -9,7 +9,11 @@ import numpy as np
 
 
 class Sequences(Protocol):
-    """An endless series of sequences: the n-th one is a pure function of n."""
+    """An endless series of sequences: the n-th one is a pure function of n.
+
+    A class may have an attribute `masked`. Where it is true, `gather` writes a token t that carries
+    no loss as a target as ~t (−t − 1).
+    """
 
     seq_len: int
 
@@ -24,6 +28,11 @@ class Sequences(Protocol):
 
     def describe(self, n: int) -> str:
         """Return the file or name that the n-th sequence comes from, for messages."""
+
+
+def is_masked(sequences: Sequences) -> bool:
+    """Return whether some tokens of the sequences carry no loss."""
+    return bool(getattr(sequences, "masked", False))
 
 
 class Data(Protocol):

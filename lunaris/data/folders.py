@@ -74,10 +74,10 @@ def require_prepared(folder: Path) -> None:
         )
 
 
-def short_names(folders: Sequence[Path]) -> list[str]:
+def short_names(infos: Sequence[ShardsInfo]) -> list[str]:
     """Return a short unique name for each folder: as many last parts of its path as it takes."""
     for depth in range(1, 20):
-        short = ["/".join(folder.resolve().parts[-depth:]) for folder in folders]
+        short = ["/".join(info.path.resolve().parts[-depth:]) for info in infos]
         if len(set(short)) == len(short):
             return short
     return [f"{name}#{i}" for i, name in enumerate(short)]

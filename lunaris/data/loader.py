@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lunaris.data.base import Sequences
+from lunaris.data.base import Sequences, is_masked
+from lunaris.data.order import SequenceOrder
 from lunaris.errors import UserError
 
 IGNORED = -100
@@ -38,6 +39,20 @@ def split_documents(rows: Tensor, eot_id: int | None) -> dict[str, Tensor]:
     return {"tokens": tokens, "targets": targets, "documents": documents}
 
 
+def to_batch(rows: Tensor, eot_id: int | None, masked: bool) -> dict[str, Tensor]:
+    """Return the batch of rows ([..., L + 1] int64) as `Sequences.gather` writes them.
+
+    masked: a negative number is a token that carries no loss: it is not a target, and the batch
+    also has `loss_mask` ([..., L] bool), which is false there.
+    """
+    if not masked:
+        return split_documents(rows, eot_id)
+    keeps = rows[..., 1:] >= 0
+    batch = split_documents(rows ^ (rows >> 63), eot_id)
+    batch["targets"].masked_fill_(~keeps, IGNORED)
+    return batch | {"loss_mask": keeps}
+
+
 def check_ids(
     rows: np.ndarray, n: np.ndarray, sequences: Sequences, vocab_size: int | None
 ) -> None:
@@ -45,11 +60,13 @@ def check_ids(
 
     rows: [R, L + 1] int64; n: [R], which sequence each row is.
     """
+    if is_masked(sequences):
+        rows = rows ^ (rows >> 63)
     # As an unsigned number, a negative id is larger than any vocabulary.
-    if rows.view(np.uint64).max() < (2**63 if vocab_size is None else vocab_size):
+    ids, limit = rows.view(np.uint64), np.uint64(2**63 if vocab_size is None else vocab_size)
+    if ids.max() < limit:
         return
-    bad = rows < 0 if vocab_size is None else (rows < 0) | (rows >= vocab_size)
-    row, column = np.argwhere(bad)[0]
+    row, column = np.argwhere(ids >= limit)[0]
     raise UserError(
         f"{sequences.describe(int(n[row]))}: holds the id {rows[row, column]}, outside "
         f"the vocabulary of {vocab_size}; set model.vocab_size to more than the largest id"
@@ -59,8 +76,9 @@ def check_ids(
 class Loader:
     """An endless iterator over the batches of one process.
 
-    Step s of a run that began at `start` takes the global sequences start + [s·G, (s+1)·G), with
-    G = B · A · world_size; micro-step m of rank r takes B of them from (m · world_size + r) · B on.
+    Step s of a run that began at `start` takes the global sequences start + [s·G, (s+1)·G), but for
+    those that `order` leaves out, with G = B · A · world_size; micro-step m of rank r takes B of
+    them from (m · world_size + r) · B on.
     So a step's set of sequences is the same for every way to divide G.
     """
 
@@ -76,18 +94,21 @@ class Loader:
         device: torch.device | str = "cpu",
         vocab_size: int | None = None,
         eot_id: int | None = None,
+        order: SequenceOrder | None = None,
     ) -> None:
-        """start: how many sequences were trained on already; eot_id: only with document masking.
+        """start: the position in `order`, by default all sequences. eot_id: with document masking.
 
         Every id is checked against vocab_size; a UserError names the file of the first id that is
         not below it. The iterator raises the errors of the thread.
         """
         self.wait_s = 0.0
         self._sequences = sequences
+        self._masked = is_masked(sequences)
         self._device = torch.device(device)
         self._vocab_size = vocab_size
         self._eot_id = eot_id
         self._start = start
+        self._order = order or SequenceOrder()
         self._global_batch = batch_size * accumulation * world_size
         self._offsets = (
             (np.arange(accumulation)[:, None] * world_size + rank) * batch_size
@@ -101,7 +122,7 @@ class Loader:
         self._thread: threading.Thread | None = None
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        """Yield each step's batch on the device: [A, B, L] tensors, see `split_documents`."""
+        """Yield each step's batch on the device: [A, B, L] tensors, see `to_batch`."""
         if self._thread is None:
             for _ in range(_AHEAD + 1):
                 self._free.put(_Buffer(self._shape, self._pinned))
@@ -128,7 +149,7 @@ class Loader:
         batch = filled.batch
         if batch is None:
             rows = filled.rows.to(self._device, non_blocking=True)
-            batch = split_documents(rows, self._eot_id)
+            batch = to_batch(rows, self._eot_id, self._masked)
             filled.sent()
         self._free.put(filled)
         return batch
@@ -142,13 +163,13 @@ class Loader:
                 except queue.Empty:
                     continue
                 buffer.wait()
-                n = self._start + step * self._global_batch + self._offsets
+                n = self._order.take(self._start, step * self._global_batch + self._offsets)
                 rows = buffer.rows.view(len(n), -1).numpy()
                 self._sequences.gather(n, rows)
                 check_ids(rows, n, self._sequences, self._vocab_size)
                 if not self._pinned:
                     # Nothing is copied; the rows of a GPU are split on the GPU.
-                    buffer.batch = split_documents(buffer.rows, self._eot_id)
+                    buffer.batch = to_batch(buffer.rows, self._eot_id, self._masked)
                 self._filled.put(buffer)
                 step += 1
         except BaseException as error:  # raised in the thread that trains
@@ -162,15 +183,13 @@ class _Buffer:
         self.rows = torch.empty(shape, dtype=torch.int64, pin_memory=pinned)
         self.batch: dict[str, Tensor] | None = None
         self._copied = torch.cuda.Event() if pinned else None
-        self._used = False
 
     def sent(self) -> None:
         """Mark that copies to the device are queued on the current stream."""
         if self._copied is not None:
             self._copied.record()
-            self._used = True
 
     def wait(self) -> None:
         """Wait until the last copy to the device is done, before the rows are overwritten."""
-        if self._copied is not None and self._used:
+        if self._copied is not None:
             self._copied.synchronize()

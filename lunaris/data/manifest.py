@@ -14,6 +14,8 @@ NAME = "manifest.json"
 TOKENIZER = "tokenizer.json"
 # The subfolder of an unfinished preparation.
 UNFINISHED = ".prepare"
+# What the names of the shards of loss masks begin with.
+MASK = "mask_"
 _FORMAT = 1
 
 
@@ -21,13 +23,22 @@ _FORMAT = 1
 class ShardEntry:
     """One shard: its file name in the folder, how many tokens it holds, the sha256 of the file.
 
-    source: the source of its validation documents, when each of several has separate shards.
+    source: the source of its validation documents, when each of several has separate shards. mask:
+    the shard of its loss mask ([tokens] uint8, 0 where a token as a target carries no loss) and
+    mask_sha256 the sha256 of that file; both absent in a folder without masks.
     """
 
     file: str
     tokens: int
     sha256: str
     source: str | None = None
+    mask: str | None = None
+    mask_sha256: str | None = None
+
+    def as_json(self) -> dict[str, object]:
+        """Return the entry for the manifest; one without a mask as before masks existed."""
+        found = asdict(self)
+        return found if self.mask is not None else _without(found, "mask", "mask_sha256")
 
 
 @dataclass
@@ -57,8 +68,13 @@ class Manifest:
 
     def write(self, folder: Path) -> None:
         """Replace the folder's manifest; the last step of a preparation."""
-        text = json.dumps({"format": _FORMAT, **asdict(self)}, indent=2) + "\n"
+        shards = {part: [e.as_json() for e in entries] for part, entries in self.shards.items()}
+        text = json.dumps({"format": _FORMAT, **asdict(self), "shards": shards}, indent=2) + "\n"
         write_durably(folder / NAME, text.encode())
+
+
+def _without(found: dict[str, object], *keys: str) -> dict[str, object]:
+    return {key: value for key, value in found.items() if key not in keys}
 
 
 def read(folder: Path) -> Manifest | None:
@@ -76,10 +92,33 @@ def read(folder: Path) -> Manifest | None:
         raw["shards"] = {k: [ShardEntry(**e) for e in v] for k, v in raw["shards"].items()}
         if not all(isinstance(e.source, str | None) for e in raw["shards"].get("val", ())):
             raise TypeError("a shard's source is not a name")
+        if any(
+            (e.mask is None) != (e.mask_sha256 is None) for v in raw["shards"].values() for e in v
+        ):
+            raise TypeError("a shard has a mask without its sha256, or the other way round")
         raw["sources"] = [SourceEntry(**e) for e in raw.get("sources", [])]
         return Manifest(**raw)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a manifest of shards ({error!r})") from error
+
+
+def require_same(folder: Path, made: dict[str, object], asked: dict[str, object]) -> None:
+    """Raise UserError with the differences unless a folder was made with the settings asked for."""
+    rows = [
+        f"data.{key}: {made.get(key)} → {asked.get(key)}"
+        for key in sorted(made.keys() | asked.keys())
+        if made.get(key) != asked.get(key) and key != "sources"
+    ]
+    if made.get("sources") != asked.get("sources"):
+        rows.append(
+            "the input: other files, files that changed, another data.format or data.text_key, "
+            "or other weights"
+        )
+    if rows:
+        raise UserError(
+            f"data.dir={folder}: holds shards that other settings made; choose another folder or "
+            "remove it. Differing:\n  " + "\n  ".join(rows)
+        )
 
 
 def sha256(path: Path) -> str:

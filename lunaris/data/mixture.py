@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lunaris.data.base import Sequences
+from lunaris.data.base import Sequences, is_masked
 from lunaris.data.shuffle import permute
 
 # Slots of a block. Every block gives a source the same number of slots, so that its share is exact
@@ -26,6 +26,7 @@ class MixedSequences:
         """weights: one for each part, above 0; they need not sum to 1."""
         self._parts = list(parts)
         self.seq_len = self._parts[0].seq_len
+        self.masked = any(is_masked(part) for part in self._parts)
         self._counts = slots(np.asarray(weights, dtype=np.float64))
         self._ends = np.cumsum(self._counts)
         self._seed = seed
@@ -53,6 +54,9 @@ class MixedSequences:
             rows = np.flatnonzero(source == i)
             part = np.empty((len(rows), out.shape[1]), dtype=out.dtype)
             self._parts[i].gather(number[rows], part)
+            if self.masked and not is_masked(self._parts[i]):
+                # A negative id, which is wrong, must not pass for a masked token.
+                part[part < 0] = np.iinfo(np.int64).min
             out[rows] = part
 
     def describe(self, n: int) -> str:

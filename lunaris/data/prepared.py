@@ -6,7 +6,6 @@ The classes here only read a finished folder. `lunaris.data.prepare.build` build
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -47,11 +46,3 @@ class PreparedData(PreparedFolder):
             verify=self.keys.verify,
             document_masking=self.keys.document_masking,
         )
-
-
-def cache_folder() -> Path:
-    """Return the folder of the cache: $LUNARIS_CACHE, or lunaris/ in the user's cache."""
-    given = os.environ.get("LUNARIS_CACHE")
-    if given:
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lunaris"

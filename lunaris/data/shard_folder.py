@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from lunaris.data import manifest as manifests
-from lunaris.data.manifest import Manifest
+from lunaris.data.manifest import MASK, Manifest
 from lunaris.data.token_stream import Shard
 from lunaris.errors import UserError
 
@@ -76,6 +76,8 @@ class ShardsInfo:
         if self.manifest is not None:
             for entry in self.manifest.shards["train"]:
                 found.update(f"{entry.tokens} {entry.sha256}\n".encode())
+                if entry.mask_sha256 is not None:
+                    found.update(f"mask {entry.mask_sha256}\n".encode())
             return found.hexdigest()
         for shard in self.train:
             size = shard.tokens * shard.dtype.itemsize
@@ -105,6 +107,9 @@ def inspect(folder: str | Path, key: str = "data.dir") -> ShardsInfo:
     files = sorted(path.glob("*.npy"))
     if not files:
         raise UserError(f"{key}={folder}: holds no .npy files; allowed are {_ALLOWED}")
+    for file in files:
+        if file.name.startswith(MASK) and file.with_name(file.name.removeprefix(MASK)) in files:
+            raise UserError(f"{file}: a loss mask, but {manifests.NAME} is absent")
     shards = [read_header(file) for file in files]
     val = [s for s in shards if s.path.name.startswith("val")]
     train = [s for s in shards if not s.path.name.startswith("val")] or val
@@ -121,37 +126,33 @@ def verify(folder: str | Path) -> int:
     if info.manifest is None:
         raise UserError(f"data.dir={folder}: has no manifest.json to verify against")
     entries = [e for part in info.manifest.shards.values() for e in part]
-    for entry in entries:
-        found = manifests.sha256(info.path / entry.file)
-        if found != entry.sha256:
+    files = {entry.file: entry.sha256 for entry in entries}
+    files |= {e.mask: e.mask_sha256 for e in entries if e.mask and e.mask_sha256}
+    for file, expected in files.items():
+        found = manifests.sha256(info.path / file)
+        if found != expected:
             raise UserError(
-                f"{info.path / entry.file}: its contents changed: sha256 {found[:16]}…, "
-                f"the manifest says {entry.sha256[:16]}…"
+                f"{info.path / file}: its contents changed: sha256 {found[:16]}…, "
+                f"the manifest says {expected[:16]}…"
             )
     return len(entries)
 
 
 def read_header(path: Path) -> Shard:
     """Return where a shard's tokens lie. Raises UserError unless it is complete and of integers."""
+    npy = np.lib.format
     try:
+        size = path.stat().st_size
         with path.open("rb") as file:
-            size = path.stat().st_size
-            if size == 0:
-                raise UserError(f"{path}: empty file; allowed are {_ALLOWED}")
-            version = np.lib.format.read_magic(file)
-            read = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
-            )
+            first = npy.read_magic(file) == (1, 0)
+            read = npy.read_array_header_1_0 if first else npy.read_array_header_2_0
             shape, _, dtype = read(file)
             offset = file.tell()
     except (OSError, EOFError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from error
-    except UserError:
-        raise
     except ValueError as error:
-        raise UserError(f"{path}: not a .npy file ({error}); allowed are {_ALLOWED}") from error
+        what = f"not a .npy file ({error})" if size else "empty file"
+        raise UserError(f"{path}: {what}; allowed are {_ALLOWED}") from error
     if len(shape) != 1:
         raise UserError(f"{path}: has {len(shape)} dimensions {shape}; allowed are {_ALLOWED}")
     if dtype.kind not in "ui":
@@ -181,18 +182,30 @@ def _inspect_manifest(path: Path, manifest: Manifest) -> ShardsInfo:
     parts: dict[str, list[Shard]] = {"train": [], "val": []}
     for part, entries in manifest.shards.items():
         for entry in entries:
-            file = path / entry.file
-            if not file.is_file():
-                raise UserError(f"{file}: absent, but the manifest names it")
-            shard = read_header(file)
-            has = f"{shard.tokens} tokens of {shard.dtype}"
-            expected = f"{entry.tokens} tokens of {manifest.dtype}"
-            if has != expected:
-                raise UserError(f"{file}: holds {has}, the manifest says {expected}")
+            shard = _named_shard(path / entry.file, entry.tokens, manifest.dtype)
+            if entry.mask is not None:
+                mask = _named_shard(path / entry.mask, entry.tokens, "uint8")
+                shard = replace(shard, mask=mask)
             parts.setdefault(part, []).append(shard)
     if not parts["train"]:
         raise UserError(f"{path / manifests.NAME}: names no training shards")
+    masks = [shard.mask is not None for shards in parts.values() for shard in shards]
+    if any(masks) and not all(masks):
+        raise UserError(
+            f"{path / manifests.NAME}: some of its shards have a loss mask, others none"
+        )
     return ShardsInfo(path, parts["train"], parts["val"], manifest.vocab_size, True, manifest)
+
+
+def _named_shard(file: Path, tokens: int, dtype: str) -> Shard:
+    """Return a shard that a manifest names. Raises UserError unless it is as the manifest says."""
+    if not file.is_file():
+        raise UserError(f"{file}: absent, but the manifest names it")
+    shard = read_header(file)
+    has, expected = f"{shard.tokens} tokens of {shard.dtype}", f"{tokens} tokens of {dtype}"
+    if has != expected:
+        raise UserError(f"{file}: holds {has}, the manifest says {expected}")
+    return shard
 
 
 def _largest_id(shards: list[Shard]) -> tuple[int, bool]:

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 from lunaris.config.schema.data import DataConfig, ShardsDataConfig
 from lunaris.data.base import Sequences
-from lunaris.data.folders import ShardFolders, folder_list, inspect_folders, short_names
+from lunaris.data.folders import ShardFolders, inspect_folders, short_names
 from lunaris.data.mixture import MixedSequences
 from lunaris.data.shard_folder import ShardsInfo, verify
 from lunaris.data.token_stream import StreamSequences, TokenStream
@@ -38,12 +38,10 @@ class ShardsData:
         """Inspect the folders, once. Raises UserError when they cannot be trained on."""
         if self._opened is not None:
             return
-        keys = self._shard_keys
-        if keys.verify:
-            for key, value in (("data.dir", keys.dir), ("data.val_dir", keys.val_dir)):
-                for folder in [] if value is None else folder_list(value, key):
-                    verify(folder)
-        self._opened = inspect_folders(keys)
+        found = inspect_folders(self._shard_keys)
+        for info in [*found.train, *found.val] if self._shard_keys.verify else []:
+            verify(info.path)
+        self._opened = found
 
     @property
     def vocab_size(self) -> int:
@@ -67,13 +65,13 @@ class ShardsData:
         """Return the number of tokens trained on and a digest of them for each folder's name."""
         infos = self._folders.train
         found = [f"{info.n_tokens - self._tail(info)} {info.digest()}" for info in infos]
-        return dict(zip(_names(infos), found, strict=True))
+        return dict(zip(short_names(infos), found, strict=True))
 
     def train(self, seq_len: int, seed: int) -> Sequences:
         """Return the training part, shuffled by `seed`. Raises UserError when it is too short."""
         infos = self._folders.train
         parts = []
-        for i, (name, info) in enumerate(zip(_names(infos), infos, strict=True)):
+        for i, (name, info) in enumerate(zip(short_names(infos), infos, strict=True)):
             stream = TokenStream(info.train, 0, info.n_tokens - self._tail(info))
             # Each source has its own seed; that of a single folder is the run's seed itself.
             part = StreamSequences(stream, seq_len, seed + i, name)
@@ -90,7 +88,7 @@ class ShardsData:
             return {}
         infos = self._folders.val or self._folders.train
         streams: dict[str, TokenStream] = {}
-        for name, info in zip(_names(infos), infos, strict=True):
+        for name, info in zip(short_names(infos), infos, strict=True):
             for source, shards in info.val_sources(seq_len + 1).items():
                 parts = [part for part in (name, source) if part is not None]
                 streams["/".join(parts if len(infos) > 1 else parts[-1:])] = TokenStream(shards)
@@ -110,10 +108,6 @@ class ShardsData:
         if info.val or info.manifest or self._folders.val:
             return 0
         return round(info.n_tokens * self._shard_keys.val_fraction)
-
-
-def _names(infos: list[ShardsInfo]) -> list[str]:
-    return short_names([info.path for info in infos])
 
 
 def require_sequences(

@@ -15,9 +15,8 @@ from typing import Any
 
 from lunaris.config.schema.data import StdlibDataConfig
 from lunaris.data import manifest as manifests
-from lunaris.data.prepared import PreparedFolder, cache_folder
+from lunaris.data.prepared import PreparedFolder
 from lunaris.data.shards import checked_keys
-from lunaris.errors import UserError
 
 # Installed packages, and the library's tests, which are as long as the library itself.
 _LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idlelib", "__pycache__"}
@@ -37,27 +36,15 @@ class StdlibData(PreparedFolder):
         )
 
     def ensure_ready(self) -> None:
-        """Inspect the folder, once. Raises UserError when it is not built, or from other keys."""
-        made = manifests.read(self.folder)
-        if made is not None:
-            self._check_settings(made.settings)
-        super().ensure_ready()
-
-    def _check_settings(self, found: dict[str, object]) -> None:
-        """Raise UserError when a folder holds something else, or what other keys made.
+        """Inspect the folder, once. Raises UserError when it is not built, or from other keys.
 
         Shards of another Python's library are accepted as they are.
         """
-        rows = [
-            f"{key}: {found.get(key)} → {value}"
-            for key, value in settings(self.keys).items()
-            if found.get(key) != value and (key != "python" or key not in found)
-        ]
-        if rows:
-            raise UserError(
-                f"data.dir={self.folder}: holds shards that other settings made; choose another "
-                "folder or remove it. Differing:\n  " + "\n  ".join(rows)
-            )
+        made, asked = manifests.read(self.folder), settings(self.keys)
+        if made is not None:
+            python = {"python": asked["python"]}
+            manifests.require_same(self.folder, made.settings | python, asked)
+        super().ensure_ready()
 
 
 def library_root() -> Path:
@@ -86,7 +73,12 @@ def settings(keys: StdlibDataConfig) -> dict[str, object]:
 
 
 def default_folder(keys: StdlibDataConfig) -> Path:
-    """Return the cache's folder for these keys and the library's files (their names and sizes)."""
+    """Return the folder for these keys and the library's files (their names and sizes).
+
+    It is in $LUNARIS_CACHE, else in lunaris/ in the user's cache.
+    """
     files = [(str(path), path.stat().st_size) for path in library_files()]
     key = json.dumps([settings(keys), files])
-    return cache_folder() / f"stdlib-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
+    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("LUNARIS_CACHE") or user / "lunaris")
+    return cache / f"stdlib-{hashlib.sha256(key.encode()).hexdigest()[:16]}"

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from lunaris.config.schema.data import SyntheticDataConfig
 from lunaris.data.base import Sequences
-from lunaris.data.shards import require_sequences
+from lunaris.data.shards import checked_keys, require_sequences
 from lunaris.data.token_stream import Shard, StreamSequences, TokenStream
 
 # Each token has this many likely followers; one token in `_NOISE` is drawn from all.
@@ -38,18 +40,10 @@ class SyntheticData:
     tokenizer_path: Path | None = None
     eot_id: int | None = 0
 
-    def __init__(
-        self,
-        *,
-        vocab_size: int = 512,
-        n_tokens: int = 1_000_000,
-        seed: int = 0,
-        document_masking: bool = False,
-    ) -> None:
-        """document_masking: token 0 is the end of a text."""
-        self.vocab_size = vocab_size
-        self._n_tokens = n_tokens
-        self._seed = seed
+    def __init__(self, **keys: Any) -> None:
+        """keys: of `SyntheticDataConfig`; for `document_masking`, token 0 is the end of a text."""
+        given = checked_keys(SyntheticDataConfig, keys)
+        self.vocab_size, self._n_tokens, self._seed = given.vocab_size, given.n_tokens, given.seed
         self._tokens: np.ndarray | None = None
 
     def ensure_ready(self) -> None:

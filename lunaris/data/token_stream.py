@@ -17,12 +17,16 @@ _MOST_OPEN = 256
 
 @dataclass(frozen=True)
 class Shard:
-    """One `.npy` file of tokens: where they begin (in bytes), how many, of which type."""
+    """One `.npy` file of tokens: where they begin (in bytes), how many, of which type.
+
+    mask: the file of their loss mask, if they have one.
+    """
 
     path: Path
     offset: int
     tokens: int
     dtype: np.dtype
+    mask: Shard | None = None
 
 
 class TokenStream:
@@ -43,22 +47,22 @@ class TokenStream:
 
     def read(self, position: int, out: np.ndarray) -> None:
         """Write the tokens from `position` on to out ([n], any integer type)."""
-        done, at = 0, position + self._start
+        at = position + self._start
         assert 0 <= position and at + len(out) <= self._stop
         i = bisect.bisect_right(self._ends, at)
         tokens = self._map(i)
         begin = at - (self._ends[i] - len(tokens))
-        if begin + len(out) <= len(tokens):  # usually one shard holds it all
-            out[:] = tokens[begin : begin + len(out)]
-            return
-        while done < len(out):
-            i = bisect.bisect_right(self._ends, at)
+        while begin + len(out) > len(tokens):
+            part = tokens[begin:]
+            out[: len(part)] = part
+            out, begin, i = out[len(part) :], 0, i + 1
             tokens = self._map(i)
-            begin = at - (self._ends[i] - len(tokens))
-            count = min(len(out) - done, len(tokens) - begin)
-            out[done : done + count] = tokens[begin : begin + count]
-            done += count
-            at += count
+        out[:] = tokens[begin : begin + len(out)]
+
+    def mask(self) -> TokenStream | None:
+        """Return the loss mask of the same tokens as a stream, or None if they have none."""
+        masks = [shard.mask for shard in self._shards if shard.mask is not None]
+        return TokenStream(masks, self._start, self._stop) if masks else None
 
     def path(self, position: int) -> Path:
         """Return the shard that holds the token at `position`."""
@@ -82,7 +86,7 @@ class StreamSequences:
 
     There are N = (tokens − 1) // L of them; neighbours share one token, the last target of one and
     the first input of the next. With a seed, each epoch is a permutation keyed by (seed, epoch);
-    without one, every epoch is in file order.
+    without one, every epoch is in file order. masked: whether the stream has a loss mask.
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, seed: int | None, name: str) -> None:
@@ -91,6 +95,8 @@ class StreamSequences:
         self.seq_len = seq_len
         self._seed = seed
         self._name = name
+        self._mask = stream.mask()
+        self.masked = self._mask is not None
 
     def __len__(self) -> int:
         return max(0, len(self._stream) - 1) // self.seq_len
@@ -101,10 +107,18 @@ class StreamSequences:
         return index if self._seed is None else permute(index, len(self), self._seed, epoch)
 
     def gather(self, n: np.ndarray, out: np.ndarray) -> None:
-        """Write the n-th sequences (n: [R] int64) to out ([R, L + 1])."""
-        read = self._stream.read
-        for row, start in zip(out, (self.place(n) * self.seq_len).tolist(), strict=True):
+        """Write the n-th sequences (n: [R] int64) to out ([R, L + 1]).
+
+        With a mask, a token t that carries no loss is written as ~t, which is negative.
+        """
+        read, starts = self._stream.read, (self.place(n) * self.seq_len).tolist()
+        for row, start in zip(out, starts, strict=True):
             read(start, row)
+        if self._mask is not None:
+            keeps = np.empty(out.shape[1], dtype=np.uint8)
+            for row, start in zip(out, starts, strict=True):
+                self._mask.read(start, keeps)
+                np.invert(row, out=row, where=keeps == 0)
 
     def source(self, n: np.ndarray) -> np.ndarray | None:
         """Return None: there is only one source."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,12 +43,14 @@ class TextTokenizer:
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self.vocab_size = self._vocab_size()
+        # Ids may have gaps, so that their count can be smaller than the largest.
+        ids = self._tokenizer.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids, default=-1) + 1
         self.eot_id = eot if isinstance(eot, int) else self._find_eot(path, eot)
-        ids = [self._tokenizer.token_to_id(char) for char in byte_alphabet()]
-        byte_level = "ByteLevel" in self._tokenizer.to_str() and None not in ids
+        of_bytes = [self._tokenizer.token_to_id(char) for char in byte_alphabet()]
+        byte_level = "ByteLevel" in self._tokenizer.to_str() and None not in of_bytes
         # The id of each byte if the tokenizer is byte-level; others cannot encode broken UTF-8.
-        self._byte_ids = np.array(ids, dtype=self.dtype) if byte_level else None
+        self._byte_ids = np.array(of_bytes, dtype=self.dtype) if byte_level else None
 
     @property
     def dtype(self) -> np.dtype:
@@ -56,22 +59,18 @@ class TextTokenizer:
 
     def encode(self, documents: Sequence[bytes]) -> list[np.ndarray]:
         """Return each document's ids ([tokens] of `dtype`), without an end of text."""
-        ids: list[list[np.ndarray]] = []
-        pieces: list[str] = []
-        owners: list[int] = []
+        ids = [[np.empty(0, dtype=self.dtype)] for _ in documents]
+        batch: list[tuple[int, str]] = []
         size = 0
         for i, document in enumerate(documents):
-            ids.append([])
             for piece in split_bytes(document):
-                for text in self._texts(piece):
-                    pieces.append(text)
-                    owners.append(i)
+                batch += [(i, text) for text in self._texts(piece)]
                 size += len(piece)
                 if size >= _BATCH_BYTES:
-                    self._encode_pieces(pieces, owners, ids)
-                    pieces, owners, size = [], [], 0
-        self._encode_pieces(pieces, owners, ids)
-        return [self._join(parts) for parts in ids]
+                    self._encode_batch(batch, ids)
+                    batch, size = [], 0
+        self._encode_batch(batch, ids)
+        return [np.concatenate(parts) for parts in ids]
 
     def decode_bytes(self, ids: Sequence[int] | np.ndarray) -> bytes:
         """Return the bytes of ids ([tokens]); an end of text has none."""
@@ -80,39 +79,27 @@ class TextTokenizer:
         table = self._token_bytes
         return b"".join([table[i] for i in np.asarray(ids).tolist()])
 
-    def _texts(self, piece: bytes) -> Iterator[str]:
-        """Yield a piece as text, and bytes that are not UTF-8 as a text of lone surrogates."""
+    def _texts(self, piece: bytes) -> list[str]:
+        """Return a piece as text, and bytes that are not UTF-8 as a text of lone surrogates."""
         try:
-            yield piece.decode("utf-8")
+            return [piece.decode("utf-8")]
         except UnicodeDecodeError:
             if self._byte_ids is None:
-                yield piece.decode("utf-8", "replace")
-                return
+                return [piece.decode("utf-8", "replace")]
             parts = _INVALID.split(piece.decode("utf-8", "surrogateescape"))
-            yield from (part for part in parts if part)
+            return [part for part in parts if part]
 
-    def _encode_pieces(
-        self, pieces: list[str], owners: list[int], ids: list[list[np.ndarray]]
-    ) -> None:
-        """Append each piece's ids to the ids of its document, whose index is in `owners`."""
-        texts = [piece for piece in pieces if not _is_escaped(piece)]
+    def _encode_batch(self, batch: list[tuple[int, str]], ids: list[list[np.ndarray]]) -> None:
+        """Append the ids of texts to those of their documents, whose indices come before them."""
+        texts = [text for _, text in batch if not _is_escaped(text)]
         encoded = iter(self._tokenizer.encode_batch_fast(texts, add_special_tokens=False))
-        for piece, owner in zip(pieces, owners, strict=True):
-            if _is_escaped(piece):
+        for i, text in batch:
+            if _is_escaped(text):
                 assert self._byte_ids is not None
-                raw = np.frombuffer(piece.encode("utf-8", "surrogateescape"), dtype=np.uint8)
-                ids[owner].append(self._byte_ids[raw])
+                raw = np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8)
+                ids[i].append(self._byte_ids[raw])
             else:
-                ids[owner].append(np.array(next(encoded).ids, dtype=self.dtype))
-
-    def _join(self, parts: list[np.ndarray]) -> np.ndarray:
-        if len(parts) == 1:
-            return parts[0]
-        return np.concatenate(parts) if parts else np.empty(0, dtype=self.dtype)
-
-    def _vocab_size(self) -> int:
-        # Ids may have gaps, so that their count can be smaller than the largest.
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+                ids[i].append(np.array(next(encoded).ids, dtype=self.dtype))
 
     def _find_eot(self, path: Path, eot: str | None) -> int:
         names = _EOT_NAMES if eot is None else (eot,)
@@ -149,14 +136,8 @@ def byte_alphabet() -> tuple[str, ...]:
     Printable Latin-1 bytes stand for themselves, the others for characters from U+0100 on.
     """
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
-    chars, beyond = [], 0x100
-    for byte in range(256):
-        if byte in printable:
-            chars.append(chr(byte))
-        else:
-            chars.append(chr(beyond))
-            beyond += 1
-    return tuple(chars)
+    beyond = itertools.count(0x100)
+    return tuple(chr(byte if byte in printable else next(beyond)) for byte in range(256))
 
 
 def _is_escaped(piece: str) -> bool:

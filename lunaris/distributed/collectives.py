@@ -71,7 +71,10 @@ def on_rank_0(action: Callable[[], T]) -> T | None:
             result = action()
         except Exception as error:
             store.set(key, pickle.dumps(_picklable(error)))  # type: ignore[arg-type]
-            _wait_for_readers(store, key)
+            # Rank 0 may serve the store, so the others must have read the error before it ends.
+            until = time.monotonic() + _READERS_S
+            while store.add(f"{key}/read", 0) < world_size() - 1 and time.monotonic() < until:
+                time.sleep(0.05)
             raise
         store.set(key, pickle.dumps(None))  # type: ignore[arg-type]
         return result
@@ -82,13 +85,6 @@ def on_rank_0(action: Callable[[], T]) -> T | None:
     if raised is not None:
         raise raised
     return None
-
-
-def _wait_for_readers(store: dist.Store, key: str) -> None:
-    """Wait up to ten seconds until all others have read `key`: rank 0 may serve the store."""
-    until = time.monotonic() + _READERS_S
-    while store.add(f"{key}/read", 0) < world_size() - 1 and time.monotonic() < until:
-        time.sleep(0.05)
 
 
 def _picklable(error: Exception) -> Exception:

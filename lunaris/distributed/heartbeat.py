@@ -18,6 +18,8 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
+from lunaris.errors import EXPECTED
+
 # A process watches only the next ones (cyclically), so that the store's load is linear in them.
 _WATCHED = 8
 _LONGEST_INTERVAL_S = 5.0
@@ -30,8 +32,10 @@ def end_process(message: str) -> None:
     os._exit(1)
 
 
-def record_failure(message: str) -> None:
+def record_failure(cause: BaseException | str) -> None:
     """Write why this process ends to the file that torch's elastic agent reads; the first wins."""
+    expected = isinstance(cause, (*EXPECTED, str))
+    message = str(cause) if expected else f"{type(cause).__name__}: {cause}"
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and not os.path.exists(path):
         extra = {"py_callstack": "", "timestamp": str(int(time.time())), "time": time.time()}

@@ -81,15 +81,13 @@ class Mesh:
     def sharded_meshes(self, device_type: str) -> ShardedMeshes:
         """Return the parts of the mesh over which FSDP and HSDP shard."""
         replicate = ("replicate",) if self.replicate > 1 else ()
-        if self.expert == 1:
-            mesh = self.device_mesh(device_type, *replicate, "shard")
-            return ShardedMeshes(dense=mesh, expert=None, within_expert=mesh)
-        from lunaris.torch_internals import split_dimension
-
         merged = Mesh(self.replicate, self.shard * self.expert)
         dense = merged.device_mesh(device_type, *replicate, "shard")
-        sizes = {"shard": self.shard, "expert": self.expert}
-        mesh = split_dimension(dense, "shard", sizes)
+        if self.expert == 1:
+            return ShardedMeshes(dense, expert=None, within_expert=dense)
+        from lunaris.torch_internals import split_dimension
+
+        mesh = split_dimension(dense, "shard", {"shard": self.shard, "expert": self.expert})
         return ShardedMeshes(dense, mesh["expert"], mesh[(*replicate, "shard")])
 
 

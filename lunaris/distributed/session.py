@@ -11,13 +11,14 @@ import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 from lunaris.distributed.heartbeat import Heartbeat, record_failure
-from lunaris.errors import Stopped, UserError
+from lunaris.errors import UserError
 from lunaris.torch_internals import set_collective_timeout
 
 # Processes compile, warm up and read cold files in the first step, some much longer than others.
@@ -26,17 +27,17 @@ _FIRST_STEP = timedelta(minutes=30)
 _BOOKKEEPING = timedelta(hours=1)
 
 
+@dataclass
 class Session:
     """The device, groups and heartbeat of this process; `join` opens one at a time."""
 
-    def __init__(self, device: torch.device, timeout_s: float) -> None:
-        self.device = device
-        self.timeout_s = timeout_s
-        self.cpu_group: dist.ProcessGroup | None = None
-        self.background_group: dist.ProcessGroup | None = None
-        self.heartbeat: Heartbeat | None = None
-        self.first_step_done = False
-        self.calls = itertools.count()
+    device: torch.device
+    timeout_s: float
+    cpu_group: dist.ProcessGroup | None = None
+    background_group: dist.ProcessGroup | None = None
+    heartbeat: Heartbeat | None = None
+    first_step_done: bool = False
+    calls: itertools.count[int] = field(default_factory=itertools.count)
 
 
 _session: Session | None = None
@@ -73,17 +74,14 @@ def choose_device(name: str | None) -> torch.device:
         raise UserError("trainer.device=cuda: torch sees no CUDA device here; allowed is cpu")
     count = torch.cuda.device_count()
     # SLURM may show each task only the device that it assigned to the task.
-    index = 0 if count == 1 and local_world_size() > 1 and _one_device_each() else local_rank()
+    one_device_each = count == 1 and local_world_size() > 1 and "SLURM_PROCID" in os.environ
+    index = 0 if one_device_each else local_rank()
     if index >= count:
         raise UserError(
             f"launch: {local_world_size()} processes on this machine, but it has {count} CUDA "
             "devices; start at most one process a device, or set trainer.device=cpu"
         )
     return torch.device("cuda", index)
-
-
-def _one_device_each() -> bool:
-    return "SLURM_PROCID" in os.environ
 
 
 @contextmanager
@@ -107,12 +105,12 @@ def join(device: str | None, collective_timeout_s: float) -> Iterator[torch.devi
             _init_groups(_session)
         yield chosen
     except Exception as error:
-        suspect = _suspect(_session, error)
-        if suspect is not None:
+        if _session.heartbeat is not None and "timed out" in str(error).lower():
+            suspect = f"a collective timed out; {_session.heartbeat.slowest_ranks()}"
             record_failure(suspect)
             raise RuntimeError(suspect) from error
         # Recorded before this process leaves its groups, which makes the others fail too.
-        record_failure(str(error) if _expected(error) else f"{type(error).__name__}: {error}")
+        record_failure(error)
         raise
     finally:
         opened, _session = _session, None
@@ -125,15 +123,9 @@ def join(device: str | None, collective_timeout_s: float) -> Iterator[torch.devi
 def _init_groups(session: Session) -> None:
     timeout = max(_FIRST_STEP, timedelta(seconds=session.timeout_s))
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
-    dist.init_process_group(
-        _backend(session.device),
-        # The elastic agent keeps its store over restarts, with the dead processes' addresses.
-        store=dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store),
-        rank=rank(),
-        world_size=world_size(),
-        timeout=timeout,
-        device_id=session.device if session.device.type == "cuda" else None,
-    )
+    # The elastic agent keeps its store over restarts, with the dead processes' addresses.
+    store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    _init_default_group(session.device, store, timeout)
     session.cpu_group = dist.new_group(backend="gloo", timeout=_BOOKKEEPING)
     session.background_group = dist.new_group(backend="gloo", timeout=_BOOKKEEPING)
     session.heartbeat = Heartbeat(rank(), world_size(), session.timeout_s)
@@ -144,17 +136,19 @@ def ensure_group() -> None:
     """Make a process group of one, which device meshes need in a run of one process."""
     if not dist.is_initialized():
         assert world_size() == 1
-        dist.init_process_group(
-            _backend(device()),
-            store=dist.HashStore(),
-            rank=0,
-            world_size=1,
-            device_id=device() if device().type == "cuda" else None,
-        )
+        _init_default_group(device(), dist.HashStore(), None)
 
 
-def _backend(device: torch.device) -> str:
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+def _init_default_group(device: torch.device, store: dist.Store, timeout: timedelta | None) -> None:
+    cuda = device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if cuda else "gloo",
+        store=store,
+        rank=rank(),
+        world_size=world_size(),
+        timeout=timeout,
+        device_id=device if cuda else None,
+    )
 
 
 def current() -> Session | None:
@@ -195,14 +189,3 @@ def end_first_step() -> None:
         timedelta(seconds=_session.timeout_s),
         exempt=(_session.cpu_group, _session.background_group),
     )
-
-
-def _expected(error: Exception) -> bool:
-    return isinstance(error, UserError | Stopped)
-
-
-def _suspect(session: Session, error: Exception) -> str | None:
-    """Return which ranks seem to hang, when `error` is the timeout of a collective."""
-    if session.heartbeat is None or "timed out" not in str(error).lower():
-        return None
-    return f"a collective timed out; {session.heartbeat.slowest_ranks()}"

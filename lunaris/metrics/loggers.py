@@ -95,7 +95,6 @@ class LocalLogger:
         )
 
     def tick(self, step: int) -> None:
-        """Move the bar."""
         self._bar.update(step - self._bar.n)
 
     def log(self, row: Row) -> None:
@@ -115,15 +114,12 @@ class LocalLogger:
         say(f"step {row['step']}/{self._max_steps}  {shown}  ETA {self._eta(row['step'])}")
 
     def message(self, text: str) -> None:
-        """Print the text."""
         say(text)
 
     def flush(self) -> None:
-        """Make the metrics file durable."""
         self._file.sync()
 
     def finish(self) -> None:
-        """Close the bar and the file."""
         self._bar.close()
         self._file.close()
 

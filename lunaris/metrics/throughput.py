@@ -9,21 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-# Peak dense bf16 FLOP/s of a device by a part of its name, from the vendors' data sheets.
-_PEAK_BF16 = {
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100": 989e12,
-    "H100 PCIe": 756e12,
-    "A100": 312e12,
-    "L40": 181e12,
-    "L40S": 362e12,
-    "L4": 121e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "MI300X": 1307e12,
-    "MI250": 362e12,
-}
+from lunaris.metrics.devices import find_device
 
 
 def peak_flops(device: torch.device) -> float | None:
@@ -32,12 +18,9 @@ def peak_flops(device: torch.device) -> float | None:
 
 
 def named_peak_flops(name: str) -> float | None:
-    """Return the peak bf16 FLOP/s of the GPU that CUDA calls `name`, or None for an unknown one.
-
-    The longest known part of the name decides: "H100 PCIe" is slower than any other "H100".
-    """
-    parts = [part for part in _PEAK_BF16 if part in name]
-    return _PEAK_BF16[max(parts, key=len)] if parts else None
+    """Return the peak bf16 FLOP/s of the GPU that CUDA calls `name`, or None for an unknown one."""
+    device = find_device(name)
+    return device.flops if device else None
 
 
 def peak_memory_gb(device: torch.device) -> float:

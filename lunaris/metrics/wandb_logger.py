@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import uuid
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import wandb
 
 from lunaris.config.schema.root import Config
 from lunaris.config.typed import to_plain
 from lunaris.metrics.loggers import Logger, say
-from lunaris.metrics.records import Row
+from lunaris.metrics.records import Row, expert_shares
 from lunaris.runs.run_dir import RunDir
 
 _Mode = Literal["online", "offline", "disabled"]
@@ -24,11 +24,9 @@ class WandbLogger(Logger):
     continues the same W&B run.
     """
 
-    def __init__(
-        self, *, project: str, entity: str | None, group: str | None, tags: list[str], mode: str
-    ) -> None:
-        self._project, self._entity, self._group = project, entity, group
-        self._tags = list(tags)
+    def __init__(self, *, tags: list[str], mode: str, **keys: Any) -> None:
+        """keys: `project`, `entity` and `group`, as `wandb.init` takes them."""
+        self._keys = keys | {"tags": list(tags)}
         self._mode = cast(_Mode, mode)
 
     def start(self, run_dir: RunDir, cfg: Config, step: int) -> None:
@@ -44,17 +42,10 @@ class WandbLogger(Logger):
     def log(self, row: Row) -> None:
         """Log the row; with a validation loss, also one bar chart of expert use a layer."""
         scalars = {k: v for k, v in row.items() if not isinstance(v, list)}
-        charts = {}
-        if "val/loss" in row:
-            charts = {
-                f"{key}_chart": _expert_chart(key, value)
-                for key, value in row.items()
-                if key.startswith("moe/") and key.endswith("/load")
-            }
+        charts = {key: _expert_chart(key, share) for key, share in expert_shares(row).items()}
         self._run.log(scalars | charts)
 
     def finish(self) -> None:
-        """End the W&B run."""
         self._run.finish()
 
     def _init(self, run_dir: RunDir, cfg: Config, mode: _Mode) -> None:
@@ -66,10 +57,7 @@ class WandbLogger(Logger):
             dir=str(run_dir.path),
             config=config,
             mode=mode,
-            project=self._project,
-            entity=self._entity,
-            group=self._group,
-            tags=self._tags,
+            **self._keys,
             settings=wandb.Settings(init_timeout=60, silent=True),
         )
         # A separate axis: W&B's counter of calls refuses the steps of a resumed run.

@@ -28,13 +28,14 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(shape.dropout)
 
     def forward(
-        self, x: Tensor, prepared: Any, cache: Any = None
+        self, x: Tensor, prepared: Any, cache: Any = None, documents: Tensor | None = None
     ) -> tuple[Tensor, RoutingStats | None]:
         """Return the residual stream and the feed-forward's routing statistics (None if dense).
 
-        prepared, cache: as `Attention.forward` takes them.
+        prepared, cache: as `Attention.forward` takes them. documents: [B, L] int64 or None, for
+        the feed-forward; attention has them in `prepared`.
         """
         attended = self.attention(self.attention_norm(x), prepared, cache)
         h = x + self.dropout(attended)
-        y, stats = self.feed_forward(self.feed_forward_norm(h))
+        y, stats = self.feed_forward(self.feed_forward_norm(h), documents)
         return h + y, stats

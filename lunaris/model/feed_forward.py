@@ -16,7 +16,11 @@ class FeedForwardFactory(Protocol):
     """Builds the feed-forward of each layer; layers may differ. The `moe` group chooses one."""
 
     def __call__(self, layer: int, shape: ModelShape) -> nn.Module:
-        """Return a module from [B, L, D] to ([B, L, D], RoutingStats or None)."""
+        """Return a module from x, [B, L, D], to ([B, L, D], RoutingStats or None).
+
+        Its forward also gets the document of each position ([B, L] int64), or None where each
+        sequence is one document. A document's output does not depend on another document.
+        """
 
 
 class RoutingStats(NamedTuple):

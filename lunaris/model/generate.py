@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lunaris.model.transformer import Transformer
+from lunaris.model.transformer import Head, Transformer, vocabulary_logits
 
 
 @torch.no_grad()
@@ -22,12 +22,14 @@ def stream(
     top_p: float | None = None,
     seed: int = 0,
     eot_id: int | None = None,
+    head: Head = vocabulary_logits,
 ) -> Iterator[Tensor]:
     """Yield the next token of each sequence ([B] int64), up to `max_new_tokens` times.
 
     model: in eval mode. prompt: [B, P] int64, P ≥ 1. temperature: 0 takes the likeliest token.
     After `eot_id` a sequence repeats it; the iterator ends once all sequences have, without a row
-    of `eot_id` only. Past the model's length, the model reads the later half of the context again.
+    of `eot_id` only. head: what gives the `logits` (`Objective.logits`). Past the model's length,
+    the model reads the later half of the context again.
     """
     assert not model.training, "generation needs model.eval()"
     generator = torch.Generator(prompt.device).manual_seed(seed)
@@ -39,7 +41,7 @@ def stream(
         if cache.length + new.size(1) > model.max_seq_len:
             cache = model.new_cache(prompt.size(0))
             new = context = context[:, -max(1, model.max_seq_len // 2) :]
-        logits = model.logits(new, cache=cache)[:, -1]
+        logits = model.logits(new, head=head, cache=cache)[:, -1]
         token = sample(logits, temperature, top_k, top_p, generator)
         if eot_id is not None:
             token = token.masked_fill(done, eot_id)

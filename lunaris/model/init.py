@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
+from lunaris.model.layers import local_part
 from lunaris.model.roles import Role, parameter_roles
 
 _STD = 0.02
@@ -18,16 +19,16 @@ _STD = 0.02
 def init_weights(model: nn.Module, seed: int, n_layers: int) -> None:
     """Draw every parameter of `model` by its role, in place, and reset every buffer.
 
-    Norms are 1; everything else is normal with standard deviation 0.02, or 0.02/√(2·n_layers) where
-    it writes to the residual stream. The numbers depend on the seed and the parameter's name, not
-    on the device or the sharding. One matrix is drawn at a time, on the CPU; of stacked experts,
-    only those that this process holds a part of. A module with buffers fills them in its method
-    `reset_buffers()`.
+    Norms are 1, biases 0; everything else is normal with standard deviation 0.02, or
+    0.02/√(2·n_layers) where it writes to the residual stream. The numbers depend on the seed and
+    the parameter's name, not on the device or the sharding. One matrix is drawn at a time, on the
+    CPU; of stacked experts, only those that this process holds a part of. A module with buffers
+    fills them in its method `reset_buffers()`.
     """
     roles = parameter_roles(model)
     for name, parameter in model.named_parameters():
-        if Role.NORM in roles[name]:
-            _local(parameter).fill_(1.0)
+        if roles[name] & (Role.NORM | Role.BIAS):
+            local_part(parameter).fill_(1.0 if Role.NORM in roles[name] else 0.0)
             continue
         residual = Role.RESIDUAL_OUTPUT in roles[name]
         fill_normal(parameter, _STD / math.sqrt(2 * n_layers) if residual else _STD, seed, name)
@@ -48,7 +49,7 @@ def fill_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
     sharded (DTensor). Three dimensions are stacked matrices (experts), drawn one by one: the
     numbers of one do not depend on how many there are, and a process draws only those of its shard.
     """
-    local = _local(parameter)
+    local = local_part(parameter)
     indices = [_local_indices(parameter, dim) for dim in range(parameter.ndim)]
     if parameter.ndim == 2:
         local.copy_(_cut(seeded_normal(parameter.shape, std, seed, name), *indices))
@@ -63,11 +64,6 @@ def seeded_normal(shape: tuple[int, ...], std: float, seed: int, name: str) -> T
     digest = hashlib.blake2b(f"{seed}/{name}".encode(), digest_size=8).digest()
     generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest, "big") >> 1)
     return torch.empty(shape, device="cpu").normal_(0.0, std, generator=generator)
-
-
-def _local(parameter: Tensor) -> Tensor:
-    """Return this process's shard of a parameter: all of it, unless it is a DTensor."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
 def _local_indices(parameter: Tensor, dim: int) -> Tensor:

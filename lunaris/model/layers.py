@@ -1,17 +1,18 @@
 """The layers, and the shape of a model, that attention and feed-forwards share.
 
-Shapes: B sequences, L positions, D model width, H hidden width.
+Shapes: D model width.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from lunaris.model.activation import Activation
 from lunaris.model.roles import Role
 
 
@@ -29,6 +30,7 @@ class ModelShape:
     ffn_hidden_multiplier: float
     multiple_of: int
     norm: str
+    activation: str = "swiglu"
 
 
 class RMSNorm(nn.Module):
@@ -45,40 +47,36 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x.float(), (self.dim,), self.weight.float(), self.eps).type_as(x)
 
     def parameter_roles(self) -> dict[str, Role]:
-        """Return the scale's role."""
         return {"weight": Role.NORM}
 
 
-class SwiGLU(nn.Module):
-    """(silu(x W_gate) · x W_up) W_down with gate and up fused (arXiv 2002.05202, eq. 6)."""
+class FeedForward(nn.Module):
+    """Two products with an activation between them: act(x W_gate_up) W_down.
 
-    def __init__(self, d_model: int, hidden: int, dropout: float = 0.0) -> None:
+    W_gate_up holds W_gate and W_up next to each other, or W_up alone where the activation has no
+    gate.
+    """
+
+    def __init__(
+        self, d_model: int, hidden: int, activation: Activation, dropout: float = 0.0
+    ) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(d_model, 2 * hidden, bias=False)
+        self.gate_up = nn.Linear(d_model, activation.columns(hidden), bias=False)
         self.down = nn.Linear(hidden, d_model, bias=False)
+        self.activate = activation.function
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., D] for [..., D]."""
-        return self.dropout(self.down(gated(self.gate_up(x))))
+        return self.dropout(self.down(self.activate(self.gate_up(x))))
 
     def parameter_roles(self) -> dict[str, Role]:
-        """Return the roles of the two projections."""
         return {"gate_up.weight": Role.MATRIX, "down.weight": Role.MATRIX | Role.RESIDUAL_OUTPUT}
 
 
-def gated(gate_up: Tensor) -> Tensor:
-    """Return silu(gate) · up ([..., H]) of a fused projection ([..., 2H], gate first)."""
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
-
-
-def swiglu_hidden(d_model: int, multiplier: float, multiple_of: int) -> int:
-    """Return the hidden width: 2/3 · multiplier · d_model, rounded up to `multiple_of`.
-
-    The 2/3 keeps the parameters of a two-matrix feed-forward of that multiplier (arXiv 2002.05202).
-    """
-    return multiple_of * math.ceil(2 * multiplier * d_model / 3 / multiple_of)
+def local_part(tensor: Tensor) -> Tensor:
+    """Return this process's shard of a tensor: all of it, unless it is a DTensor."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

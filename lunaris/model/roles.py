@@ -13,11 +13,12 @@ from lunaris.errors import UserError
 
 
 class Role(Flag):
-    """The role of one parameter: one of the first five, to which RESIDUAL_OUTPUT may be added.
+    """The role of one parameter: one of the first six, to which RESIDUAL_OUTPUT may be added.
 
     MATRIX: a linear map inside a block. EXPERT: such maps of several experts, stacked ([E, …]).
     EMBEDDING: the token embedding or an untied vocabulary projection. ROUTER: the weights that
-    choose experts. NORM: the scale of a norm. RESIDUAL_OUTPUT: its product is added to the residual
+    choose experts. NORM: the scale of a norm. BIAS: numbers that are added, such as a head's sink
+    logit; they start at 0 and do not decay. RESIDUAL_OUTPUT: its product is added to the residual
     stream, so it starts smaller: `Role.MATRIX | Role.RESIDUAL_OUTPUT`.
     """
 
@@ -26,6 +27,7 @@ class Role(Flag):
     EMBEDDING = auto()
     ROUTER = auto()
     NORM = auto()
+    BIAS = auto()
     RESIDUAL_OUTPUT = auto()
 
 

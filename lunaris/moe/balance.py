@@ -31,17 +31,37 @@ def balance_loss(probs: Tensor, counts: Tensor) -> Tensor:
     return counts.size(-1) * (shares * probs.mean(dim=1)).sum(dim=-1).mean()
 
 
-def within_capacity(experts: Tensor, n_experts: int, factor: float) -> Tensor:
+def global_balance_loss(probs: Tensor, shares: Tensor) -> Tensor:
+    """Return N · Σ fᵢ · Pᵢ [] with the shares of a global batch (arXiv 2501.11873).
+
+    probs: [B, L, E], whose mean over all tokens is Pᵢ; shares: [E] fᵢ, which sum to 1. The shares
+    are those of another batch (the step before), so that the loss is linear in the tokens: its
+    mean over parts of a batch, all of one size, is the loss of the batch.
+    """
+    return shares.numel() * (shares * probs.mean(dim=(0, 1))).sum()
+
+
+def within_capacity(
+    experts: Tensor, n_experts: int, factor: float, documents: Tensor | None = None
+) -> Tensor:
     """Return which assignments ([B, L, k] bool) fit their expert's capacity.
 
-    experts: [B, L, k] int64. An expert takes ceil(factor · L · k / E) assignments of each sequence,
-    in the order of positions (and of choices within a position): a later token never displaces an
-    earlier one, and sequences do not compete with each other.
+    experts: [B, L, k] int64; documents: [B, L] int64, from 0, the document of each position, or
+    None where each sequence is one. An expert takes ceil(factor · L · k / E) assignments of each
+    document of L positions, in the order of positions (and of choices within a position): a later
+    token never displaces an earlier one, and documents do not compete with each other.
     """
     flat = experts.flatten(1)
     size = flat.size(1)
-    capacity = math.ceil(min(factor * size / n_experts, size))
+    capacity: int | Tensor = math.ceil(min(factor * size / n_experts, size))
+    if documents is not None:
+        # A document's experts are experts of their own.
+        flat = flat + n_experts * documents.repeat_interleave(experts.size(2), dim=1)
     ordered, order = flat.sort(dim=1, stable=True)
+    if documents is not None:
+        of = ordered // n_experts
+        sizes = torch.searchsorted(of, of, right=True) - torch.searchsorted(of, of)
+        capacity = (factor * sizes.double() / n_experts).ceil()
     first = torch.searchsorted(ordered, ordered)  # where each assignment's expert begins
     place = torch.arange(size, device=flat.device) - first
     fits = torch.empty_like(flat, dtype=torch.bool).scatter_(1, order, place < capacity)

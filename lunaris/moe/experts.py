@@ -5,24 +5,37 @@ Shapes: T assignments, D model width, H hidden width, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.tensor import DTensor
 
-from lunaris.model.layers import compute_dtype, gated
+from lunaris.model.activation import ACTIVATIONS, Activation
+from lunaris.model.layers import compute_dtype, local_part
 from lunaris.model.roles import Role
+
+Activate = Callable[[Tensor], Tensor]
 
 
 class Experts(nn.Module):
-    """E SwiGLU feed-forwards with stacked weights."""
+    """E feed-forwards with stacked weights.
 
-    def __init__(self, n_experts: int, d_model: int, hidden: int) -> None:
+    gate_up: [E, D, 2H], or [E, D, H] for an activation without a gate; down: [E, H, D].
+    """
+
+    def __init__(
+        self,
+        n_experts: int,
+        d_model: int,
+        hidden: int,
+        activation: Activation = ACTIVATIONS["swiglu"],
+    ) -> None:
         super().__init__()
-        self.gate_up = nn.Parameter(torch.empty(n_experts, d_model, 2 * hidden))
+        self.activate = activation.function
+        self.gate_up = nn.Parameter(torch.empty(n_experts, d_model, activation.columns(hidden)))
         self.down = nn.Parameter(torch.empty(n_experts, hidden, d_model))
 
     def forward(self, x: Tensor, counts: Tensor) -> Tensor:
@@ -32,20 +45,14 @@ class Experts(nn.Module):
         their sum give zeros.
         """
         dtype = compute_dtype(x)
-        weights = (local_experts(self.gate_up).to(dtype), local_experts(self.down).to(dtype))
+        weights = (local_part(self.gate_up).to(dtype), local_part(self.down).to(dtype))
         with torch.autocast(x.device.type, enabled=False):
             if grouped_mm_fits(x, dtype, *weights):
-                return _grouped(x.to(dtype), counts, *weights)
-            return _one_by_one(x.to(dtype), counts, *weights)
+                return _grouped(x.to(dtype), counts, *weights, self.activate)
+            return _one_by_one(x.to(dtype), counts, *weights, self.activate)
 
     def parameter_roles(self) -> dict[str, Role]:
-        """Return the roles of the stacked weights."""
         return {"gate_up": Role.EXPERT, "down": Role.EXPERT | Role.RESIDUAL_OUTPUT}
-
-
-def local_experts(weight: Tensor) -> Tensor:
-    """Return this process's experts of a stacked weight: all, without expert parallelism."""
-    return weight.to_local() if isinstance(weight, DTensor) else weight
 
 
 def grouped_mm_fits(x: Tensor, dtype: torch.dtype, *weights: Tensor) -> bool:
@@ -57,13 +64,15 @@ def grouped_mm_fits(x: Tensor, dtype: torch.dtype, *weights: Tensor) -> bool:
     return x.is_cuda and dtype == torch.bfloat16 and aligned
 
 
-def _grouped(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _grouped(
+    x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, activate: Activate
+) -> Tensor:
     ends = counts.cumsum(0)
     # Rows past the last expert's are not computed: their memory must reach neither direction.
     inside = (torch.arange(len(x), device=x.device) < ends[-1])[:, None]
     x = torch.where(inside, x, 0)
     offsets = ends.to(torch.int32)
-    hidden = gated(F.grouped_mm(x, _ZeroWhereIdle.apply(gate_up, counts), offs=offsets))
+    hidden = activate(F.grouped_mm(x, _ZeroWhereIdle.apply(gate_up, counts), offs=offsets))
     hidden = torch.where(inside, hidden, 0)
     out = F.grouped_mm(hidden, _ZeroWhereIdle.apply(down, counts), offs=offsets)
     return torch.where(inside, out, 0)
@@ -88,14 +97,16 @@ class _ZeroWhereIdle(torch.autograd.Function):
 
 
 @torch.compiler.disable
-def _one_by_one(x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
+def _one_by_one(
+    x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, activate: Activate
+) -> Tensor:
     """Compute one product per expert, for fp32 and fp16; on a GPU this waits for the counts."""
     sizes = counts.tolist()
     rest = len(x) - sum(sizes)
     *parts, past = x.split([*sizes, rest])
     # The backward of unbind stacks once; that of an index allocates full-size zeros each time.
     outputs = [
-        gated(part @ up) @ out
+        activate(part @ up) @ out
         for part, up, out in zip(parts, gate_up.unbind(), down.unbind(), strict=True)
     ]
     return torch.cat([*outputs, torch.zeros_like(past)])

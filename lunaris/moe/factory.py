@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor, nn
 
-from lunaris.model.layers import ModelShape, SwiGLU, swiglu_hidden
+from lunaris.model.activation import ACTIVATIONS
+from lunaris.model.layers import FeedForward, ModelShape
 from lunaris.moe.experts import Experts
 from lunaris.moe.layer import MoE
 from lunaris.moe.router.base import RouterFactory, RoutingSpec
 
 
 class Dense(nn.Module):
-    """A SwiGLU as a feed-forward, which has no routing to report."""
+    """A dense feed-forward, which has no routing to report."""
 
-    def __init__(self, d_model: int, hidden: int, dropout: float) -> None:
+    def __init__(self, ffn: FeedForward) -> None:
         super().__init__()
-        self.swiglu = SwiGLU(d_model, hidden, dropout)
+        # Its name in every checkpoint, also where the activation is another.
+        self.swiglu = ffn
 
-    def forward(self, x: Tensor) -> tuple[Tensor, None]:
+    def forward(self, x: Tensor, documents: Tensor | None = None) -> tuple[Tensor, None]:
         """Return [B, L, D] for [B, L, D], and None."""
         return self.swiglu(x), None
 
 
 class DenseFactory:
-    """A SwiGLU in every layer."""
+    """A dense feed-forward in every layer."""
 
     def __call__(self, layer: int, shape: ModelShape) -> nn.Module:
-        """Return layer `layer`'s SwiGLU."""
-        hidden = swiglu_hidden(shape.d_model, shape.ffn_hidden_multiplier, shape.multiple_of)
-        return Dense(shape.d_model, hidden, shape.dropout)
+        activation = ACTIVATIONS[shape.activation]
+        hidden = activation.hidden_width(
+            shape.d_model, shape.ffn_hidden_multiplier, shape.multiple_of
+        )
+        return Dense(FeedForward(shape.d_model, hidden, activation, shape.dropout))
 
 
 class MoEFactory:
@@ -38,32 +44,21 @@ class MoEFactory:
         self,
         *,
         router: RouterFactory,
-        n_experts: int,
-        n_experts_per_token: int,
         n_shared_experts: int = 0,
         capacity_factor: float | None = None,
-        balancing: str = "aux_loss",
-        aux_loss_weight: float = 0.01,
-        router_z_loss_weight: float = 0.001,
-        bias_update_rate: float = 0.001,
+        capacity_scope: str = "document",
         router_lr_scale: float = 1.0,
-        normalize_gates: bool = False,
         expert_hidden_multiplier: float | None = None,
         first_dense_layers: int = 0,
+        **routing: Any,
     ) -> None:
+        """routing: the keys of RoutingSpec."""
         # router_lr_scale belongs to the optimizer, to which `lunaris.run` passes it.
         self._router = router
-        self._spec = RoutingSpec(
-            n_experts=n_experts,
-            n_experts_per_token=n_experts_per_token,
-            balancing=balancing,
-            aux_loss_weight=aux_loss_weight,
-            router_z_loss_weight=router_z_loss_weight,
-            bias_update_rate=bias_update_rate,
-            normalize_gates=normalize_gates,
-        )
+        self._spec = RoutingSpec(**routing)
         self._n_shared = n_shared_experts
         self._capacity_factor = capacity_factor
+        self._capacity_scope = capacity_scope
         self._multiplier = expert_hidden_multiplier
         self._first_dense = first_dense_layers
 
@@ -72,16 +67,19 @@ class MoEFactory:
         if layer < self._first_dense:
             return DenseFactory()(layer, shape)
         multiplier = self._multiplier or shape.ffn_hidden_multiplier
-        hidden = swiglu_hidden(shape.d_model, multiplier, shape.multiple_of)
+        activation = ACTIVATIONS[shape.activation]
+        hidden = activation.hidden_width(shape.d_model, multiplier, shape.multiple_of)
         shared = None
         if self._n_shared:
-            # The shared experts together are one wider SwiGLU.
-            shared = SwiGLU(shape.d_model, self._n_shared * hidden, shape.dropout)
+            # The shared experts together are one wider feed-forward.
+            width = self._n_shared * hidden
+            shared = FeedForward(shape.d_model, width, activation, shape.dropout)
         return MoE(
             self._router(layer, shape, self._spec),
-            Experts(self._spec.n_experts, shape.d_model, hidden),
+            Experts(self._spec.n_experts, shape.d_model, hidden, activation),
             shared,
             self._spec,
             capacity_factor=self._capacity_factor,
+            capacity_scope=self._capacity_scope,
             dropout=shape.dropout,
         )

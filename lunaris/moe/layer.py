@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lunaris.model.feed_forward import RoutedFeedForward, RoutingStats
-from lunaris.model.layers import SwiGLU
+from lunaris.model.layers import FeedForward
 from lunaris.moe.balance import within_capacity
 from lunaris.moe.experts import Experts
 from lunaris.moe.router.base import Router, RoutingSpec
@@ -30,10 +30,11 @@ class MoE(RoutedFeedForward):
         self,
         router: Router,
         experts: Experts,
-        shared: SwiGLU | None,
+        shared: FeedForward | None,
         spec: RoutingSpec,
         *,
         capacity_factor: float | None,
+        capacity_scope: str,
         dropout: float,
     ) -> None:
         super().__init__()
@@ -43,15 +44,17 @@ class MoE(RoutedFeedForward):
         self.n_experts = spec.n_experts
         self.k = spec.n_experts_per_token
         self.capacity_factor = capacity_factor
+        self.capacity_scope = capacity_scope
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, x: Tensor) -> tuple[Tensor, RoutingStats]:
-        """Return [B, L, D] and the routing statistics for [B, L, D]."""
+    def forward(self, x: Tensor, documents: Tensor | None = None) -> tuple[Tensor, RoutingStats]:
+        """Return [B, L, D] and the routing statistics for [B, L, D]; documents: [B, L] or None."""
         routing = self.router(x)
         chosen, gates = routing.experts, routing.gates
         dropped = torch.zeros((), device=x.device)
         if self.capacity_factor is not None and self.training:
-            fits = within_capacity(chosen, self.n_experts, self.capacity_factor)
+            apart = documents if self.capacity_scope == "document" else None
+            fits = within_capacity(chosen, self.n_experts, self.capacity_factor, apart)
             # Expert E does not exist: sorted last, beyond every real expert's rows.
             chosen = chosen.masked_fill(~fits, self.n_experts)
             dropped = (~fits).sum().float()
@@ -82,7 +85,6 @@ class MoE(RoutedFeedForward):
         return total - total // self.n_experts * self.k
 
     def update_balance(self, load: Tensor) -> None:
-        """Pass the load of a step on to the router."""
         self.router.update_balance(load)
 
 

@@ -2,6 +2,7 @@
 
 A batch is a dict of tensors, [B, L] each: `tokens` and `targets` (int64; −100 where there is no
 target) and, with document masking, `documents` (int64, the document's number in its sequence).
+With data that has a loss mask, `loss_mask` (bool) says which targets it keeps.
 
 Shapes: A micro-steps, B sequences, L positions, D model width, V vocabulary, E experts.
 """
@@ -15,7 +16,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from lunaris.model.transformer import ModelOutput
+from lunaris.model.attention.base import AttentionFactory
+from lunaris.model.feed_forward import FeedForwardFactory
+from lunaris.model.layers import ModelShape
+from lunaris.model.lookahead import Predictor
+from lunaris.model.transformer import ModelOutput, vocabulary_logits
 
 Batch = dict[str, Tensor]
 
@@ -82,6 +87,24 @@ class Objective:
         inside its forward, for instance as `head`, because FSDP gathers them there.
         """
         raise NotImplementedError
+
+    def predictors(
+        self, shape: ModelShape, attention: AttentionFactory, feed_forward: FeedForwardFactory
+    ) -> list[Predictor]:
+        """Return the further modules that the objective trains, which the model then holds.
+
+        They are built on the meta device and become part of the model: initialised, sharded,
+        compiled, saved and counted like its blocks. A forward with `ahead` runs them in order.
+        """
+        return []
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
+        """Return the `logits` ([B, L, V] float32) that text is generated from.
+
+        A `Head` of the model: hidden: [B, L, D] the last hidden states; weight: [V, D]. An
+        objective that changes the logits before its softmax changes them here alike.
+        """
+        return vocabulary_logits(hidden, weight)
 
     def count_targets(self, batch: Batch) -> Tensor:
         """Return how many targets there are: [] int64, or [A] for a batch of [A, B, L] tensors."""

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
-from lunaris.optim.groups import by_layout, group_by_role
+from lunaris.optim.groups import by_layout, parameter_groups
 
 
 def build_adamw(
@@ -21,18 +21,12 @@ def build_adamw(
 ) -> torch.optim.Optimizer:
     """Return AdamW (arXiv 1711.05101) over the parameters of `model`.
 
-    Matrices, embeddings, stacked experts and routers decay; norms do not. Routers learn at
-    `router_lr_scale` times the rate. A group's `peak_lr` is its rate before the schedule.
+    Its groups are those of `parameter_groups`.
     """
-    found = group_by_role(model)
-    rows = [
-        (found.matrices + found.embeddings, weight_decay, learning_rate),
-        (found.norms, 0.0, learning_rate),
-        (found.routers, weight_decay, learning_rate * router_lr_scale),
-    ]
+    found = parameter_groups(model, learning_rate, weight_decay, router_lr_scale)
     groups = [
-        {"params": params, "weight_decay": decay, "lr": rate, "peak_lr": rate}
-        for members, decay, rate in rows
-        for params in by_layout(members)
+        group | {"params": params}
+        for group in found.values()
+        for params in by_layout(group["params"])
     ]
     return torch.optim.AdamW(groups, betas=(betas[0], betas[1]), eps=eps, fused=True)

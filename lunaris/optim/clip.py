@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from lunaris.model.layers import local_part
+
 
 @torch.no_grad()
 def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -> Tensor:
@@ -30,7 +32,7 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     norm = total.sqrt().float()
     if max_norm is not None:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_(_local(grads), scale)
+        torch._foreach_mul_([local_part(grad) for grad in grads], scale)
     return norm
 
 
@@ -52,12 +54,9 @@ def _layout(grad: Tensor) -> _Layout | None:
 
 def _squared_norm(grads: list[Tensor], layout: _Layout | None) -> Tensor:
     """Return the sum of squares [] (float64) of gradients that are laid out alike."""
-    total = torch.stack(torch._foreach_norm(_local(grads))).double().square().sum()
+    norms = torch._foreach_norm([local_part(grad) for grad in grads])
+    total = torch.stack(norms).double().square().sum()
     if layout is not None:
         for dim in layout.sharded:
             dist.all_reduce(total, group=layout.mesh.get_group(dim))
     return total
-
-
-def _local(grads: list[Tensor]) -> list[Tensor]:
-    return [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]

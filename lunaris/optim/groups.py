@@ -2,45 +2,33 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from lunaris.model.roles import Role, parameter_roles
+from lunaris.model.roles import Role, parameters_in
 
 
-@dataclass
-class ParameterGroups:
-    """A model's trainable parameters by role, each in the order of `named_parameters`.
+def parameter_groups(
+    model: nn.Module, learning_rate: float, weight_decay: float, router_lr_scale: float
+) -> dict[str, dict[str, Any]]:
+    """Return an optimizer's groups of the trainable parameters, each parameter once.
 
-    matrices: the linear maps of the blocks, stacked experts among them. embeddings: the token
-    embedding and an untied head. norms: the scales of the norms. routers: the routers' weights.
+    `matrices` (of the blocks, stacked experts among them), `embeddings` (and an untied head) and
+    `routers` decay, `norms` (and biases) do not. Routers learn at `router_lr_scale` times the rate.
+    `peak_lr` is a group's rate before the schedule. Raises UserError for a parameter without role.
     """
-
-    matrices: list[nn.Parameter]
-    embeddings: list[nn.Parameter]
-    norms: list[nn.Parameter]
-    routers: list[nn.Parameter]
-
-
-def group_by_role(model: nn.Module) -> ParameterGroups:
-    """Group the trainable parameters of `model` by their role; a tied parameter is taken once.
-
-    Raises UserError for a parameter without a role.
-    """
-    roles = parameter_roles(model)
-
-    def of(role: Role) -> list[nn.Parameter]:
-        named = model.named_parameters()
-        return [p for name, p in named if p.requires_grad and roles[name] & role]
-
-    return ParameterGroups(
-        matrices=of(Role.MATRIX | Role.EXPERT),
-        embeddings=of(Role.EMBEDDING),
-        norms=of(Role.NORM),
-        routers=of(Role.ROUTER),
-    )
+    groups = {}
+    for name, role, decay, rate in (
+        ("matrices", Role.MATRIX | Role.EXPERT, weight_decay, learning_rate),
+        ("embeddings", Role.EMBEDDING, weight_decay, learning_rate),
+        ("norms", Role.NORM | Role.BIAS, 0.0, learning_rate),
+        ("routers", Role.ROUTER, weight_decay, learning_rate * router_lr_scale),
+    ):
+        params = [p for p in parameters_in(model, role) if p.requires_grad]
+        groups[name] = {"params": params, "weight_decay": decay, "lr": rate, "peak_lr": rate}
+    return groups
 
 
 def by_layout(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:

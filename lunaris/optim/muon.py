@@ -6,14 +6,14 @@ learning rate and weight decay is that of arXiv 2502.16982, section 2.2.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from lunaris.optim.groups import group_by_role
+from lunaris.optim.groups import parameter_groups
 
 # The quintic polynomial that moves all singular values in (0, 1] towards 1 (Muon's post).
 _A, _B, _C = 3.4445, -4.7750, 2.0315
@@ -42,31 +42,37 @@ class Muon(torch.optim.Optimizer):
     The update of a [rows, columns] matrix is scaled by 0.2 · sqrt(max(rows, columns)), which
     gives it the root mean square of an AdamW update. A sharded (DTensor) momentum is gathered for
     the iteration and its result sharded again, so the numbers do not depend on the sharding.
+
+    Where `found_inf` ([] float32 on the device, as torch's gradient scaler sets it) is 1, a step
+    changes no bit of weights and state, without waiting for the device.
     """
 
-    def __init__(self, groups: list[dict[str, Any]], **defaults: Any) -> None:
-        super().__init__(groups, defaults)
+    _step_supports_amp_scaling = True
+    found_inf: Tensor | None = None
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
-        """Take one step on every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Take one step on every parameter that has a gradient; closures are not supported."""
         for group in self.param_groups:
             update = self._adamw if group["adamw"] else self._muon
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    update(parameter, group)
-        return loss
+                    update(parameter, group, self._skip(parameter))
 
-    def _muon(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _skip(self, parameter: nn.Parameter) -> Tensor:
+        """Return whether the step is skipped ([] bool), on the device of `parameter`."""
+        if self.found_inf is None:
+            return torch.zeros((), dtype=torch.bool, device=parameter.device)
+        return self.found_inf.to(parameter.device, non_blocking=True).bool()
+
+    def _muon(self, parameter: nn.Parameter, group: dict[str, Any], skip: Tensor) -> None:
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        grad, momentum = parameter.grad, state["momentum"]
-        assert grad is not None
+        momentum = state["momentum"]
+        assert parameter.grad is not None
+        # Its own momentum as the gradient leaves the momentum as it is.
+        grad = torch.where(skip, momentum, parameter.grad)
         momentum.lerp_(grad, 1 - group["momentum"])
         nesterov = grad.lerp(momentum, group["momentum"])
         full = nesterov.full_tensor() if isinstance(nesterov, DTensor) else nesterov
@@ -77,24 +83,30 @@ class Muon(torch.optim.Optimizer):
             update = distribute_tensor(
                 update, nesterov.device_mesh, nesterov.placements, src_data_rank=None
             )
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
-        parameter.add_(update, alpha=-group["lr"] * scale)
+        parameter.mul_(torch.where(skip, 1.0, 1 - group["lr"] * group["weight_decay"]))
+        # A negative factor makes it -0.0, which changes no bit of what it is added to.
+        parameter.add_(torch.where(skip, 0.0, update), alpha=-group["lr"] * scale)
 
-    def _adamw(self, parameter: nn.Parameter, group: dict[str, Any]) -> None:
+    def _adamw(self, parameter: nn.Parameter, group: dict[str, Any], skip: Tensor) -> None:
         state = self.state[parameter]
         if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
+            device = parameter.device
+            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
             state["exp_avg"] = torch.zeros_like(parameter)
             state["exp_avg_sq"] = torch.zeros_like(parameter)
         beta1, beta2 = group["betas"]
         grad, mean, square = parameter.grad, state["exp_avg"], state["exp_avg_sq"]
-        state["step"] += 1
-        step = state["step"].item()
-        mean.lerp_(grad, 1 - beta1)
-        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        parameter.mul_(1 - group["lr"] * group["weight_decay"])
+        assert grad is not None
+        state["step"] += ~skip
+        # At least 1: the first step of all may be skipped.
+        step = state["step"].clamp(min=1).double()
+        mean.lerp_(torch.where(skip, mean, grad), 1 - beta1)
+        grad = torch.where(skip, 0.0, grad)
+        square.mul_(torch.where(skip, 1.0, beta2)).addcmul_(grad, grad, value=1 - beta2)
+        parameter.mul_(torch.where(skip, 1.0, 1 - group["lr"] * group["weight_decay"]))
         denominator = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        parameter.addcdiv_(mean, denominator, value=-group["lr"] / (1 - beta1**step))
+        update = (mean * (-group["lr"] / (1 - beta1**step))).div_(denominator)
+        parameter.add_(torch.where(skip, -0.0, update))
 
 
 def build_muon(
@@ -110,19 +122,11 @@ def build_muon(
 ) -> torch.optim.Optimizer:
     """Return Muon over the matrices and stacked experts of `model`, AdamW over the rest.
 
-    Matrices, embeddings and routers decay; norms do not. Routers learn at `router_lr_scale` times
-    the rate. A group's `peak_lr` is its rate before the schedule.
+    Its groups are those of `parameter_groups`.
     """
-    found = group_by_role(model)
-    rows = [
-        (found.matrices, False, weight_decay, learning_rate),
-        (found.embeddings, True, weight_decay, learning_rate),
-        (found.norms, True, 0.0, learning_rate),
-        (found.routers, True, weight_decay, learning_rate * router_lr_scale),
-    ]
+    found = parameter_groups(model, learning_rate, weight_decay, router_lr_scale)
     groups = [
-        {"params": params, "adamw": adamw, "weight_decay": decay, "lr": rate, "peak_lr": rate}
-        for params, adamw, decay, rate in rows
-        if params
+        group | {"adamw": name != "matrices"} for name, group in found.items() if group["params"]
     ]
-    return Muon(groups, betas=tuple(betas), eps=eps, momentum=momentum, ns_steps=ns_steps)
+    defaults = {"betas": tuple(betas), "eps": eps, "momentum": momentum, "ns_steps": ns_steps}
+    return Muon(groups, defaults)

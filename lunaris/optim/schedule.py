@@ -35,7 +35,6 @@ class Cosine(Constant):
     min_lr_ratio: float = 0.1
 
     def after_warmup(self, step: int) -> float:
-        """Return the multiplier past the warm-up."""
         span = max(1, self.max_steps - self.warmup_steps)
         progress = min(1.0, (step - self.warmup_steps) / span)
         return self.min_lr_ratio + (1 - self.min_lr_ratio) * 0.5 * (
@@ -50,7 +49,6 @@ class WSD(Cosine):
     decay_fraction: float = 0.2
 
     def after_warmup(self, step: int) -> float:
-        """Return the multiplier past the warm-up."""
         decay_steps = round(self.max_steps * self.decay_fraction)
         left = self.max_steps - step
         if left >= decay_steps:

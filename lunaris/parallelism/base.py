@@ -45,10 +45,18 @@ class Parallelism:
     ) -> nn.Module:
         """Return the module that the loop calls, built from a model on the meta device.
 
-        Memory is allocated for this process's part only, and filled by `model.init_weights(seed)`,
-        with the same numbers under every parallelism. compile: torch.compile each block.
+        A subclass replaces parameters by this process's part of them, then calls this method. It
+        allocates memory for them and fills it by `model.init_weights(seed)`, with the same numbers
+        under every parallelism. compile: torch.compile each block.
         """
-        raise NotImplementedError
+        model.to_empty(device=self.device)
+        model.init_weights(seed)  # type: ignore[operator]
+        if compile:
+            # Blocks are alike: one compilation serves all. The modules are not compiled, so that
+            # parameter names do not change and FSDP's hooks run outside the compiled region.
+            for block in unwrap(model).units():
+                block.forward = torch.compile(block.forward)
+        return model
 
     def micro_step(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Return the context of one micro-step's forward and backward.
@@ -83,19 +91,3 @@ class Parallelism:
 def unwrap(model: nn.Module) -> Transformer:
     """Return the Transformer inside what `wrap` returned: itself, for every parallelism here."""
     return cast("Transformer", model)
-
-
-def materialize(model: nn.Module, device: torch.device, seed: int) -> None:
-    """Allocate memory on `device` for a model on the meta device; draw its weights from `seed`."""
-    model.to_empty(device=device)
-    model.init_weights(seed)  # type: ignore[operator]
-
-
-def compile_blocks(model: nn.Module) -> None:
-    """Compile each block's forward method; blocks are alike, so one compilation serves all.
-
-    The module is not compiled, so that parameter names do not change and FSDP's hooks run outside
-    the compiled region.
-    """
-    for block in unwrap(model).blocks:
-        block.forward = torch.compile(block.forward)

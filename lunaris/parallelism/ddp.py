@@ -11,8 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from lunaris.distributed import session
 from lunaris.distributed.mesh import Mesh
-from lunaris.parallelism.base import Parallelism, compile_blocks, materialize
-from lunaris.parallelism.expert import expert_grads, scale_expert_grads, shard_experts
+from lunaris.parallelism.base import Parallelism
+from lunaris.parallelism.expert import reduce_expert_grads, shard_experts
 from lunaris.parallelism.reducer import Reducer
 from lunaris.precision import Precision
 
@@ -32,15 +32,13 @@ class DDP(Parallelism):
     def wrap(
         self, model: nn.Module, *, precision: Precision, seed: int, compile: bool
     ) -> nn.Module:
-        """Allocate this process's parameters on the device and draw their values."""
+        """Shard the experts, if they are to be, and average the gradients of the rest."""
         if self.mesh.expert > 1:
             mesh = self.mesh.device_mesh(self.device.type, "replicate", "expert")
             self._replicas = mesh.get_group("replicate")
             shard_experts(model, mesh["expert"], compile)
         # No broadcast: every process draws the same weights and updates buffers by the same sums.
-        materialize(model, self.device, seed)
-        if compile:
-            compile_blocks(model)
+        model = super().wrap(model, precision=precision, seed=seed, compile=compile)
         if self.data_world_size > 1:
             replicated = [p for p in model.parameters() if not isinstance(p, DTensor)]
             self._reducer = Reducer(replicated)
@@ -57,14 +55,4 @@ class DDP(Parallelism):
         if reducer is not None:
             reducer.finish()
         if last and self._replicas is not None:
-            self._sum_experts(model)
-            scale_expert_grads(model, 1 / self.data_world_size)
-
-    def _sum_experts(self, model: nn.Module) -> None:
-        """Sum the experts' gradients over the processes that have the same experts."""
-        pending = [
-            dist.all_reduce(grad, group=self._replicas, async_op=True)
-            for grad in expert_grads(model)
-        ]
-        for work in pending:
-            work.wait()
+            reduce_expert_grads(model, 1 / self.data_world_size, self._replicas)

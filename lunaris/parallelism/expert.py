@@ -10,6 +10,7 @@ Legend: E experts, P processes of an expert group, T tokens of this process, R t
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,11 +24,6 @@ from lunaris.model.layers import compute_dtype
 from lunaris.model.roles import Role, modules_with
 
 
-def expert_modules(model: nn.Module) -> list[nn.Module]:
-    """Return the modules that hold stacked experts, in the model's order."""
-    return modules_with(model, Role.EXPERT)
-
-
 def shard_experts(model: nn.Module, mesh: DeviceMesh, compile: bool) -> None:
     """Shard every layer's experts over the one-dimensional `mesh`; the model is still on meta.
 
@@ -36,7 +32,7 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, compile: bool) -> None:
     Raises UserError if P does not divide E.
     """
     parts, part = mesh.size(), mesh.get_local_rank()
-    for experts in expert_modules(model):
+    for experts in modules_with(model, Role.EXPERT):
         for name, parameter in list(experts.named_parameters(recurse=False)):
             count = parameter.size(0)
             if count % parts:
@@ -46,58 +42,53 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, compile: bool) -> None:
             local = parameter.detach().chunk(parts)[part]
             sharded = DTensor.from_local(local.contiguous(), mesh, [Shard(0)], run_check=False)
             experts.register_parameter(name, nn.Parameter(sharded))
-        exchange = _Exchange(experts.forward, mesh.get_group())
+        exchange = partial(_exchange, experts.forward, mesh.get_group())
         # Not compiled: its sizes change with every batch, and it runs collectives.
         experts.forward = torch.compiler.disable(exchange) if compile else exchange
 
 
 @torch.no_grad()
-def scale_expert_grads(model: nn.Module, factor: float) -> None:
-    """Scale the gradients of sharded experts in place.
+def reduce_expert_grads(
+    model: nn.Module, factor: float, replicas: dist.ProcessGroup | None = None
+) -> None:
+    """Sum the gradients of sharded experts over `replicas`, then scale them, in place.
 
     The gradient of an expert sums over the tokens of all processes of its group, other gradients
     over those of one process; `factor` turns such sums into the average over the data ranks.
+    replicas: the processes that have the same experts; None where the sum is taken already.
     """
-    grads = expert_grads(model)
+    found = [p.grad for m in modules_with(model, Role.EXPERT) for p in m.parameters()]
+    grads = [grad.to_local() for grad in found if isinstance(grad, DTensor)]
+    if replicas is not None:
+        pending = [dist.all_reduce(grad, group=replicas, async_op=True) for grad in grads]
+        for work in pending:
+            work.wait()
     if grads:
         torch._foreach_mul_(grads, factor)
 
 
-def expert_grads(model: nn.Module) -> list[Tensor]:
-    """Return this process's part of the gradients of sharded experts."""
-    found = (p.grad for module in expert_modules(model) for p in module.parameters())
-    return [grad.to_local() for grad in found if isinstance(grad, DTensor)]
+def _exchange(
+    forward: Callable[[Tensor, Tensor], Tensor], group: dist.ProcessGroup, x: Tensor, counts: Tensor
+) -> Tensor:
+    """Return the experts' outputs [T, D] for tokens `x` [T, D] sorted by expert.
 
+    forward: computes the local experts. counts: [E] tokens of each expert, T or fewer in all; rows
+    past their sum give zeros. The host must know the sizes of the exchange, so this waits for the
+    device once.
+    """
+    # [P, E/P]: row p has the numbers of tokens sent to, and received from, process p.
+    sent = counts.view(dist.get_world_size(group), -1).contiguous()
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent, group=group)
+    send, receive = torch.stack([sent.sum(1), received.sum(1)]).tolist()
 
-class _Exchange:
-    """The forward of a module of experts that sends every token to its expert and back."""
-
-    def __init__(
-        self, forward: Callable[[Tensor, Tensor], Tensor], group: dist.ProcessGroup
-    ) -> None:
-        self._forward = forward
-        self._group = group
-        self._parts = dist.get_world_size(group)
-
-    def __call__(self, x: Tensor, counts: Tensor) -> Tensor:
-        """Return the experts' outputs [T, D] for tokens `x` [T, D] sorted by expert.
-
-        counts: [E] tokens of each expert, T or fewer in all; rows past their sum give zeros. The
-        host must know the sizes of the exchange, so this waits for the device once.
-        """
-        # [P, E/P]: row p has the numbers of tokens sent to, and received from, process p.
-        sent = counts.view(self._parts, -1).contiguous()
-        received = torch.empty_like(sent)
-        dist.all_to_all_single(received, sent, group=self._group)
-        send, receive = torch.stack([sent.sum(1), received.sum(1)]).tolist()
-
-        rows = x[: sum(send)].to(compute_dtype(x))
-        arrived = _AllToAll.apply(rows, receive, send, self._group)  # [R, D]
-        order = _by_expert(received, len(arrived))
-        out = self._forward(arrived.index_select(0, order), received.sum(0))
-        back = torch.empty_like(out).index_copy(0, order, out)
-        mine = _AllToAll.apply(back, send, receive, self._group)
-        return torch.cat([mine, mine.new_zeros(len(x) - len(mine), mine.size(1))])
+    rows = x[: sum(send)].to(compute_dtype(x))
+    arrived = _AllToAll.apply(rows, receive, send, group)  # [R, D]
+    order = _by_expert(received, len(arrived))
+    out = forward(arrived.index_select(0, order), received.sum(0))
+    back = torch.empty_like(out).index_copy(0, order, out)
+    mine = _AllToAll.apply(back, send, receive, group)
+    return torch.cat([mine, mine.new_zeros(len(x) - len(mine), mine.size(1))])
 
 
 def _by_expert(received: Tensor, total: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -14,13 +15,9 @@ from torch.distributed.tensor import Shard
 
 from lunaris.distributed import session
 from lunaris.distributed.mesh import Mesh
-from lunaris.model.roles import Role, parameters_in
-from lunaris.parallelism.base import Parallelism, compile_blocks, materialize
-from lunaris.parallelism.expert import (
-    expert_modules,
-    scale_expert_grads,
-    shard_experts,
-)
+from lunaris.model.roles import Role, modules_with, parameters_in
+from lunaris.parallelism.base import Parallelism, unwrap
+from lunaris.parallelism.expert import reduce_expert_grads, shard_experts
 from lunaris.precision import Precision
 
 
@@ -30,9 +27,9 @@ class FSDP(Parallelism):
     A block's parameters are gathered while it computes. In bf16 and fp16 its matrices are cast
     before they are gathered, which halves the traffic; gradients are reduced in float32. Parameters
     that autocast reads in float32 are not cast: embeddings and the head are gathered in float32;
-    norms and routers inside blocks, a few thousandths of the parameters, are not sharded at all,
-    since a separate gather of them in each block would cost more than it saves. The numbers are
-    those of autocast without sharding.
+    norms, biases and routers inside blocks, a few thousandths of the parameters, are not sharded at
+    all, since a separate gather of them in each block would cost more than it saves. The numbers
+    are those of autocast without sharding.
     """
 
     def __init__(
@@ -59,25 +56,37 @@ class FSDP(Parallelism):
         meshes = self.mesh.sharded_meshes(self.device.type)
         if meshes.expert is not None:
             shard_experts(model, meshes.expert, compile)
-        if compile:
-            compile_blocks(model)
         half = None if precision.dtype == torch.float32 else precision.dtype
-        exact = set() if half is None else set(_read_exactly(model.blocks))  # type: ignore[arg-type]
+        units = unwrap(model).units()
+        exact = set() if half is None else set(_read_exactly(units))
         # Autocast decides the dtype of activations between blocks, as without sharding.
         inside = MixedPrecisionPolicy(
             param_dtype=half, reduce_dtype=torch.float32, cast_forward_inputs=False
         )
         around = MixedPrecisionPolicy(cast_forward_inputs=False)
-        for block in model.blocks:  # type: ignore[union-attr]
+
+        def shard(
+            module: nn.Module, mesh: DeviceMesh, reshard: bool, policy: MixedPrecisionPolicy
+        ) -> None:
+            fully_shard(
+                module,
+                mesh=mesh,
+                reshard_after_forward=reshard,
+                shard_placement_fn=lambda parameter: _placement(parameter, mesh.size(-1)),
+                mp_policy=policy,
+                ignored_params=exact,
+            )
+
+        for block in units:
             if meshes.expert is not None:
-                for experts in expert_modules(block):
-                    _shard(experts, meshes.within_expert, self._reshard, inside, exact)
-            _shard(block, meshes.dense, self._reshard, inside, exact)
+                for experts in modules_with(block, Role.EXPERT):
+                    shard(experts, meshes.within_expert, self._reshard, inside)
+            shard(block, meshes.dense, self._reshard, inside)
         # The root's parameters stay gathered: the backward, which follows, needs them first.
-        _shard(model, meshes.dense, False, around, exact)
-        materialize(model, self.device, seed)
+        shard(model, meshes.dense, False, around)
+        model = super().wrap(model, precision=precision, seed=seed, compile=compile)
         if half is not None:
-            self._replicated = _read_exactly(model.blocks)  # type: ignore[arg-type]
+            self._replicated = _read_exactly(units)
         return model
 
     @contextmanager
@@ -96,7 +105,7 @@ class FSDP(Parallelism):
         if self._replicated and self.data_world_size > 1:
             _average([p.grad for p in self._replicated if p.grad is not None], self.data_world_size)
         if self.mesh.expert > 1:
-            scale_expert_grads(model, 1 / self.mesh.expert)
+            reduce_expert_grads(model, 1 / self.mesh.expert)
 
 
 class HSDP(FSDP):
@@ -106,41 +115,14 @@ class HSDP(FSDP):
     shards are exchanged across groups.
     """
 
-    def __init__(
-        self,
-        *,
-        expert_parallel: int = 1,
-        reshard_after_forward: bool = True,
-        shard_size: int | None = None,
-    ) -> None:
-        """shard_size: None takes the processes of one machine; otherwise as for FSDP."""
-        super().__init__(
-            expert_parallel=expert_parallel,
-            reshard_after_forward=reshard_after_forward,
-            shard_size=shard_size or session.local_world_size(),
-        )
+    def __init__(self, *, shard_size: int | None = None, **keys: Any) -> None:
+        """shard_size: None takes the processes of one machine. keys: as for FSDP."""
+        super().__init__(shard_size=shard_size or session.local_world_size(), **keys)
 
 
-def _shard(
-    module: nn.Module,
-    mesh: DeviceMesh,
-    reshard: bool,
-    policy: MixedPrecisionPolicy,
-    ignored: set[nn.Parameter],
-) -> None:
-    fully_shard(
-        module,
-        mesh=mesh,
-        reshard_after_forward=reshard,
-        shard_placement_fn=lambda parameter: _placement(parameter, mesh.size(-1)),
-        mp_policy=policy,
-        ignored_params=ignored,
-    )
-
-
-def _read_exactly(blocks: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters that autocast reads in float32: the blocks' routers and norms."""
-    return parameters_in(blocks, Role.ROUTER | Role.NORM)
+def _read_exactly(units: list[nn.Module]) -> list[nn.Parameter]:
+    """Return what autocast reads in float32: the blocks' routers, norms and biases."""
+    return parameters_in(nn.ModuleList(units), Role.ROUTER | Role.NORM | Role.BIAS)
 
 
 @torch.no_grad()

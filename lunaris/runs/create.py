@@ -11,6 +11,7 @@ from lunaris.config.schema.launch import LocalLaunchConfig
 from lunaris.config.schema.root import Config
 from lunaris.errors import UserError
 from lunaris.runs import provenance
+from lunaris.runs.facts import checkpoint_folders
 from lunaris.runs.run_dir import RunDir
 
 
@@ -26,10 +27,15 @@ def create(cfg: Config, command: str, overrides: list[str]) -> RunDir:
     refuse_other_config(run_dir, cfg)
     try:
         run_dir.logs.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"out_dir={cfg.out_dir}: cannot be created: {error.strerror}") from error
-    try:
-        _write(run_dir, cfg, command, overrides)
+        with run_dir.lock():
+            run_dir.set_aside_damaged()
+            replace_file(run_dir.config_path, to_yaml(cfg))
+            old, new = run_dir.read_provenance(), provenance.collect(command, overrides)
+            write_json(run_dir.provenance_path, provenance.update(old, new))
+            if not run_dir.read_status():
+                run_dir.write_status(
+                    state="queued", step=0, attempts=0, max_steps=cfg.trainer.max_steps
+                )
     except OSError as error:
         raise UserError(f"out_dir={cfg.out_dir}: cannot be written: {error.strerror}") from error
     return run_dir
@@ -42,23 +48,22 @@ def take_world_size(cfg: Config) -> None:
 
 
 def refuse_other_config(run_dir: RunDir, cfg: Config) -> None:
-    """Raise UserError when a folder holds a run of another identity than `cfg`."""
-    if not run_dir.config_path.is_file():
+    """Raise UserError when a folder holds a run of another identity than `cfg`.
+
+    The copy of the config in the newest checkpoint decides, and config.yaml where there is none.
+    """
+    run_dir.check_kinds()
+    saved = run_dir.saved_config()
+    if saved is None and not run_dir.config_path.is_file():
+        if checkpoint_folders(run_dir.checkpoints):
+            raise UserError(
+                f"{run_dir.config_path}: missing, and no checkpoint has a copy of it; put it back, "
+                "or choose another `name=`"
+            )
         return
-    rows = differing(identity(run_dir.read_config()), identity(cfg))
+    rows = differing(identity(saved or run_dir.read_config()), identity(cfg))
     if rows:
         raise UserError(
             f"{run_dir.path}: holds a run of another config; choose another `name=`, or "
             "remove the folder. Differing keys:\n  " + "\n  ".join(rows)
         )
-
-
-def _write(run_dir: RunDir, cfg: Config, command: str, overrides: list[str]) -> None:
-    with run_dir.lock():
-        replace_file(run_dir.config_path, to_yaml(cfg))
-        old, new = run_dir.read_provenance(), provenance.collect(command, overrides)
-        write_json(run_dir.provenance_path, provenance.update(old, new))
-        if not run_dir.read_status():
-            run_dir.write_status(
-                state="queued", step=0, attempts=0, max_steps=cfg.trainer.max_steps
-            )

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from lunaris.atomic_files import replace_file
 from lunaris.errors import UserError
+from lunaris.runs.facts import newest_facts, sha256_of
 from lunaris.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def save_data_fingerprint(data: Data, run_dir: RunDir) -> None:
     if not _has_checkpoint(run_dir):
         saved.unlink(missing_ok=True)
     check_data_fingerprint(data, run_dir)
-    if path is not None and not saved.is_file():
+    if path is not None and sha256_of(saved) != sha256_of(path):
         replace_file(saved, path.read_bytes())
     if not _has_checkpoint(run_dir) or run_dir.noted("data") is None:
         run_dir.note(eot_id=data.eot_id, data=_digests(data))
@@ -36,14 +37,15 @@ def save_data_fingerprint(data: Data, run_dir: RunDir) -> None:
 def check_data_fingerprint(data: Data, run_dir: RunDir) -> None:
     """Raise UserError when a run's checkpoints were trained on another tokenizer or other tokens.
 
-    The tokens are compared by `Data.digests`, which reads only a small part of them.
+    The tokens are compared by `Data.digests`, which reads only a small part of them, with those in
+    the newest checkpoint (`lunaris.runs.facts`), or where it has none, in provenance.json.
     """
     if not _has_checkpoint(run_dir):
         return
     check_tokenizer(data.tokenizer_path, run_dir)
-    old, new = run_dir.noted("data"), _digests(data)
+    old, new = _saved_digests(run_dir), _digests(data)
     # Compared by position: a folder may have moved, and only its content counts.
-    if not (isinstance(old, dict) and old and new) or list(old.values()) == list(new.values()):
+    if not (old and new) or list(old.values()) == list(new.values()):
         return
     changed = [name for name, digest in new.items() if digest not in old.values()]
     raise UserError(
@@ -55,12 +57,45 @@ def check_data_fingerprint(data: Data, run_dir: RunDir) -> None:
 
 def check_tokenizer(path: Path | None, run_dir: RunDir) -> None:
     """Raise UserError when data was made with another tokenizer than the run's."""
+    facts = newest_facts(run_dir.checkpoints)
     saved = run_dir.tokenizer_path
-    if path is None or not saved.is_file() or path.read_bytes() == saved.read_bytes():
+    expected = (facts.tokenizer if facts else None) or sha256_of(saved)
+    if path is None or expected is None or sha256_of(path) == expected:
         return
     raise UserError(
         f"{path}: another tokenizer than the run's, {saved}: the same ids would mean other text"
     )
+
+
+def intact_tokenizer(run_dir: RunDir) -> Path:
+    """Return the run's tokenizer.json. Raises UserError when it is absent or not the run's own."""
+    path = run_dir.tokenizer_path
+    if not path.is_file():
+        raise UserError(f"{path}: missing; a run on data without a tokenizer cannot generate text")
+    facts = newest_facts(run_dir.checkpoints)
+    if facts is not None and facts.tokenizer not in (None, sha256_of(path)):
+        raise UserError(
+            f"{path}: damaged: not the tokenizer that the run was trained with; `lunaris resume` "
+            "copies it again from the data"
+        )
+    return path
+
+
+def _saved_digests(run_dir: RunDir) -> dict[str, str] | None:
+    """Return the digests that a run was trained on. Raises UserError when they were damaged."""
+    facts = newest_facts(run_dir.checkpoints)
+    if facts is not None:
+        return facts.data
+    digests: dict[str, str] | None = run_dir.noted("data")
+    aside = run_dir.provenance_path.with_name("provenance.json.damaged")
+    damaged = run_dir.provenance_path if run_dir.fault_of("provenance.json") else aside
+    if digests is None and damaged.exists():
+        raise UserError(
+            f"{damaged}: cannot be read, and it held the fingerprint of the tokens that the "
+            "checkpoints were trained on; put an intact copy back as provenance.json, or remove "
+            "the file to train on with the tokens as they are"
+        )
+    return digests
 
 
 def _digests(data: Data) -> dict[str, str]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lunaris.errors import UserError
+from lunaris.runs.facts import checkpoint_folders
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.sweep_manifest import are_texts, read_points
 
@@ -26,8 +27,9 @@ class FoundRun:
 
 
 def is_run(folder: Path) -> bool:
-    """Return whether `folder` holds a run."""
-    return RunDir(folder).config_path.is_file()
+    """Return whether `folder` holds a run, whose config.yaml may be missing."""
+    run_dir = RunDir(folder)
+    return run_dir.config_path.exists() or bool(checkpoint_folders(run_dir.checkpoints))
 
 
 def is_sweep(folder: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -32,12 +33,8 @@ def collect(command: str, overrides: list[str]) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Return the host, its platform and the SLURM job of this process."""
-    slurm = {k: v for k, v in os.environ.items() if k.startswith("SLURM_JOB") or "ARRAY" in k}
-    return {
-        "host": socket.gethostname(),
-        "platform": platform.platform(),
-        "slurm": {k: v for k, v in sorted(slurm.items()) if k.startswith("SLURM_")},
-    }
+    slurm = {k: v for k, v in sorted(os.environ.items()) if re.match("SLURM_(JOB|.*ARRAY)", k)}
+    return {"host": socket.gethostname(), "platform": platform.platform(), "slurm": slurm}
 
 
 def update(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:

@@ -2,20 +2,64 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 from lunaris.atomic_files import FileInUse, file_lock, read_json, write_json
 from lunaris.errors import UserError
 from lunaris.runs import provenance
+from lunaris.runs.facts import checkpoint_folders, newest_facts
 
 if TYPE_CHECKING:
     from lunaris.config.schema.root import Config
+
+_log = logging.getLogger(__name__)
+_FILES = ("config.yaml", "provenance.json", "status.json", "metrics.jsonl", "tokenizer.json",
+          "loss.png", "model.pt", "wandb_id", ".lock", ".status.lock")  # fmt: skip
+_FOLDERS = ("checkpoints", "logs")
+
+
+def _is_map(value: object) -> bool:
+    return isinstance(value, dict)
+
+
+def _are(kind: type) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, list) and all(isinstance(item, kind) for item in value)
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+def _is_text_or_null(value: object) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_number_or_null(value: object) -> bool:
+    return value is None or type(value) in (int, float)
+
+
+# What the entries of the files must be; others, which a custom part may have written, pass.
+_STATUS: dict[str, Callable[[object], bool]] = {
+    "state": _is_text, "step": _is_count, "attempts": _is_count, "max_steps": _is_count,
+    "timeouts": _is_count, "job_id": _is_text_or_null, "job_log": _is_text_or_null,
+    "last_error": _is_text_or_null, "best_val_loss": _is_number_or_null, "time": _is_number_or_null,
+}  # fmt: skip
+_PROVENANCE: dict[str, Callable[[object], bool]] = {
+    "command": _is_text, "overrides": _are(str), "attempts": _are(dict), "earlier": _are(dict),
+    "data": lambda value: value is None or _is_map(value), "versions": _is_map, "slurm": _is_map,
+    "eot_id": lambda value: value is None or _is_count(value), "git": _is_map,
+}  # fmt: skip
+_RULES = {"status.json": _STATUS, "provenance.json": _PROVENANCE}
 
 
 class RunDir:
@@ -23,47 +67,99 @@ class RunDir:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-
-    @property
-    def config_path(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def metrics_path(self) -> Path:
-        return self.path / "metrics.jsonl"
-
-    @property
-    def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
-
-    @property
-    def tokenizer_path(self) -> Path:
-        """Return the path of the copy of the tokenizer that the run was trained with."""
-        return self.path / "tokenizer.json"
-
-    @property
-    def provenance_path(self) -> Path:
-        return self.path / "provenance.json"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
+        self.config_path = self.path / "config.yaml"
+        self.metrics_path = self.path / "metrics.jsonl"
+        self.checkpoints = self.path / "checkpoints"
+        # A copy of the tokenizer that the run was trained with.
+        self.tokenizer_path = self.path / "tokenizer.json"
+        self.provenance_path = self.path / "provenance.json"
+        self.logs = self.path / "logs"
 
     def read_config(self) -> Config:
         """Return the frozen config, brought to today's version.
 
-        Raises UserError unless the file is there, complete and allowed by the schemas.
+        Where config.yaml is missing or damaged, the copy in the newest checkpoint is taken. Raises
+        UserError when there is no config, when the schemas do not allow it, or when config.yaml has
+        other values than the checkpoints of this folder were trained with.
         """
         # Imported here: the table of runs answers without OmegaConf.
         from lunaris.config.frozen import read_config
 
+        self.check_kinds()
+        saved = self.saved_config()
         if not self.config_path.is_file():
+            if saved is not None:
+                _log.warning("%s: missing; its copy in a checkpoint is taken", self.config_path)
+                return saved
+            if checkpoint_folders(self.checkpoints):
+                raise UserError(f"{self.config_path}: missing, and no checkpoint has a copy of it")
             raise UserError(f"{self.path}: not a run's folder (it holds no config.yaml)")
-        return read_config(self.config_path)
+        try:
+            cfg = read_config(self.config_path)
+        except UserError as error:
+            if saved is None:
+                raise
+            _log.warning("%s; its copy in a checkpoint is taken", error)
+            return saved
+        self.refuse_other_identity(cfg, saved, "was edited: ", "put the old values back")
+        return cfg
+
+    def saved_config(self) -> Config | None:
+        """Return the copy of the config in the newest checkpoint that has an undamaged one."""
+        from lunaris.config.frozen import from_tree
+
+        facts = newest_facts(self.checkpoints)
+        return None if facts is None else from_tree(facts.config, facts.path)
+
+    def refuse_other_identity(
+        self, cfg: Config, saved: Config | None, found: str, remedy: str
+    ) -> None:
+        """Raise UserError when `cfg` would give a run other numbers than the config `saved`."""
+        from lunaris.config.identity import differing, identity
+
+        rows = [] if saved is None else differing(identity(saved), identity(cfg))
+        if rows:
+            raise UserError(
+                f"{self.config_path}: {found}the checkpoints were trained with another config; "
+                f"{remedy}, or start a run with another `name=`. Differing keys:\n  "
+                + "\n  ".join(rows)
+            )
+
+    def check_kinds(self) -> None:
+        """Raise UserError for a folder where a file must be, and for a file in place of one."""
+        logs = [f"logs/{log.name}" for log in self.logs.glob("rank_*.log")]
+        for name in (*_FILES, *logs, *_FOLDERS):
+            path = self.path / name
+            if path.exists() and path.is_dir() != (name in _FOLDERS):
+                kinds = ("file", "folder") if name in _FOLDERS else ("folder", "file")
+                raise UserError(f"{path}: is a {kinds[0]}, must be a {kinds[1]}; move it away")
+
+    def set_aside_damaged(self) -> None:
+        """Rename what cannot be read of status.json and provenance.json, to be written anew.
+
+        Only the holder of the lock may call this.
+        """
+        for name in _RULES:
+            path = self.path / name
+            fault = self.fault_of(name)
+            if fault is not None:
+                path.replace(path.with_name(f"{name}.damaged"))
+                _log.warning("%s: %s; kept as %s.damaged and written anew", path, fault, name)
+
+    def fault_of(self, name: str) -> str | None:
+        """Return what is wrong with status.json or provenance.json, or None; absent is not."""
+        path = self.path / name
+        if not path.exists():
+            return None
+        content = read_json(path)
+        if not content:
+            return "cannot be read"
+        wrong = [key for key in content if not _fits(name, key, content[key])]
+        return f"holds a {wrong[0]} of a wrong type" if wrong else None
 
     def read_status(self) -> dict[str, Any]:
-        """Return status.json, or {} before the first write."""
-        return read_json(self.path / "status.json")
+        """Return status.json without entries of a wrong type, or {} before the first write."""
+        return self._read("status.json")
 
     def write_status(self, **changes: Any) -> None:
         """Merge `changes` into status.json and stamp the time (seconds since the epoch)."""
@@ -73,8 +169,8 @@ class RunDir:
             write_json(self.path / "status.json", status)
 
     def read_provenance(self) -> dict[str, Any]:
-        """Return provenance.json, or {} before the first write."""
-        return read_json(self.provenance_path)
+        """Return provenance.json without entries of a wrong type, or {} before the first write."""
+        return self._read("provenance.json")
 
     def note(self, **facts: Any) -> None:
         """Write facts into provenance.json under their names."""
@@ -84,6 +180,15 @@ class RunDir:
         """Return the fact that `note` wrote under a name, or None."""
         return self.read_provenance().get(name)
 
+    def left_out(self) -> list[tuple[int, int]]:
+        """Return the ranges of sequences, first and last, that `lunaris resume` left out."""
+        return [(row["first"], row["last"]) for row in self.noted("skip_sequences") or []]
+
+    def leave_out(self, first: int, last: int) -> None:
+        """Record that the run does not train on the sequences `first` to `last` from now on."""
+        row = {"first": first, "last": last, "time": time.time()}
+        self.note(skip_sequences=[*(self.noted("skip_sequences") or []), row])
+
     def record_attempt(self, world_size: int) -> int:
         """Append this start of the run to provenance.json; return how many there are now."""
         attempt = {"time": time.time(), "world_size": world_size, **provenance.machine()}
@@ -91,21 +196,28 @@ class RunDir:
         self.note(attempts=attempts)
         return len(attempts)
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Lock the folder for this job. Raises UserError while another job has the lock.
+    def _read(self, name: str) -> dict[str, Any]:
+        content = read_json(self.path / name)
+        return {key: value for key, value in content.items() if _fits(name, key, value)}
 
-        The kernel releases the lock when the process ends, however it ends.
+    def lock(self) -> TextIO:
+        """Lock the folder for this job, until the returned file is closed or the process ends.
+
+        Raises UserError while another job has the lock.
         """
-        with ExitStack() as stack:
-            try:
-                file = stack.enter_context(file_lock(self.path / ".lock", wait=False))
-            except FileInUse as error:
-                raise UserError(
-                    f"{self.path}: in use by {error or 'another process'}; only one job at a "
-                    "time can write a folder"
-                ) from error
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            yield
+        try:
+            file = file_lock(self.path / ".lock", wait=False)
+        except FileInUse as error:
+            raise UserError(
+                f"{self.path}: in use by {error or 'another process'}; only one job at a "
+                "time can write a folder"
+            ) from error
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        return file
+
+
+def _fits(file: str, key: str, value: object) -> bool:
+    rule = _RULES[file].get(key)
+    return rule is None or rule(value)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import signal
 import subprocess
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,8 @@ from dataclasses import dataclass
 
 LOCAL = "local-"
 _TIMEOUT_S = 30
+_SQUEUE = ("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r", "-j")
+_SACCT = ("sacct", "-n", "-P", "-X", "-o", "JobID,State,ExitCode", "-j")
 
 
 @dataclass(frozen=True)
@@ -32,12 +33,11 @@ def ask_slurm(job_ids: Iterable[str]) -> dict[str, JobState]:
     Element 3 of array 7 is "7_3".
     """
     wanted = set(job_ids)
-    found = _squeue(wanted) if wanted else {}
+    found = _ask(_SQUEUE, wanted) if wanted else {}
     forgotten = {i for i in wanted if _record_of(i, found) is None}
     if forgotten:
-        found = _sacct(forgotten) | found
-    records = {i: _record_of(i, found) for i in sorted(wanted)}
-    return {i: record for i, record in records.items() if record is not None}
+        found = _ask(_SACCT, forgotten) | found
+    return {i: record for i in sorted(wanted) if (record := _record_of(i, found)) is not None}
 
 
 def current_job_id() -> str | None:
@@ -84,11 +84,8 @@ def _terminate_family(root: int) -> None:
     done = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True)
     parent = {int(pid): int(ppid) for pid, ppid in map(str.split, done.stdout.splitlines())}
     family = {root}
-    while True:
-        grown = family | {pid for pid, ppid in parent.items() if ppid in family}
-        if grown == family:
-            break
-        family = grown
+    while children := {pid for pid, ppid in parent.items() if ppid in family} - family:
+        family |= children
     for pid in sorted(family & parent.keys()):
         try:
             os.kill(pid, signal.SIGTERM)
@@ -96,28 +93,13 @@ def _terminate_family(root: int) -> None:
             pass
 
 
-def _squeue(wanted: set[str]) -> dict[str, JobState]:
-    done = _client("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r", "-j", _base_ids(wanted))
+def _ask(command: tuple[str, ...], wanted: set[str]) -> dict[str, JobState]:
+    """Return the states in the lines of `id|STATE|reason` that a command prints of jobs."""
+    done = _client(*command, ",".join(sorted({i.partition("_")[0] for i in wanted})))
     if done is None or done.returncode:
-        return {}  # SLURM is not installed here, or it has forgotten all of these jobs.
-    return _parse(done.stdout)
-
-
-def _sacct(wanted: set[str]) -> dict[str, JobState]:
-    done = _client("sacct", "-n", "-P", "-X", "-o", "JobID,State,ExitCode", "-j", _base_ids(wanted))
-    if done is None or done.returncode:
-        return {}  # The cluster has no accounting.
-    return _parse(done.stdout)
-
-
-def _base_ids(job_ids: set[str]) -> str:
-    return ",".join(sorted({i.partition("_")[0] for i in job_ids}))
-
-
-def _parse(text: str) -> dict[str, JobState]:
-    """Read lines of `id|STATE|reason`."""
+        return {}  # There is no SLURM or no accounting, or it has forgotten all of these jobs.
     found = {}
-    for line in text.splitlines():
+    for line in done.stdout.splitlines():
         job_id, state, reason = (line.split("|") + ["", ""])[:3]
         reason = "" if reason in ("None", "0:0") else reason
         for element in _elements(job_id.strip()):
@@ -144,11 +126,7 @@ def _record_of(job_id: str, found: dict[str, JobState]) -> JobState | None:
 
 
 def _client(*command: str) -> subprocess.CompletedProcess[str] | None:
-    if shutil.which(command[0]) is None:
-        return None
     try:
-        return subprocess.run(
-            command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-        )
-    except subprocess.TimeoutExpired:
+        return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+    except (OSError, subprocess.TimeoutExpired):
         return None

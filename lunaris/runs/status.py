@@ -113,7 +113,8 @@ def resolve_state(path: Path, status: dict[str, Any], job: JobState | None) -> R
 
 def logs_of(path: Path, status: dict[str, Any]) -> list[Path]:
     """Return the logs of a run, the most informative first: those of its ranks, then its job's."""
-    ranks = sorted((path / "logs").glob("rank_*.log"), key=lambda log: (len(log.name), log.name))
+    files = (log for log in (path / "logs").glob("rank_*.log") if log.is_file())
+    ranks = sorted(files, key=lambda log: (len(log.name), log.name))
     job = Path(status["job_log"]) if status.get("job_log") else None
     return ranks + ([job] if job is not None and job.is_file() else [])
 
@@ -149,33 +150,32 @@ def _died(status: dict[str, Any], ended: str | None) -> RunState:
 
 
 def _from_log(status: dict[str, Any]) -> str | None:
-    text = _last_attempt(Path(status["job_log"])) if status.get("job_log") else ""
-    return next((state for pattern, state in _IN_LOG if re.search(pattern, text)), None)
-
-
-def _last_attempt(job_log: Path) -> str:
+    """Return the state that the job's log names for its last attempt, or None."""
+    job_log = Path(status.get("job_log") or "")
     try:
         with job_log.open("rb") as file:
             file.seek(max(0, job_log.stat().st_size - 65536))
             text = file.read().decode(errors="replace")
     except OSError:
-        return ""
+        return None
     # A requeued job appends to the same file.
-    return text.rpartition("Starting with JobEnvironment")[2] or text
+    text = text.rpartition("Starting with JobEnvironment")[2] or text
+    return next((state for pattern, state in _IN_LOG if re.search(pattern, text)), None)
 
 
 def _has_process(path: Path, status: dict[str, Any]) -> bool:
     """Return whether a run without a SLURM job still has its process, as far as is known here."""
     job_id = status.get("job_id") or ""
     if job_id.startswith(LOCAL):
-        return is_process(int(job_id.removeprefix(LOCAL)))
+        number = job_id.removeprefix(LOCAL)
+        return number.isdecimal() and is_process(int(number))
     if job_id or status.get("state") != "running":
         return False
     attempts = RunDir(path).noted("attempts") or [{}]
     if attempts[-1].get("host") != socket.gethostname():
         return True  # It runs on another machine, whose processes cannot be seen from here.
     try:
-        holder = re.match(r"process (\d+) ", (path / ".lock").read_text())
+        holder = re.match(r"process (\d+) ", (path / ".lock").read_text(errors="replace"))
     except OSError:
         return False
     return holder is not None and is_process(int(holder[1]))

@@ -47,7 +47,12 @@ def read_points(folder: Path) -> list[ManifestPoint] | None:
     rows = read_json(folder / _NAME).get("points")
     if not isinstance(rows, list):
         return None
-    return [_point(row) for row in rows if _is_point(row)]
+    known = ManifestPoint.__dataclass_fields__
+    return [
+        ManifestPoint(**{key: row[key] for key in row if key in known})
+        for row in rows
+        if _is_point(row)
+    ]
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -84,11 +89,6 @@ def write_points(folder: Path, command: str, points: Iterable[ManifestPoint]) ->
             "points": list(rows.values()),
         }
         write_json(folder / _NAME, content)
-
-
-def _point(row: dict[str, Any]) -> ManifestPoint:
-    known = {key: row[key] for key in ManifestPoint.__dataclass_fields__ if key in row}
-    return ManifestPoint(**known)
 
 
 def _is_point(row: object) -> TypeGuard[dict[str, Any]]:

@@ -38,7 +38,7 @@ from lunaris.metrics.throughput import peak_memory_gb
 from lunaris.objective.next_token import NextToken
 from lunaris.optim.adamw import build_adamw
 from lunaris.optim.clip import clip_grad_norm
-from lunaris.parallelism.base import Parallelism, materialize
+from lunaris.parallelism.base import Parallelism
 from lunaris.parallelism.ddp import DDP
 from lunaris.parallelism.fsdp import HSDP
 from lunaris.precision import Precision
@@ -60,8 +60,7 @@ class Replicate(Parallelism):
         for block in model.blocks:  # type: ignore[union-attr]
             replicate(block, mesh=mesh, mp_policy=policy)
         replicate(model, mesh=mesh, mp_policy=policy)
-        materialize(model, self.device, seed)
-        return model
+        return super().wrap(model, precision=precision, seed=seed, compile=compile)
 
     @contextmanager
     def micro_step(self, model: nn.Module, last: bool) -> Iterator[None]:

@@ -39,6 +39,35 @@ def test_samples_start_with_the_prompt_and_depend_only_on_the_seed(
     assert sample("--temperature", "0") == sample("--temperature", "0", "--seed", "5")
 
 
+@pytest.mark.slow
+def test_drafts_change_no_text(
+    tiny: Callable[..., Any],
+    run_here: Callable[[Any], RunDir],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    prepared("first", "one two three ", "[END]")
+    keys = ["data=shards", "data.dir=first", "moe=switch", "optimizer.learning_rate=1e-2"]
+    cfg = tiny(*keys, "objective=multi_token", "objective.depth=2", "trainer.max_steps=40")
+    folder = str(run_here(cfg).path)
+    plain = str(run_here(tiny(*keys, "trainer.max_steps=1", name="plain")).path)
+
+    def sample(*flags: str) -> str:
+        capsys.readouterr()
+        assert main([folder, "--prompt", "one two", "--samples", "2", *flags]) == 0
+        return capsys.readouterr().out
+
+    for flags in (["--temperature", "0"], ["--temperature", "1", "--top-k", "9"]):
+        assert sample("--speculative", *flags) == sample(*flags)
+    capsys.readouterr()
+    with pytest.raises(UserError, match="--speculative: .*objective=multi_token"):
+        main([plain, "--prompt", "one", "--speculative"])
+    monkeypatch.delattr("lunaris.model.cache.LayerCache.truncate")  # As a custom attention's.
+    with pytest.raises(UserError, match=r"--speculative: .* no method truncate\(length\)"):
+        main([folder, "--prompt", "one", "--speculative"])
+    assert capsys.readouterr().out == ""
+
+
 def prepared(folder: str, words: str, eot: str) -> None:
     """Make shards of documents of `words` whose tokenizer ends a text by an unusual token."""
     Path(folder).mkdir()

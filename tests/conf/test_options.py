@@ -17,6 +17,7 @@ OPTIONS = [(group, option.name) for group in groups() for option in options(grou
 EXPERIMENTS = [option.name for option in options(EXPERIMENT)]
 # What an option cannot know by itself.
 NEEDED = {
+    "attention=mla": ["model.norm=pre", "model.n_kv_heads=4"],
     "data=shards": ["data.dir=shards"],
     "data=text": ["data.dir=shards", "data.files=[a.txt]"],
     "data=hf": ["data.dir=shards", "data.datasets=owner/name"],

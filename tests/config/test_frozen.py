@@ -16,7 +16,7 @@ from lunaris.config import migrations
 from lunaris.config.compose import Source, compose
 from lunaris.config.frozen import read_config, to_yaml
 from lunaris.config.identity import differing, identity
-from lunaris.config.migrations import DefaultChanged, Removed, Renamed
+from lunaris.config.migrations import default_changed, removed, renamed
 from lunaris.errors import UserError
 
 COMMANDS = [
@@ -75,9 +75,9 @@ def test_migrations_rename_remove_and_keep_old_defaults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     rows = (
-        Renamed(8, "moe.experts", "moe.n_experts"),
-        Removed(8, "trainer.gone"),
-        DefaultChanged(9, "moe.aux_loss_weight", 0.5),
+        renamed(8, "moe.experts", "moe.n_experts"),
+        removed(8, "trainer.gone"),
+        default_changed(9, "moe.aux_loss_weight", 0.5),
     )
     monkeypatch.setattr(migrations, "MIGRATIONS", rows)
     monkeypatch.setattr(migrations, "VERSION", 9)
@@ -95,6 +95,45 @@ def test_migrations_rename_remove_and_keep_old_defaults(
     assert read_config(path).moe.aux_loss_weight == 0.5  # type: ignore[attr-defined]
     path.write_text(OmegaConf.to_yaml(tree | {"config_version": 9}))
     assert read_config(path).moe.aux_loss_weight == 0.01  # type: ignore[attr-defined]
+
+
+MASKED = ["data=shards", "data.dir=x", "data.document_masking=true", "moe.capacity_factor=1"]
+
+
+@pytest.mark.parametrize(
+    ("command", "balance", "capacity"),
+    [
+        ([], "sequence", "document"),
+        (MASKED, "sequence", "sequence"),
+        ([*MASKED, "moe.balancing=bias"], "global", "sequence"),
+        (["moe=top2", "moe.balancing=none"], "global", "document"),
+    ],
+    ids=["aux_loss", "aux_loss-masked", "bias-masked", "none"],
+)
+def test_version_2_counted_shares_and_capacity_in_each_sequence(
+    tmp_path: Path, command: list[str], balance: str, capacity: str
+) -> None:
+    tree: Any = OmegaConf.to_container(
+        OmegaConf.create(to_yaml(compose(command, check_data=False)).decode())
+    )
+    del tree["moe"]["balance_scope"], tree["moe"]["capacity_scope"]
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(tree | {"config_version": 2}))
+    moe: Any = read_config(path).moe
+    assert (moe.balance_scope, moe.capacity_scope) == (balance, capacity)
+    path.write_text(OmegaConf.to_yaml(tree))
+    moe = read_config(path).moe
+    assert (moe.balance_scope, moe.capacity_scope) == ("global", "document")
+
+
+def test_the_scopes_of_version_2_are_no_keys_of_a_dense_model(tmp_path: Path) -> None:
+    tree: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(compose(["moe=none"])).decode()))
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(tree | {"config_version": 2}))
+    assert read_config(path) == compose(["moe=none"])
+    del tree["moe"]
+    path.write_text(OmegaConf.to_yaml(tree | {"config_version": 2}))
+    assert read_config(path).moe.balance_scope == "sequence"  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -195,17 +234,14 @@ def test_a_custom_component_brings_its_schema(
             """
             from dataclasses import dataclass
             from lunaris.config.schema.attention import AttentionConfig
-            from lunaris.config.schema.checks import within
+            from lunaris.config.schema.base import key
 
             class Toy: ...
 
             @dataclass
             class ToyConfig(AttentionConfig):
                 _target_: str = "toy_schema.Toy"
-                window: int = 4
-
-                def __post_init__(self) -> None:
-                    within("attention.window", self.window, low=1)
+                window: int = key(4, low=1)
             """
         )
     )

@@ -84,7 +84,7 @@ def test_a_glob_asks_the_loader_of_its_override(canary: Canary) -> None:
         from lunaris.config.overrides import parse
         from lunaris.launch.sweep.expand import expand
 
-        points = expand(parse(["schedule=glob(c*)"]), lambda: option_loader(PACKAGE, []))
+        points = expand(parse(["schedule=glob(c*)"], option_loader(PACKAGE, [])))
         assert points == [["schedule=constant"], ["schedule=cosine"]]
 
 

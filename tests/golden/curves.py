@@ -33,6 +33,15 @@ DATA = {
 MODELS = {
     "dense": ["moe=none"],
     "switch": ["moe=switch", "moe.n_experts=4"],
+    # The default of runs before version 3 of the config.
+    "switch_sequence": ["moe=switch", "moe.n_experts=4", "moe.balance_scope=sequence"],
+    "fine_grained_softmax": [
+        "moe=fine_grained",
+        "moe.n_experts=8",
+        "moe.n_experts_per_token=2",
+        "moe/router=softmax",
+        "moe.router_z_loss_weight=0.001",
+    ],
     "fine_grained": ["moe=fine_grained", "moe.n_experts=8", "moe.n_experts_per_token=2"],
 }
 CURVES = {f"{m}-{d}": [*SMALL, *MODELS[m], *DATA[d]] for m in MODELS for d in DATA}

@@ -27,10 +27,23 @@ SMALL = [
 # Python that runs the tests, whose losses differ from one version to the next.
 ELSEWHERE = {"launch=slurm", "data=text", "data=hf", "data=shards", "data=stdlib"}
 NOT_OPTIONS = {"experiment", "hydra"}
+# Values of a key that choose other code, as an option does.
+VALUES = [
+    "model.activation=geglu",
+    "model.activation=relu2",
+    "attention.output_gate=true",
+    "attention.sinks=true",
+    "moe.balance_scope=sequence",
+]
+# What an option needs so that it changes the numbers of so small a model, or fits it.
+MORE = {
+    "attention=sliding_window": ["attention.window=4", "attention.full_every=2"],
+    "attention=mla": ["model.norm=pre", "model.n_kv_heads=2", "optimizer.learning_rate=3e-3"],
+}
 
 
 def options() -> list[str]:
-    """Return GROUP=OPTION of every option file of the config tree, sorted."""
+    """Return GROUP=OPTION of every option file of the config tree, sorted, and VALUES."""
     import lunaris.conf
 
     root = Path(str(lunaris.conf.__file__)).parent
@@ -39,7 +52,7 @@ def options() -> list[str]:
         f"{file.parent.as_posix()}={file.stem}"
         for file in files
         if file.parts[0] not in NOT_OPTIONS
-    ]
+    ] + VALUES
 
 
 def overrides(option: str) -> list[str]:
@@ -51,7 +64,7 @@ def overrides(option: str) -> list[str]:
         tiny += ["data.n_tokens=20000", "data.vocab_size=64"]
     if option != "moe=none":
         tiny += ["moe.n_experts=4"]
-    return [option, *tiny, f"name={_name(option)}"]
+    return [option, *tiny, *MORE.get(option, []), f"name={_name(option)}"]
 
 
 def _name(option: str) -> str:
@@ -76,6 +89,7 @@ def write(path: Path, chosen: list[str]) -> None:
     found = json.loads(path.read_text()) if chosen else {}
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
+        os.environ["TRACKIO_DIR"] = folder
         for option in chosen or [option for option in options() if option not in ELSEWHERE]:
             found[option] = losses(option)
     lines = [f" {json.dumps(option)}: {json.dumps(found[option])}" for option in sorted(found)]

@@ -26,7 +26,7 @@ def test_every_option_trains(script: Callable[[str], ModuleType], option: str) -
 
 
 def test_options_that_change_the_numbers_differ() -> None:
-    for group in ("moe", "optimizer", "schedule"):
+    for group in ("attention", "moe", "optimizer", "schedule"):
         curves = [losses for option, losses in GOLDEN.items() if option.startswith(f"{group}=")]
         for i, a in enumerate(curves):
             for b in curves[:i]:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lunaris.metrics import throughput
+from lunaris.metrics import devices
 from lunaris.metrics.throughput import Meter, named_peak_flops, peak_flops
 
 
@@ -30,9 +30,9 @@ def test_the_peak_of_a_gpu_is_found_by_its_name(name: str, tera: float | None) -
 
 @pytest.mark.parametrize("turn", [1, -1], ids=["as it stands", "reversed"])
 def test_the_order_of_the_table_decides_nothing(monkeypatch: pytest.MonkeyPatch, turn: int) -> None:
-    table = dict(list(throughput._PEAK_BF16.items())[::turn])
-    monkeypatch.setattr(throughput, "_PEAK_BF16", table)
-    assert {name: named_peak_flops(f"NVIDIA {name} 80GB") for name in table} == table
+    monkeypatch.setattr(devices, "DEVICES", devices.DEVICES[::turn])
+    for device in devices.DEVICES:
+        assert named_peak_flops(f"NVIDIA {device.name} 80GB") == device.flops
 
 
 def test_the_peak_of_a_cpu_is_unknown() -> None:

@@ -35,17 +35,14 @@ def make_model() -> Callable[..., Transformer]:
     def make(
         moe: dict[str, Any] | None = None, *, seed: int | None = 0, **keys: Any
     ) -> Transformer:
-        routed = {"n_experts": 4, "n_experts_per_token": 2} | (moe or {})
-        factory = (
-            MoEFactory(router=SoftmaxRouterFactory(), **routed)
-            if moe is not None
-            else DenseFactory()
-        )
+        routed = {"router": SoftmaxRouterFactory(), "n_experts": 4, "n_experts_per_token": 2}
+        factory = DenseFactory() if moe is None else MoEFactory(**routed | moe)
         parts = {
             "vocab_size": 40,
             "tie_embeddings": True,
             "attention": GQAFactory(),
             "feed_forward": factory,
+            "predictors": (),
             "activation_checkpointing": False,
         }
         parts |= {key: keys.pop(key) for key in parts.keys() & keys.keys()}

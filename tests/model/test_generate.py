@@ -9,6 +9,8 @@ import torch
 
 from lunaris.model.generate import generate, sample, stream
 from lunaris.model.transformer import Transformer
+from lunaris.model.transformer import vocabulary_logits as plain
+from lunaris.objective.next_token import NextToken
 
 Make = Callable[..., Transformer]
 
@@ -32,6 +34,14 @@ def test_a_seed_gives_the_same_text_and_another_seed_another(model: Transformer)
     one, again = (generate(model, prompt, 15, seed=4) for _ in range(2))
     assert torch.equal(one, again)
     assert not torch.equal(one, generate(model, prompt, 15, seed=5))
+
+
+def test_the_head_gives_the_logits_that_are_sampled(model: Transformer) -> None:
+    """A small cap flattens the distribution."""
+    capped = NextToken(logit_soft_cap=0.1).logits
+    rows = torch.tensor([[1, 2, 3]]).expand(400, -1)
+    drawn = [generate(model, rows, 1, head=head)[:, -1].bincount() for head in (capped, plain)]
+    assert drawn[0].max() < 25 < drawn[1].max(), drawn
 
 
 def test_generation_goes_on_beyond_the_models_length(model: Transformer) -> None:

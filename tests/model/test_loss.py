@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from lunaris.model.loss import linear_cross_entropy
+from lunaris.model.loss import linear_cross_entropy, soft_capped, vocabulary_loss
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -32,6 +32,49 @@ def test_loss_and_gradients_equal_cross_entropy(chunk: int | None, ignored: bool
     torch.testing.assert_close(loss, plain, check_dtype=False)
     for mine, other in zip(got, want, strict=True):
         torch.testing.assert_close(mine, other, check_dtype=False, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, None])
+@pytest.mark.parametrize(("cap", "z_weight"), [(None, 0.3), (2.0, 0.0), (2.0, 0.3), (50.0, 1e-4)])
+def test_cap_and_z_loss_equal_their_definitions(
+    chunk: int | None, cap: float | None, z_weight: float
+) -> None:
+    """The float64 definitions: c tanh(l / c) before the softmax, and the mean of log² Z."""
+    x, weight, targets = inputs()
+    targets[0, :5] = targets[2] = -100
+    found = vocabulary_loss(x, weight, targets, soft_cap=cap, z_weight=z_weight, chunk=chunk)
+    got = torch.autograd.grad(3.0 * (found.cross_entropy + z_weight * found.z), (x, weight))
+    x64, w64 = x.detach().double().requires_grad_(), weight.detach().double().requires_grad_()
+    logits = (x64 @ w64.T).flatten(0, 1)
+    if cap is not None:
+        logits = cap * (logits / cap).tanh()
+    entropy = F.cross_entropy(logits, targets.flatten(), ignore_index=-100)
+    z = logits.exp().sum(-1).log().square()[targets.flatten() >= 0].mean()
+    want = torch.autograd.grad(3.0 * (entropy + z_weight * z), (x64, w64))
+    torch.testing.assert_close(found.cross_entropy, entropy, check_dtype=False)
+    torch.testing.assert_close(found.z, z if z_weight else 0 * z, check_dtype=False)
+    for mine, other in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, other, check_dtype=False, rtol=1e-4, atol=1e-6)
+
+
+def test_both_off_is_the_plain_loss_bit_for_bit() -> None:
+    x, weight, targets = inputs()
+    plain = linear_cross_entropy(x, weight, targets, chunk=4)
+    off = vocabulary_loss(x, weight, targets, soft_cap=None, z_weight=0.0, chunk=4)
+    assert torch.equal(off.cross_entropy, plain) and not off.z.requires_grad
+    # An independent copy of the loop before the options existed.
+    w, rows, total = weight.detach(), x.detach().reshape(-1, 8), torch.zeros(())
+    for begin in range(0, 21, 4):
+        log_probs = (rows[begin : begin + 4] @ w.mT).log_softmax(-1)
+        total += -log_probs.gather(1, targets.reshape(-1)[begin : begin + 4, None]).sum()
+    assert torch.equal(off.cross_entropy.detach(), total * (1.0 / torch.tensor(21)))
+
+
+def test_capped_logits_stay_below_the_cap() -> None:
+    logits = torch.tensor([-1e4, -1.0, 0.0, 1.0, 1e4])
+    assert soft_capped(logits, None) is logits
+    capped = soft_capped(logits, 5.0)
+    assert capped.abs().max() <= 5.0 and torch.equal(capped.argsort(), logits.argsort())
 
 
 def test_a_batch_without_targets_gives_zeros() -> None:
@@ -76,12 +119,14 @@ def test_without_grad_mode_no_gradient_is_computed() -> None:
 
 # The compiler's own use of a Function, not ours.
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
-def test_it_runs_inside_a_compiled_function() -> None:
+@pytest.mark.parametrize("options", [{}, {"soft_cap": 3.0, "z_weight": 0.1}])
+def test_it_runs_inside_a_compiled_function(options: dict[str, float]) -> None:
     x, weight, targets = inputs()
-    compiled = torch.compile(linear_cross_entropy, backend="aot_eager")
-    got = compiled(x, weight, targets)
-    want = linear_cross_entropy(x, weight, targets)
+    compiled = torch.compile(vocabulary_loss, backend="aot_eager", fullgraph=True)
+    got = compiled(x, weight, targets, **options)
+    want = vocabulary_loss(x, weight, targets, **options)
     torch.testing.assert_close(got, want)
     torch.testing.assert_close(
-        torch.autograd.grad(got, (x, weight)), torch.autograd.grad(want, (x, weight))
+        torch.autograd.grad(got.cross_entropy, (x, weight)),
+        torch.autograd.grad(want.cross_entropy, (x, weight)),
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from lunaris.model.transformer import Transformer
+from lunaris.moe.router.sigmoid import SigmoidRouterFactory
 from lunaris.objective.base import ObjectiveOutput
 from lunaris.objective.next_token import NextToken
 
@@ -20,8 +21,14 @@ MOES: list[dict[str, Any] | None] = [
     {},
     {"capacity_factor": 0.75, "n_shared_experts": 1},
     {"balancing": "bias", "n_experts_per_token": 1, "first_dense_layers": 1},
+    {
+        "router": SigmoidRouterFactory(n_groups=2, topk_groups=1, route_scale=1.5),
+        "balancing": "bias",
+        "normalize_gates": True,
+        "capacity_factor": 0.75,
+    },
 ]
-moes = pytest.mark.parametrize("moe", MOES, ids=["dense", "top2", "capacity", "bias"])
+moes = pytest.mark.parametrize("moe", MOES, ids=["dense", "top2", "capacity", "bias", "sigmoid"])
 norms = pytest.mark.parametrize("norm", ["qk_reorder", "pre"])
 
 
@@ -96,6 +103,27 @@ def test_packed_documents_equal_separate_ones(make_model: Make, moe: dict[str, A
     # Rotary positions count on through a pack; attention knows their differences alone.
     torch.testing.assert_close(packed[:1, 5:], model.logits(tokens[:1, 5:]), rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(packed[1:], model.logits(tokens[1:]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [3, 6, 9])
+def test_packed_documents_do_not_share_capacity(make_model: Make, first: int) -> None:
+    model = make_model({"capacity_factor": 0.75}).train()
+    tokens, _ = batch(1, 12)
+    documents = torch.tensor([[0] * first + [1] * (12 - first)])
+    packed = model.logits(tokens, documents=documents)
+    dropped = 0
+    for part in (slice(0, first), slice(first, 12)):
+        alone = model(tokens[:, part])
+        dropped += alone.dropped.sum()
+        torch.testing.assert_close(packed[:, part], alone.outputs["logits"], rtol=1e-4, atol=1e-4)
+    assert dropped > 0
+    other = tokens.clone()
+    other[:, :first] = (tokens[:, :first] + 7) % 40
+    again = model.logits(other, documents=documents)
+    torch.testing.assert_close(again[:, first:], packed[:, first:], rtol=1e-5, atol=1e-5)
+    shared = make_model({"capacity_factor": 0.75, "capacity_scope": "sequence"}).train()
+    a, b = (shared.logits(t, documents=documents)[:, first:] for t in (tokens, other))
+    assert not torch.allclose(a, b, rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("tie", [True, False])

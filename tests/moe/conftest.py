@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -31,10 +32,10 @@ SHAPE = ModelShape(
 def make_layer() -> Callable[..., nn.Module]:
     """Return a function from keys of the `moe` group to a layer (width 8) with random weights."""
 
-    def make(**keys: Any) -> nn.Module:
+    def make(*, activation: str = "swiglu", **keys: Any) -> nn.Module:
         torch.manual_seed(0)
         keys = {"router": SoftmaxRouterFactory(), "n_experts": 4, "n_experts_per_token": 1} | keys
-        layer = MoEFactory(**keys)(0, SHAPE)
+        layer = MoEFactory(**keys)(0, replace(SHAPE, activation=activation))
         for parameter in layer.parameters():
             nn.init.normal_(parameter, std=0.5)
         return layer

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from lunaris.model.activation import ACTIVATIONS
 from lunaris.moe import experts
 from lunaris.moe.experts import Experts, grouped_mm_fits
 
@@ -33,11 +34,12 @@ def test_no_row_at_all_still_gives_gradients() -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_the_grouped_product_gives_the_same(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, tolerance: float
+    monkeypatch: pytest.MonkeyPatch, activation: str, dtype: torch.dtype, tolerance: float
 ) -> None:
     torch.manual_seed(0)
-    module = Experts(4, 16, 8)
+    module = Experts(4, 16, 8, ACTIVATIONS[activation])
     for parameter in module.parameters():
         nn.init.normal_(parameter, std=0.3)
     data, counts = torch.randn(12, 16), torch.tensor([3, 0, 6, 1])  # one idle, two rows too many

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -13,14 +14,40 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from lunaris.moe import experts
+from lunaris.moe.router.sigmoid import SigmoidRouterFactory
+from lunaris.moe.router.softmax import SoftmaxRouterFactory
 
 MakeLayer = Callable[..., nn.Module]
 AUX, Z = 0.3, 0.2
 
 
-def swiglu(x: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
-    gate, up = (x @ gate_up).chunk(2, dim=-1)
-    return (F.silu(gate) * up) @ down
+def feed_forward(x: Tensor, gate_up: Tensor, down: Tensor, activation: str) -> Tensor:
+    z = x @ gate_up
+    if activation == "relu2":
+        return z.clamp_min(0) ** 2 @ down
+    gate, up = z.chunk(2, dim=-1)
+    return ({"swiglu": F.silu, "geglu": F.gelu}[activation](gate) * up) @ down
+
+
+@dataclass(frozen=True)
+class Sigmoid:
+    """The keys of a sigmoid router."""
+
+    route_scale: float
+    n_groups: int
+    topk_groups: int
+    sequence_loss_weight: float = 0.4
+
+
+def best_experts(scores: list[float], k: int, sigmoid: Sigmoid | None) -> list[int]:
+    """Return the k best experts; with groups, of those groups whose two best ones sum highest."""
+    allowed = list(range(len(scores)))
+    if sigmoid is not None:
+        size = len(scores) // sigmoid.n_groups
+        groups = [allowed[first : first + size] for first in range(0, len(scores), size)]
+        groups.sort(key=lambda group: -sum(sorted(scores[e] for e in group)[-2:]))
+        allowed = [e for group in groups[: sigmoid.topk_groups] for e in group]
+    return sorted(allowed, key=lambda e: -scores[e])[:k]
 
 
 def token_loop(
@@ -30,23 +57,32 @@ def token_loop(
     k: int,
     capacity: int | None,
     keys: dict[str, Any],
+    shares: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Return output, routing loss, load and drops, one token after the other."""
+    """Return output, routing loss, load and drops, one token after the other.
+
+    shares: [E] of the balance loss over the global batch; None: each sequence counts its own.
+    """
     n_experts = len(p["router.weight"])
     load = torch.zeros(n_experts)
+    act, sigmoid = keys.get("activation", "swiglu"), keys.get("router")
     dropped = 0
-    rows, z_terms, balance_terms = [], [], []
+    rows, z_terms, balance_terms, sequence_terms = [], [], [], []
     for sequence in x:
         taken, asked = [0] * n_experts, torch.zeros(n_experts, dtype=x.dtype)
+        best = torch.zeros(n_experts, dtype=x.dtype)  # by raw scores
         all_probs = []
         for token in sequence:
             logits = p["router.weight"] @ token
-            probs = logits.softmax(-1)
-            all_probs.append(probs)
+            probs = logits.softmax(-1) if sigmoid is None else 1 / (1 + (-logits).exp())
+            all_probs.append(probs / probs.sum())
             z_terms.append(logits.logsumexp(-1) ** 2)
             scores = (probs + bias) if keys["balancing"] == "bias" else probs
-            chosen = sorted(range(n_experts), key=lambda e: -float(scores[e].detach()))[:k]  # noqa: B023
+            chosen = best_experts(scores.tolist(), k, sigmoid)
             total = sum(probs[e] for e in chosen) if keys.get("normalize_gates") else 1.0
+            total = total / (sigmoid.route_scale if sigmoid else 1.0)
+            for e in best_experts(probs.tolist(), k, None):
+                best[e] += 1
             y = torch.zeros_like(token)
             for e in chosen:
                 asked[e] += 1
@@ -54,17 +90,22 @@ def token_loop(
                     dropped += 1
                     continue
                 taken[e] += 1
-                out = swiglu(token, p["experts.gate_up"][e], p["experts.down"][e])
+                out = feed_forward(token, p["experts.gate_up"][e], p["experts.down"][e], act)
                 y = y + probs[e] / total * out
             if "shared.down.weight" in p:
-                y = y + swiglu(token, p["shared.gate_up.weight"].T, p["shared.down.weight"].T)
+                first, second = p["shared.gate_up.weight"].T, p["shared.down.weight"].T
+                y = y + feed_forward(token, first, second, act)
             rows.append(y)
         load += asked.float()
         mean_probs = torch.stack(all_probs).mean(0)
-        balance_terms.append(n_experts * (asked / asked.sum() * mean_probs).sum())
+        f = asked / asked.sum() if shares is None else shares
+        balance_terms.append(n_experts * (f * mean_probs).sum())
+        sequence_terms.append((n_experts / (k * len(sequence)) * best * mean_probs).sum())
     loss = Z * torch.stack(z_terms).mean()
     if keys["balancing"] == "aux_loss":
         loss = loss + AUX * torch.stack(balance_terms).mean()
+    if sigmoid is not None:
+        loss = loss + sigmoid.sequence_loss_weight * torch.stack(sequence_terms).mean()
     return torch.stack(rows).view_as(x), loss, load, dropped
 
 
@@ -73,11 +114,40 @@ CASES = [
     for k in (1, 2, 4)
     for more in (
         {"balancing": "aux_loss"},
+        {"balancing": "aux_loss", "balance_scope": "sequence"},
         {"balancing": "bias", "n_shared_experts": 2},
         {"balancing": "none", "capacity_factor": 0.75},
         {"balancing": "aux_loss", "capacity_factor": 1.25, "n_shared_experts": 1},
         {"balancing": "bias", "normalize_gates": k > 1, "capacity_factor": 0.5},
+        {"balancing": "none", "n_shared_experts": 1, "activation": "geglu"},
+        {"balancing": "aux_loss", "n_shared_experts": 1, "activation": "relu2"},
     )
+]
+
+CASES += [
+    {"n_experts_per_token": 2, "router": Sigmoid(2.5, 1, 1), "balancing": "none"},
+    {"n_experts_per_token": 1, "router": Sigmoid(1.0, 2, 1), "balancing": "aux_loss"},
+    {
+        "n_experts_per_token": 2,
+        "router": Sigmoid(2.5, 2, 1),
+        "balancing": "bias",
+        "normalize_gates": True,
+        "n_shared_experts": 1,
+    },
+    {
+        "n_experts_per_token": 4,
+        "router": Sigmoid(0.5, 3, 2),
+        "balancing": "bias",
+        "normalize_gates": True,
+        "capacity_factor": 0.75,
+    },
+    {
+        "n_experts_per_token": 2,
+        "router": Sigmoid(1.0, 6, 3, 0.0),
+        "balancing": "aux_loss",
+        "balance_scope": "sequence",
+        "activation": "relu2",
+    },
 ]
 
 
@@ -86,11 +156,16 @@ def test_output_and_every_gradient_equal_a_loop_over_tokens(
     make_layer: MakeLayer, keys: dict[str, Any]
 ) -> None:
     n_experts, k = 6, keys["n_experts_per_token"]
+    router = keys.get("router")
+    kind = SigmoidRouterFactory(**vars(router)) if router else SoftmaxRouterFactory()
     layer = make_layer(
-        n_experts=n_experts, aux_loss_weight=AUX, router_z_loss_weight=Z, **keys
+        n_experts=n_experts, aux_loss_weight=AUX, router_z_loss_weight=Z, **keys | {"router": kind}
     ).train()
     layer.router.balance_bias.copy_(torch.randn(n_experts) * 0.2)
     layer.router.balance_bias[2] = -9.0
+    shares = getattr(layer.router, "load_shares", None)
+    if shares is not None:
+        layer.update_balance(torch.tensor([3.0, 0.0, 9.0, 1.0, 4.0, 4.0], dtype=torch.float64))
     x = torch.randn(3, 7, 8, requires_grad=True)
     towards = torch.randn(3, 7, 8)
 
@@ -102,7 +177,7 @@ def test_output_and_every_gradient_equal_a_loop_over_tokens(
     factor = keys.get("capacity_factor")
     capacity = None if factor is None else math.ceil(factor * 7 * k / n_experts)
     want, loss, load, dropped = token_loop(
-        x64, p, layer.router.balance_bias.double(), k, capacity, keys
+        x64, p, layer.router.balance_bias.double(), k, capacity, keys, shares
     )
     ((want * towards.double()).sum() + loss).backward()
 

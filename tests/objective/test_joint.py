@@ -22,7 +22,7 @@ from lunaris.objective.base import Loss, Objective, ObjectiveOutput
 class OneAndTwoAhead(Objective):
     """Also predict the token after the next, and take a target only at every other position."""
 
-    def __init__(self, *, ahead_weight: float) -> None:
+    def __init__(self, *, ahead_weight: float, **of_the_option: object) -> None:
         self.ahead_weight = ahead_weight
 
     def __call__(self, model, batch):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lunaris.model.transformer import ModelOutput
+from lunaris.model.transformer import Head, ModelOutput
 from lunaris.objective.base import Loss, ObjectiveOutput
 from lunaris.objective.next_token import NextToken
 
@@ -45,3 +45,37 @@ def test_a_step_weighs_by_targets_or_by_micro_steps_and_the_total_by_weights() -
         "aux": 2.0,
     }
     assert part.total.item() == pytest.approx(1.0 + 0.25 * 1.5 + 2.0)
+
+
+class Fixed(torch.nn.Module):
+    """A model whose last hidden states are one tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.hidden = torch.nn.Parameter(3 * torch.randn(2, 5, 8))
+        self.weight = torch.nn.Parameter(torch.randn(11, 8))
+
+    def forward(self, tokens: torch.Tensor, *, head: Head, documents: None) -> ModelOutput:
+        return ModelOutput(head(self.hidden, self.weight), torch.tensor(0.0), **STATS)
+
+
+def test_options_change_the_losses_and_the_logits_alike() -> None:
+    model, tokens = Fixed(), torch.randint(11, (2, 5))
+    batch = {"tokens": tokens, "targets": tokens}
+    plain = NextToken()(model, batch)
+    assert list(plain.losses) == ["main", "aux"]
+    objective = NextToken(z_loss_weight=1e-2, logit_soft_cap=2.0)
+    out = objective(model, batch)
+    assert list(out.losses) == ["main", "z", "aux"] and out.losses["z"].weight == 1e-2
+    logits = objective.logits(model.hidden, model.weight)["logits"]
+    assert logits.abs().max() <= 2.0
+    want = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens.flatten())
+    torch.testing.assert_close(out.losses["main"].value, want)
+    z = logits.logsumexp(-1).square().mean()
+    torch.testing.assert_close(out.losses["z"].value, z)
+    torch.testing.assert_close(out.total, want + 1e-2 * z)
+    # The sum's gradient is that of both terms, and halves of a step add up to it.
+    want_grads = torch.autograd.grad(want + 1e-2 * z, list(model.parameters()))
+    torch.testing.assert_close(torch.autograd.grad(out.total, list(model.parameters())), want_grads)
+    assert not torch.allclose(plain.losses["main"].value, out.losses["main"].value)

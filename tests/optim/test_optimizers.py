@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from lunaris.model.roles import Role
 from lunaris.optim.adamw import build_adamw
-from lunaris.optim.groups import group_by_role, set_learning_rate
+from lunaris.optim.groups import parameter_groups, set_learning_rate
 from lunaris.optim.muon import build_muon, orthogonalize
 
 ADAM = {"learning_rate": 0.01, "weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-8}
@@ -38,11 +38,14 @@ class Toy(nn.Module):
 
 def test_each_parameter_has_one_role() -> None:
     model = Toy()
-    found = group_by_role(model)
-    assert [id(p) for p in found.matrices] == [id(model.c), id(model.b.weight)]
-    assert [id(p) for p in found.embeddings] == [id(model.a.weight)]
-    assert [id(p) for p in found.routers] == [id(model.d.weight)]
-    assert [id(p) for p in found.norms] == [id(model.e)]
+    groups = parameter_groups(model, 0.01, 0.1, 1.0)
+    found = {name: [id(p) for p in group["params"]] for name, group in groups.items()}
+    assert found == {
+        "matrices": [id(model.c), id(model.b.weight)],
+        "embeddings": [id(model.a.weight)],
+        "routers": [id(model.d.weight)],
+        "norms": [id(model.e)],
+    }
 
 
 @pytest.mark.parametrize(

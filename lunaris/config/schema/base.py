@@ -2,28 +2,51 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+import math
+from dataclasses import dataclass, field, fields
+from functools import partial
+from typing import Any, ClassVar
 
 from omegaconf import MISSING
+
+from lunaris.errors import UserError, did_you_mean
 
 # Metadata of a key that changes where, how fast or how visibly a run trains, but not its numbers:
 # a run's folder may be continued with another value of it (`lunaris.config.identity`).
 FREE = {"identity": False}
 
 
+def key(default: Any = MISSING, *, identity: bool = True, **limits: Any) -> Any:
+    """Return a dataclass field whose value is checked when a schema of the package is built.
+
+    limits: `low` and `high` (inclusive), `above`, or `allowed`, a tuple of texts; None (an unset
+    optional value) always passes. identity: whether the key is part of a run's identity.
+    """
+    return field(default=default, metadata={"identity": identity, "limits": limits})
+
+
+free = partial(key, identity=False)
+
+
 @dataclass
-class Component:
+class Schema:
+    """The keys of a group or of an option; a value outside the limits of its key is refused."""
+
+    # Where the keys stand in the config.
+    _group_: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            if limits := item.metadata.get("limits"):
+                name = f"{self._group_}.{item.name}".lstrip(".")
+                check_limits(name, getattr(self, item.name), **limits)
+
+
+@dataclass
+class Component(Schema):
     """A part whose class is chosen by its dotted path; the other keys are its arguments."""
 
     _target_: str = MISSING
-
-
-def free(default: Any = MISSING, *, factory: Any = None) -> Any:
-    """Return a dataclass field that is not part of a run's identity."""
-    if factory is not None:
-        return field(default_factory=factory, metadata=FREE)
-    return field(default=default, metadata=FREE)
 
 
 def component(base: type[Component], default: type[Component], **metadata: Any) -> Any:
@@ -35,10 +58,35 @@ def component(base: type[Component], default: type[Component], **metadata: Any) 
     return field(default=MISSING, metadata={"base": base, "default": default, **metadata})
 
 
-def component_keys(component: Component) -> dict[str, Any]:
+def component_keys(component: object) -> dict[str, Any]:
     """Return the keys of a component without `_target_`: the arguments of its class.
 
     Of a custom class without a schema, those that it was given.
     """
     left_out = {"_target_", *getattr(type(component), "_not_given", ())}
-    return {key: value for key, value in vars(component).items() if key not in left_out}
+    return {name: value for name, value in vars(component).items() if name not in left_out}
+
+
+def check_limits(
+    name: str,
+    value: Any,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    above: float | None = None,
+    allowed: tuple[str, ...] = (),
+) -> None:
+    """Raise UserError for a value outside the limits (see `key`) of the dotted key `name`."""
+    if value is None:
+        return
+    if allowed and value not in allowed:
+        fault = f"allowed are {', '.join(allowed)}{did_you_mean(str(value), allowed)}"
+    elif not allowed and not math.isfinite(value):
+        fault = "must be a finite number"
+    elif above is not None and value <= above:
+        fault = f"must be greater than {above}"
+    elif (low is not None and value < low) or (high is not None and value > high):
+        fault = f"must be at least {low}" if high is None else f"must be between {low} and {high}"
+    else:
+        return
+    raise UserError(f"{name}={value}: {fault}")

@@ -7,14 +7,14 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from lunaris.config.schema.base import Component, free
-from lunaris.config.schema.checks import one_of, within
+from lunaris.config.schema.base import Component, free, key
 
 
 @dataclass
 class DataConfig(Component):
     """The keys that every kind of data has."""
 
+    _group_ = "data"
     # Tokens of one document neither attend to nor predict those of another.
     document_masking: bool = False
 
@@ -26,12 +26,8 @@ class StdlibDataConfig(DataConfig):
     _target_: str = "lunaris.data.stdlib.StdlibData"
     # Null: a folder under the user's cache, named after what the shards depend on.
     dir: str | None = None
-    vocab_size: int = 2048
-    val_fraction: float = 0.05
-
-    def __post_init__(self) -> None:
-        within("data.vocab_size", self.vocab_size, 257, 2**32)
-        within("data.val_fraction", self.val_fraction, 0.0, 0.9)
+    vocab_size: int = key(2048, low=257, high=2**32)
+    val_fraction: float = key(0.05, low=0.0, high=0.9)
 
 
 @dataclass
@@ -45,17 +41,12 @@ class ShardsDataConfig(DataConfig):
     val_dir: Any = None
     # One weight a folder; null: in proportion to their tokens.
     weights: list[float] | None = None
-    val_fraction: float = 0.01
+    val_fraction: float = key(0.01, low=0.0, high=0.9)
     # Null: the manifest's, else the largest id + 1.
-    vocab_size: int | None = None
+    vocab_size: int | None = key(None, low=1)
     # Null: the manifest's; without one, needed for document_masking.
-    eot_id: int | None = None
+    eot_id: int | None = key(None, low=0)
     verify: bool = free(False)
-
-    def __post_init__(self) -> None:
-        within("data.val_fraction", self.val_fraction, 0.0, 0.9)
-        within("data.vocab_size", self.vocab_size, low=1)
-        within("data.eot_id", self.eot_id, low=0)
 
 
 @dataclass
@@ -63,14 +54,9 @@ class SyntheticDataConfig(DataConfig):
     """Tokens drawn from a seeded bigram table: for tests and for measuring speed."""
 
     _target_: str = "lunaris.data.synthetic.SyntheticData"
-    vocab_size: int = 512
-    n_tokens: int = 1_000_000
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        within("data.vocab_size", self.vocab_size, 2, 2**32)
-        within("data.n_tokens", self.n_tokens, low=2)
-        within("data.seed", self.seed, 0, 2**63 - 1)
+    vocab_size: int = key(512, low=2, high=2**32)
+    n_tokens: int = key(1_000_000, low=2)
+    seed: int = key(0, low=0, high=2**63 - 1)
 
 
 @dataclass
@@ -82,29 +68,19 @@ class PreparedDataConfig(DataConfig):
     tokenizer: str | None = None
     # The token that ends a text; null: <|endoftext|>, </s> or another known name.
     eot: str | None = None
-    vocab_size: int = 32768
-    sample_mb: int = 64
-    shard_tokens: int = 100_000_000
-    val_fraction: float = 0.001
+    vocab_size: int = key(32768, low=257, high=2**32)
+    sample_mb: int = key(64, low=1)
+    shard_tokens: int = key(100_000_000, low=1)
+    val_fraction: float = key(0.001, low=0.0, high=0.9)
     # Name -> weight; null: in proportion to the sources' sizes.
     weights: Any = None
     # When a source runs out: continue with the others, or stop, so that the weights hold.
-    on_exhausted: str = "continue"
-    seed: int = 0
+    on_exhausted: str = key("continue", allowed=("continue", "stop"))
+    seed: int = key(0, low=0, high=2**63 - 1)
     # Null: one a processor.
-    processes: int | None = free(None)
-    on_error: str = free("fail")
+    processes: int | None = free(None, low=1)
+    on_error: str = free("fail", allowed=("fail", "skip"))
     verify: bool = free(False)
-
-    def __post_init__(self) -> None:
-        within("data.vocab_size", self.vocab_size, 257, 2**32)
-        within("data.sample_mb", self.sample_mb, low=1)
-        within("data.shard_tokens", self.shard_tokens, low=1)
-        within("data.val_fraction", self.val_fraction, 0.0, 0.9)
-        within("data.seed", self.seed, 0, 2**63 - 1)
-        within("data.processes", self.processes, low=1)
-        one_of("data.on_error", self.on_error, ("fail", "skip"))
-        one_of("data.on_exhausted", self.on_exhausted, ("continue", "stop"))
 
 
 @dataclass
@@ -114,13 +90,10 @@ class TextDataConfig(PreparedDataConfig):
     _target_: str = "lunaris.data.text.TextData"
     # A list of globs, or a map of source name -> list of globs.
     files: Any = MISSING
-    # auto (by the files' names), text (a file is a document), lines (a line is), jsonl, parquet.
-    format: str = "auto"
+    # auto (by the files' names), text (a file is a document), lines (a line is), jsonl, parquet,
+    # chat (JSONL of conversations, or of prompts and completions: only answers carry loss).
+    format: str = key("auto", allowed=("auto", "text", "lines", "jsonl", "parquet", "chat"))
     text_key: str = "text"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        one_of("data.format", self.format, ("auto", "text", "lines", "jsonl", "parquet"))
 
 
 @dataclass

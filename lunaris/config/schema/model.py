@@ -4,36 +4,34 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lunaris.config.schema.checks import above_zero, one_of, within
+from lunaris.config.schema.base import Schema, key
 from lunaris.errors import UserError
 
 
 @dataclass
-class ModelConfig:
+class ModelConfig(Schema):
     """The decoder. `vocab_size: null` takes the vocabulary of the data's manifest."""
 
-    vocab_size: int | None = None
-    d_model: int = 128
-    n_layers: int = 4
-    n_heads: int = 4
-    n_kv_heads: int = 2
-    max_seq_len: int = 256
-    rope_theta: float = 10000.0
-    dropout: float = 0.0
-    # Hidden width of a SwiGLU: 2/3 · multiplier · d_model, rounded up to `multiple_of`.
-    ffn_hidden_multiplier: float = 4.0
-    multiple_of: int = 32
+    _group_ = "model"
+    vocab_size: int | None = key(None, low=1)
+    d_model: int = key(128, low=1)
+    n_layers: int = key(4, low=1)
+    n_heads: int = key(4, low=1)
+    n_kv_heads: int = key(2, low=1)
+    max_seq_len: int = key(256, low=1)
+    rope_theta: float = key(10000.0, above=0)
+    dropout: float = key(0.0, low=0.0, high=0.99)
+    # Of every feed-forward, experts too: swiglu, geglu, or relu2 (squared ReLU, without a gate).
+    activation: str = key("swiglu", allowed=("swiglu", "geglu", "relu2"))
+    # Hidden width with a gate: 2/3 · multiplier · d_model, rounded up to `multiple_of`; without one
+    # 3/2 of that, which has as many parameters.
+    ffn_hidden_multiplier: float = key(4.0, above=0)
+    multiple_of: int = key(32, low=1)
     tie_embeddings: bool = True
-    norm: str = "qk_reorder"
+    norm: str = key("qk_reorder", allowed=("qk_reorder", "pre"))
 
     def __post_init__(self) -> None:
-        for key in ("vocab_size", "d_model", "n_layers", "n_heads", "n_kv_heads", "max_seq_len"):
-            within(f"model.{key}", getattr(self, key), low=1)
-        within("model.multiple_of", self.multiple_of, low=1)
-        within("model.dropout", self.dropout, 0.0, 0.99)
-        above_zero("model.rope_theta", self.rope_theta)
-        above_zero("model.ffn_hidden_multiplier", self.ffn_hidden_multiplier)
-        one_of("model.norm", self.norm, ("qk_reorder", "pre"))
+        super().__post_init__()
         if self.d_model % self.n_heads:
             raise UserError(
                 f"model.d_model={self.d_model}: must be divisible by model.n_heads={self.n_heads}"

@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lunaris.config.schema.base import Component, component
-from lunaris.config.schema.checks import above_zero, one_of, within
+from lunaris.config.schema.base import Component, component, key
 from lunaris.errors import UserError
 
 
@@ -14,10 +13,14 @@ from lunaris.errors import UserError
 class FeedForwardConfig(Component):
     """What builds the feed-forward of each layer."""
 
+    _group_ = "moe"
+
 
 @dataclass
 class RouterConfig(Component):
     """What chooses the experts of a token."""
+
+    _group_ = "moe.router"
 
 
 @dataclass
@@ -28,8 +31,30 @@ class SoftmaxRouterConfig(RouterConfig):
 
 
 @dataclass
+class SigmoidRouterConfig(RouterConfig):
+    """A sigmoid of each expert's logit, then the k largest (arXiv 2412.19437)."""
+
+    _target_: str = "lunaris.moe.router.sigmoid.SigmoidRouterFactory"
+    # The factor of all gates, after moe.normalize_gates.
+    route_scale: float = key(1.0, above=0)
+    # A token takes experts of the topk_groups best of n_groups groups of neighbouring experts.
+    n_groups: int = key(1, low=1)
+    topk_groups: int = key(1, low=1)
+    # Of the sequence-wise balance loss, which is added whatever moe.balancing is.
+    sequence_loss_weight: float = key(1e-4, low=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.topk_groups > self.n_groups:
+            raise UserError(
+                f"moe.router.topk_groups={self.topk_groups}: "
+                f"must be at most moe.router.n_groups={self.n_groups}"
+            )
+
+
+@dataclass
 class NoMoEConfig(FeedForwardConfig):
-    """A dense model: every feed-forward is one SwiGLU."""
+    """A dense model: every layer has one feed-forward."""
 
     _target_: str = "lunaris.moe.factory.DenseFactory"
 
@@ -39,42 +64,52 @@ class MoEConfig(FeedForwardConfig):
     """A Mixture-of-Experts feed-forward in every layer from `first_dense_layers` on."""
 
     _target_: str = "lunaris.moe.factory.MoEFactory"
-    n_experts: int = 8
-    n_experts_per_token: int = 1
-    n_shared_experts: int = 0
-    # Tokens an expert takes of each sequence: ceil(factor · L · k / n_experts); null: dropless.
-    capacity_factor: float | None = None
-    balancing: str = "aux_loss"
-    aux_loss_weight: float = 0.01
-    router_z_loss_weight: float = 0.001
-    bias_update_rate: float = 0.001
-    router_lr_scale: float = 1.0
+    n_experts: int = key(8, low=1)
+    n_experts_per_token: int = key(1, low=1)
+    n_shared_experts: int = key(0, low=0)
+    # Tokens an expert takes of L tokens: ceil(factor · L · k / n_experts); null: dropless.
+    capacity_factor: float | None = key(None, above=0)
+    # Whose tokens share that: a document's (without data.document_masking, a sequence's), or a
+    # sequence's.
+    capacity_scope: str = key("document", allowed=("document", "sequence"))
+    balancing: str = key("aux_loss", allowed=("aux_loss", "bias", "none"))
+    # Of aux_loss: whether shares are counted over the global batch (of the step before) or in each
+    # sequence.
+    balance_scope: str = key("global", allowed=("global", "sequence"))
+    aux_loss_weight: float = key(0.01, low=0)
+    router_z_loss_weight: float = key(0.001, low=0)
+    bias_update_rate: float = key(0.001, above=0)
+    router_lr_scale: float = key(1.0, above=0)
     # Divide the chosen gate probabilities by their sum; needs k > 1.
     normalize_gates: bool = False
     # Null: the model's ffn_hidden_multiplier.
-    expert_hidden_multiplier: float | None = None
-    first_dense_layers: int = 0
+    expert_hidden_multiplier: float | None = key(None, above=0)
+    first_dense_layers: int = key(0, low=0)
     router: Any = component(RouterConfig, SoftmaxRouterConfig)
 
     def __post_init__(self) -> None:
-        within("moe.n_experts", self.n_experts, low=1)
-        within("moe.n_experts_per_token", self.n_experts_per_token, low=1)
-        within("moe.n_shared_experts", self.n_shared_experts, low=0)
-        within("moe.first_dense_layers", self.first_dense_layers, low=0)
-        within("moe.aux_loss_weight", self.aux_loss_weight, low=0)
-        within("moe.router_z_loss_weight", self.router_z_loss_weight, low=0)
-        above_zero("moe.capacity_factor", self.capacity_factor)
-        above_zero("moe.expert_hidden_multiplier", self.expert_hidden_multiplier)
-        above_zero("moe.bias_update_rate", self.bias_update_rate)
-        above_zero("moe.router_lr_scale", self.router_lr_scale)
-        one_of("moe.balancing", self.balancing, ("aux_loss", "bias", "none"))
+        super().__post_init__()
         if self.n_experts_per_token > self.n_experts:
             raise UserError(
                 f"moe.n_experts_per_token={self.n_experts_per_token}: "
                 f"must be at most moe.n_experts={self.n_experts}"
             )
+        if isinstance(self.router, SigmoidRouterConfig):
+            self._check_groups(self.router)
         if self.normalize_gates and self.n_experts_per_token == 1:
             raise UserError(
                 "moe.normalize_gates=true: needs moe.n_experts_per_token above 1; with one expert "
                 "the gate is always 1 and the router gets no gradient"
+            )
+
+    def _check_groups(self, router: SigmoidRouterConfig) -> None:
+        if self.n_experts % router.n_groups:
+            raise UserError(
+                f"moe.router.n_groups={router.n_groups}: must divide moe.n_experts={self.n_experts}"
+            )
+        reachable = router.topk_groups * (self.n_experts // router.n_groups)
+        if reachable < self.n_experts_per_token:
+            raise UserError(
+                f"moe.router.topk_groups={router.topk_groups}: such groups hold {reachable} "
+                f"experts, fewer than moe.n_experts_per_token={self.n_experts_per_token}"
             )

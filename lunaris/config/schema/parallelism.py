@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lunaris.config.schema.base import Component
-from lunaris.config.schema.checks import within
+from lunaris.config.schema.base import Component, key
 
 
 @dataclass
 class ParallelismConfig(Component):
     """How the processes of a run share the work."""
+
+    _group_ = "parallelism"
 
 
 @dataclass
@@ -26,10 +27,7 @@ class DDPConfig(ParallelismConfig):
 
     _target_: str = "lunaris.parallelism.ddp.DDP"
     # Processes that share one set of experts; divides the world and moe.n_experts.
-    expert_parallel: int = 1
-
-    def __post_init__(self) -> None:
-        within("parallelism.expert_parallel", self.expert_parallel, low=1)
+    expert_parallel: int = key(1, low=1)
 
 
 @dataclass
@@ -47,8 +45,4 @@ class HSDPConfig(FSDPConfig):
 
     _target_: str = "lunaris.parallelism.fsdp.HSDP"
     # Null: the processes of one node.
-    shard_size: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        within("parallelism.shard_size", self.shard_size, low=1)
+    shard_size: int | None = key(None, low=1)

@@ -1,8 +1,8 @@
 """The whole config. No torch.
 
-`Config` names the groups; a file next to this one holds each group's schemas. What one key can
-check alone is checked in `__post_init__`, under its dotted name; what several groups decide
-together is in `lunaris.config.validate`.
+`Config` names the groups; a file next to this one holds each group's schemas. A key states the
+limits of its value, `__post_init__` checks keys of one group against each other, and
+`lunaris.config.validate` those of several groups.
 """
 
 from __future__ import annotations
@@ -10,8 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lunaris.config.schema.attention import AttentionConfig, GQAConfig
-from lunaris.config.schema.base import FREE, component, free
-from lunaris.config.schema.checks import within
+from lunaris.config.schema.base import FREE, Schema, component, free, key
 from lunaris.config.schema.data import DataConfig, StdlibDataConfig
 from lunaris.config.schema.launch import LaunchConfig, LocalLaunchConfig
 from lunaris.config.schema.logger import LocalLoggerConfig, LoggerConfig
@@ -25,12 +24,12 @@ from lunaris.config.schema.trainer import CheckpointConfig, TrainerConfig
 
 
 @dataclass
-class Config:
+class Config(Schema):
     """Everything one run is made of."""
 
     # Null: derived from the overrides, so that different commands get different folders.
     name: str | None = free(None)
-    seed: int = 1337
+    seed: int = key(1337, low=0, high=2**63 - 1)
     out_dir: str = free("runs/${name}")
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = component(AttentionConfig, GQAConfig)
@@ -41,11 +40,8 @@ class Config:
     optimizer: OptimizerConfig = component(OptimizerConfig, AdamWConfig)
     schedule: ScheduleConfig = component(ScheduleConfig, CosineConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    checkpoint: CheckpointConfig = free(factory=CheckpointConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)
     # One logger per name.
     logger: dict[str, LoggerConfig] = component(LoggerConfig, LocalLoggerConfig, many=True, **FREE)
     launch: LaunchConfig = component(LaunchConfig, LocalLaunchConfig, **FREE)
     experiment: str | None = free(None)
-
-    def __post_init__(self) -> None:
-        within("seed", self.seed, 0, 2**63 - 1)

@@ -16,11 +16,10 @@ from lunaris.data import stdlib
 from lunaris.data.base import Data
 from lunaris.data.manifest import Manifest
 from lunaris.data.prepare.chunks import Source
-from lunaris.data.prepare.file_source import FileSource, expand
+from lunaris.data.prepare.file_source import FileSource, StdlibSource, expand
 from lunaris.data.prepare.hf_source import hf_sources
 from lunaris.data.prepare.pipeline import write_shards
 from lunaris.data.prepare.spec import PrepareSpec, settings_of
-from lunaris.data.prepare.stdlib_source import StdlibSource
 from lunaris.data.prepared import PreparedData
 from lunaris.data.stdlib import StdlibData
 from lunaris.errors import UserError, did_you_mean
@@ -77,15 +76,6 @@ def sources_of(keys: PreparedDataConfig) -> Sequence[Source]:
     if isinstance(keys, HFDataConfig):
         return hf_sources(keys.datasets, split=keys.split, text_key=keys.text_key)
     assert isinstance(keys, TextDataConfig)
-    return _text_sources(keys)
-
-
-def _text_sources(keys: TextDataConfig) -> list[Source]:
-    if not isinstance(keys.files, str | list | dict):
-        raise UserError(
-            f"data.files={keys.files}: must be a glob, a list of globs, or a map of source name "
-            "to globs"
-        )
     named = keys.files if isinstance(keys.files, dict) else {"text": keys.files}
     if not named:
         raise UserError("data.files={}: at least one source is needed")

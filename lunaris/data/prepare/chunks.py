@@ -39,13 +39,12 @@ class Cursor:
 class Chunk:
     """A part of one file of a source, which one worker turns into tokens.
 
-    kind: text (a piece of one document), lines, jsonl, parquet or documents. stop: where it ends,
-    in bytes (decompressed), row groups or documents. size: how many bytes of the source's `size` it
-    accounts for. payload: its bytes, or its documents (bytes, or a str that says why one is
-    missing); None when the worker reads the file itself.
+    kind: text (a piece of one document), lines, jsonl, chat, parquet or documents. stop: where it
+    ends, in bytes (decompressed), row groups or documents. size: how many bytes of the source's
+    `size` it accounts for. payload: its bytes, or its documents (bytes, or a str that says why one
+    is missing); None when the worker reads the file itself.
     """
 
-    source: int
     cursor: Cursor
     path: str
     kind: str
@@ -62,6 +61,8 @@ class Chunk:
     after: dict[str, object] | None = None
     # Whether its documents are held out for validation; None: the hash of each one's head decides.
     held_out: bool | None = None
+    # The place of its source among the sources.
+    source: int = 0
 
     @property
     def start(self) -> int:
@@ -76,8 +77,8 @@ class Source(Protocol):
     size: int  # the bytes of all its input, or 0 when that is unknown
     text_key: str  # the key of the text in the records that its chunks' readers parse
 
-    def chunks(self, index: int, cursor: Cursor) -> Iterator[Chunk]:
-        """Yield the chunks from `cursor` on; index: the source's place among the sources."""
+    def chunks(self, cursor: Cursor) -> Iterator[Chunk]:
+        """Yield the chunks from `cursor` on."""
 
     def sample(self, budget: int) -> Iterator[Chunk]:
         """Yield chunks of about `budget` bytes together, from all over the source."""
@@ -94,29 +95,24 @@ def kind_of(path: Path, format: str) -> str:
     return _KINDS.get(plain.suffix.lower(), "text")
 
 
-def range_chunks(
-    index: int, i: int, path: Path, kind: str, start: int, size: int
-) -> Iterator[Chunk]:
-    """Yield byte ranges of a plain file; a text is cut where words begin.
+def range_chunks(i: int, path: Path, kind: str, at: int, size: int) -> Iterator[Chunk]:
+    """Yield byte ranges of a plain file, the i-th of its source; a text is cut where words begin.
 
-    index, i: the source and its file. A line belongs to the range that it begins in, so that ranges
-    of lines are made without reading the file.
+    A line belongs to the range that it begins in, so that ranges of lines are made without reading
+    the file.
     """
-    at = start
     head = b""
     if kind == "text" and size > CHUNK_BYTES:
         with path.open("rb") as file:
             head = file.read(HEAD_BYTES)
-    number = -(-start // CHUNK_BYTES)
-    while True:
-        number += 1
-        stop = min(number * CHUNK_BYTES, size)
+    last = False
+    while not last:
+        # A text is cut a little before a multiple of CHUNK_BYTES.
+        stop = min((-(-at // CHUNK_BYTES) + 1) * CHUNK_BYTES, size)
         if kind == "text":
             stop = cut_before(path, stop, size, CHUNK_BYTES)
         last = stop >= size
-        yield Chunk(index, Cursor(i, at), str(path), kind, stop, stop - at, head=head, last=last)
-        if last:
-            return
+        yield Chunk(Cursor(i, at), str(path), kind, stop, stop - at, head=head, last=last)
         at = stop
 
 
@@ -131,14 +127,14 @@ def cut_before(path: Path, at: int, size: int, chunk_bytes: int) -> int:
     return at - (len(window) - 1) + cut(window)
 
 
-def stream_chunks(index: int, i: int, path: Path, kind: str, start: int) -> Iterator[Chunk]:
+def stream_chunks(i: int, path: Path, kind: str, at: int) -> Iterator[Chunk]:
     """Yield chunks that carry their bytes, from a compressed file read from its beginning.
 
     A corrupt file is read as far as possible, and its last chunk says what is wrong.
     """
     with CompressedFile(path) as stream:
-        head = stream.skip(start, HEAD_BYTES)
-        at, counted = start, stream.raw.tell() if start else 0
+        head = stream.skip(at, HEAD_BYTES)
+        counted = stream.raw.tell() if at else 0
         last = False
         while not last:
             stream.fill(CHUNK_BYTES)
@@ -157,14 +153,15 @@ def stream_chunks(index: int, i: int, path: Path, kind: str, start: int) -> Iter
             now = stream.raw.tell()
             # A file that gave nothing has no document at all, not an empty one.
             corrupt = last and stream.problem
+            if corrupt and kind != "text":
+                part = part[: part.rfind(b"\n") + 1]
             yield Chunk(
-                index,
                 Cursor(i, at),
                 str(path),
                 "lines" if corrupt and not head else kind,
                 at + end,
                 now - counted,
-                payload=_complete_lines(part) if corrupt and kind != "text" else part,
+                payload=part,
                 head=head if kind == "text" else b"",
                 last=last,
                 problem=stream.problem if last else "",
@@ -172,14 +169,8 @@ def stream_chunks(index: int, i: int, path: Path, kind: str, start: int) -> Iter
             at, counted = at + end, now
 
 
-def _complete_lines(part: bytes) -> bytes:
-    return part[: part.rfind(b"\n") + 1]
-
-
-def parquet_chunks(
-    index: int, i: int, path: Path, start: int, text_key: str, size: int
-) -> Iterator[Chunk]:
-    """Yield runs of row groups that hold about a chunk of text.
+def parquet_chunks(i: int, path: Path, first: int, text_key: str, size: int) -> Iterator[Chunk]:
+    """Yield runs of row groups, from `first` on, that hold about a chunk of text.
 
     Raises UserError when the file has no column `text_key`.
     """
@@ -187,19 +178,33 @@ def parquet_chunks(
     with parquet.ParquetFile(path) as file:
         metadata = file.metadata
         columns = file.schema_arrow.names
-    if text_key not in columns:
-        raise UserError(
-            f"data.text_key={text_key}: {path} has no such column; it has "
-            f"{', '.join(columns)}{did_you_mean(text_key, columns)}"
-        )
+    require_column(text_key, columns, path)
     groups = metadata.num_row_groups
     paths = [metadata.schema.column(k).path for k in range(metadata.num_columns)]
     column = paths.index(text_key)
-    first, held = start, 0
-    for group in range(start, groups):
+    held = 0
+    for group in range(first, groups):
         held += metadata.row_group(group).column(column).total_uncompressed_size
         if held >= CHUNK_BYTES or group == groups - 1:
-            share = size * (group + 1) // groups - size * first // groups
-            last = group == groups - 1
-            yield Chunk(index, Cursor(i, first), str(path), "parquet", group + 1, share, last=last)
-            first, held = group + 1, 0
+            stop, last = group + 1, group == groups - 1
+            share = size * stop // groups - size * first // groups
+            yield Chunk(Cursor(i, first), str(path), "parquet", stop, share, last=last)
+            first, held = stop, 0
+
+
+def require_column(text_key: str, columns: list[str], where: object) -> None:
+    """Raise UserError unless the columns of the file or dataset `where` include `text_key`."""
+    if text_key not in columns:
+        raise UserError(
+            f"data.text_key={text_key}: {where} has no such column; it has "
+            f"{', '.join(columns)}{did_you_mean(text_key, columns)}"
+        )
+
+
+def up_to(budget: int, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """Yield chunks until they account for `budget` bytes."""
+    for chunk in chunks:
+        yield chunk
+        budget -= chunk.size
+        if budget <= 0:
+            return

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
+import sys
 import zlib
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO
 
 from lunaris.errors import need
 
@@ -20,14 +23,7 @@ def is_compressed(path: Path) -> bool:
     return path.suffix.lower() in COMPRESSIONS
 
 
-class Stream(Protocol):
-    """A stream of decompressed bytes."""
-
-    def read1(self, most: int, /) -> bytes:
-        """Return up to `most` bytes, as many as one read gives; b"" at the end."""
-
-
-class CompressedFile:
+class CompressedFile(AbstractContextManager["CompressedFile"]):
     """A compressed file that is read block by block.
 
     pending: the bytes that are read and not yet taken. ended: whether all is read. problem: why
@@ -35,15 +31,11 @@ class CompressedFile:
     """
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self.raw = path.open("rb")
+        self._file = _decompressed(path, self.raw)
         self.pending = bytearray()
         self.ended = False
         self.problem = ""
-
-    def __enter__(self) -> CompressedFile:
-        self.raw = self._path.open("rb")
-        self._file = decompressed(self._path, self.raw)
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.raw.close()
@@ -53,11 +45,10 @@ class CompressedFile:
         if self.ended:
             return b""
         try:
-            block = bytes(self._file.read1(most))
-        except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-            self.problem, block = f"cannot be read further: {error}", b""
+            block = self._file.read1(most)
         except Exception as error:
-            if type(error).__module__.partition(".")[0] != "zstandard":
+            known = isinstance(error, OSError | EOFError | lzma.LZMAError | zlib.error)
+            if not known and type(error).__name__ != "ZstdError":
                 raise
             self.problem, block = f"cannot be read further: {error}", b""
         self.ended = not block
@@ -90,8 +81,7 @@ class CompressedFile:
         return end
 
 
-def decompressed(path: Path, raw: IO[bytes]) -> Stream:
-    """Return the decompressed stream of `raw`, by the format that the file's name says."""
+def _decompressed(path: Path, raw: IO[bytes]) -> io.BufferedIOBase:
     suffix = path.suffix.lower()
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=raw)
@@ -99,37 +89,6 @@ def decompressed(path: Path, raw: IO[bytes]) -> Stream:
         return bz2.BZ2File(raw)
     if suffix == ".xz":
         return lzma.LZMAFile(raw)
-    zstandard = need("zstandard", f"{path}: .zst")
-    return _Zstd(zstandard.ZstdDecompressor(), raw)
-
-
-class _Zstd:
-    """The stream of a zstd file of one or several frames.
-
-    The library's own reader does not report a file that ends within a frame.
-    """
-
-    def __init__(self, decompressor: Any, raw: IO[bytes]) -> None:
-        self._decompressor, self._raw = decompressor, raw
-        self._frame = decompressor.decompressobj()
-        self._next = b""  # read already, of the frame after this one
-        self._begun = False
-        self._ready = memoryview(b"")
-
-    def read1(self, most: int) -> bytes:
-        """Return up to `most` bytes, b"" at the end. Raises EOFError within a frame."""
-        while not self._ready:
-            data = self._next or self._raw.read(_BLOCK // 16)
-            self._next = b""
-            if self._frame.eof:
-                if not data:
-                    return b""
-                self._frame = self._decompressor.decompressobj()
-            elif not data:
-                raise EOFError("it ends within a frame" if self._begun else "it is empty")
-            self._begun = True
-            self._ready = memoryview(self._frame.decompress(data))
-            if self._frame.eof:
-                self._next = self._frame.unused_data
-        out, self._ready = self._ready[:most], self._ready[most:]
-        return bytes(out)
+    zstd = need("compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd", str(path))
+    stream: io.BufferedIOBase = zstd.ZstdFile(raw)
+    return stream

@@ -18,6 +18,7 @@ import numpy as np
 
 from lunaris.data.prepare.chunks import Chunk
 from lunaris.data.prepare.readers import Document, Problem, Reader
+from lunaris.data.prepare.shard_writer import masked_dtype
 from lunaris.data.text_split import PIECE_BYTES
 from lunaris.data.tokenizer import TextTokenizer
 
@@ -37,6 +38,7 @@ class Job:
     val_fraction: float
     seed: int
     folder: Path  # of the chunks' token files
+    masked: bool = False  # whether the files hold a loss mask too, as records of `masked_dtype`
 
 
 @dataclass
@@ -62,14 +64,12 @@ def chunk_path(folder: Path, chunk: Chunk, part: str) -> Path:
     return folder / f"{key}.{part}"
 
 
-def is_held_out(head: bytes, fraction: float, seed: int) -> bool:
+def is_held_out(head: bytes, fraction: float, seed: int | None = None) -> bool:
     """Return whether the document that begins with `head` belongs to the validation part.
 
-    The hash of the content decides, so that duplicates land in the same part.
+    The hash of the content decides, so that duplicates land in the same part. seed: its key.
     """
-    if fraction == 0:
-        return False
-    key = seed.to_bytes(8, "little", signed=True)
+    key = b"" if seed is None else seed.to_bytes(8, "little", signed=True)
     digest = hashlib.blake2b(head, digest_size=8, key=key).digest()
     return int.from_bytes(digest, "little") < fraction * 2**64
 
@@ -81,6 +81,7 @@ class Encoder:
         self._job = job
         self._tokenizer = TextTokenizer(job.tokenizer, job.eot)
         self._end = np.array([self._tokenizer.eot_id], dtype=self._tokenizer.dtype)
+        self._dtype = masked_dtype(self._end.dtype)
 
     def __call__(self, chunk: Chunk) -> Encoded:
         """Write a chunk's tokens, atomically, and return what they are."""
@@ -93,9 +94,10 @@ class Encoder:
         temporary = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in paths]
         with temporary[0].open("wb") as train, temporary[1].open("wb") as val:
             for batch in _batches(reader, out.problems):
-                encoded = self._tokenizer.encode([document.text for document in batch])
-                for document, ids in zip(batch, encoded, strict=True):
-                    held = self._is_held_out(chunk, document)
+                for document, ids in zip(batch, self._encode(batch), strict=True):
+                    held = chunk.held_out
+                    if held is None:
+                        held = is_held_out(document.head, job.val_fraction, job.seed)
                     lengths.append(self._write(val if held else train, ids, document.last))
                     held_out.append(held)
                     out.text_bytes += len(document.text)
@@ -106,14 +108,25 @@ class Encoder:
         out.lines = reader.lines
         return out
 
-    def _is_held_out(self, chunk: Chunk, document: Document) -> bool:
-        if chunk.held_out is not None:
-            return chunk.held_out
-        return is_held_out(document.head, self._job.val_fraction, self._job.seed)
+    def _encode(self, batch: list[Document]) -> list[np.ndarray]:
+        """Return the tokens of each document; with a loss mask, [tokens + 1] of `masked_dtype`."""
+        if not self._job.masked:
+            return self._tokenizer.encode([document.text for document in batch])
+        pieces = [document.pieces or ((document.text, True),) for document in batch]
+        encoded = iter(self._tokenizer.encode([text for part in pieces for text, _ in part]))
+        return [self._records([(next(encoded), loss) for _, loss in part]) for part in pieces]
+
+    def _records(self, parts: list[tuple[np.ndarray, bool]]) -> np.ndarray:
+        """Return the parts' tokens and an end of text, which carries loss if the last part does."""
+        parts.append((self._end, parts[-1][1]))
+        records = np.empty(sum(len(ids) for ids, _ in parts), dtype=self._dtype)
+        records["token"] = np.concatenate([ids for ids, _ in parts])
+        records["loss"] = np.repeat([loss for _, loss in parts], [len(ids) for ids, _ in parts])
+        return records
 
     def _write(self, file: IO[bytes], ids: np.ndarray, last: bool) -> int:
         file.write(ids.tobytes())
-        if not last:
+        if not last or self._job.masked:  # Records end with their end of text.
             return len(ids)
         file.write(self._end.tobytes())
         return len(ids) + 1

@@ -5,7 +5,7 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lunaris.data.prepare.chunks import (
@@ -16,14 +16,18 @@ from lunaris.data.prepare.chunks import (
     parquet_chunks,
     range_chunks,
     stream_chunks,
+    up_to,
 )
 from lunaris.data.prepare.decompress import is_compressed
+from lunaris.data.prepare.encode import is_held_out
 from lunaris.errors import UserError
 
 # Bytes of each part of a plain file that is sampled.
 _SAMPLE_PART = 2**18
 # The most files that a sample reads.
 _SAMPLE_FILES = 64
+# What a sample reads of the standard library.
+_STDLIB_SAMPLE = 8 * 2**20
 
 
 @dataclass
@@ -39,11 +43,10 @@ class FileSource:
         self._sizes = [path.stat().st_size for path in self.files]
         self.size = sum(self._sizes)
 
-    def chunks(self, index: int, cursor: Cursor) -> Iterator[Chunk]:
+    def chunks(self, cursor: Cursor) -> Iterator[Chunk]:
         """Yield the chunks from `cursor` on, file by file."""
         for i in range(cursor.file, len(self.files)):
-            start = cursor.start if i == cursor.file else 0
-            yield from self._file_chunks(index, i, start)
+            yield from self._file_chunks(i, cursor.start if i == cursor.file else 0)
 
     def sample(self, budget: int) -> Iterator[Chunk]:
         """Yield chunks of about `budget` bytes, evenly from up to 64 files of the source."""
@@ -51,17 +54,11 @@ class FileSource:
         share = budget // count
         for k in range(count):
             i = k * len(self.files) // count
-            if kind_of(self.files[i], self.format) in ("text", "lines", "jsonl") and not (
-                is_compressed(self.files[i])
-            ):
+            path = self.files[i]
+            if kind_of(path, self.format) == "parquet" or is_compressed(path):
+                yield from up_to(share, self._file_chunks(i, 0))
+            else:
                 yield from self._sample_file(i, share)
-                continue
-            left = share
-            for chunk in self._file_chunks(0, i, 0):
-                yield chunk
-                left -= chunk.size
-                if left <= 0:
-                    break
 
     def fingerprint(self) -> list[object]:
         """Return the format, the key of the text and each file's path, size and time."""
@@ -83,19 +80,19 @@ class FileSource:
             stop = min(start + part, size)
             if kind == "text":
                 start, stop = (cut_before(path, at, size, part) for at in (start, stop))
-            yield Chunk(0, Cursor(i, start), str(path), kind, stop, stop - start)
+            yield Chunk(Cursor(i, start), str(path), kind, stop, stop - start)
 
-    def _file_chunks(self, index: int, i: int, start: int) -> Iterator[Chunk]:
+    def _file_chunks(self, i: int, at: int) -> Iterator[Chunk]:
         path, size = self.files[i], self._sizes[i]
         kind = kind_of(path, self.format)
-        at, head = start, b""
+        head = b""
         try:
             if kind == "parquet":
-                found = parquet_chunks(index, i, path, start, self.text_key, size)
+                found = parquet_chunks(i, path, at, self.text_key, size)
             elif is_compressed(path):
-                found = stream_chunks(index, i, path, kind, start)
+                found = stream_chunks(i, path, kind, at)
             else:
-                found = range_chunks(index, i, path, kind, start, size)
+                found = range_chunks(i, path, kind, at, size)
             for chunk in found:
                 yield chunk
                 at, head = chunk.stop, chunk.head
@@ -105,9 +102,29 @@ class FileSource:
             # A text that has begun must end; a file that gave nothing has no document at all.
             rest = "text" if kind == "text" and at else "lines"
             problem = f"cannot be read{' further' if at else ''}: {error}"
-            yield Chunk(
-                index, Cursor(i, at), str(path), rest, at, 0, b"", head=head, problem=problem
-            )
+            yield Chunk(Cursor(i, at), str(path), rest, at, 0, b"", head=head, problem=problem)
+
+
+class StdlibSource(FileSource):
+    """The standard library's files; the hash of a file's name decides whether it is held out."""
+
+    def __init__(self, files: list[Path], root: Path, val_fraction: float) -> None:
+        """root: the folder that the files' names are relative to."""
+        super().__init__("stdlib", files, "text")
+        self._root, self._val_fraction = root, val_fraction
+
+    def chunks(self, cursor: Cursor) -> Iterator[Chunk]:
+        """Yield the chunks from `cursor` on, each marked as held out or not."""
+        for chunk in super().chunks(cursor):
+            name = os.fsencode(Path(chunk.path).relative_to(self._root).as_posix())
+            yield replace(chunk, held_out=is_held_out(name, self._val_fraction))
+
+    def sample(self, budget: int) -> Iterator[Chunk]:
+        """Yield about 8 MB of complete files at equal distances, whatever the budget is."""
+        step = max(1, -(-self.size // _STDLIB_SAMPLE))
+        for i in range(0, len(self.files), step):
+            size = self._sizes[i]
+            yield Chunk(Cursor(i), str(self.files[i]), "text", size, size)
 
 
 def expand(globs: object, without: Path) -> list[Path]:
@@ -117,7 +134,7 @@ def expand(globs: object, without: Path) -> list[Path]:
     where the shards are written, are left out. Raises UserError for a glob that names no file.
     """
     excluded = os.path.realpath(without) + os.sep
-    found: dict[str, str] = {}
+    found: list[str] = []
     patterns = globs if isinstance(globs, list) else [globs]
     for pattern in patterns:
         if not isinstance(pattern, str) or not pattern:
@@ -128,24 +145,18 @@ def expand(globs: object, without: Path) -> list[Path]:
         pattern = str(Path(pattern).expanduser())
         if Path(pattern).is_dir():
             pattern = f"{glob.escape(pattern)}/**"
-        # By real path, because links may lead to a file twice, or around in a circle; the file is
-        # named by the shortest path that leads to it.
-        matched = {
-            os.path.realpath(path): path
-            for path in sorted(
-                glob.glob(pattern, recursive=True), key=_depth_and_name, reverse=True
-            )
-            if Path(path).is_file()
-        }
-        matched = {real: path for real, path in matched.items() if not real.startswith(excluded)}
+        matched = [
+            path
+            for path in glob.glob(pattern, recursive=True)
+            if Path(path).is_file() and not os.path.realpath(path).startswith(excluded)
+        ]
         if not matched:
             raise UserError(f"data.files: no file matches {pattern} (from {Path.cwd()})")
-        for real, path in matched.items():
-            found[real] = min(path, found.get(real, path), key=_depth_and_name)
+        found += matched
     if not found:
         raise UserError("data.files=[]: at least one file is needed")
-    return [Path(path) for path in sorted(found.values())]
-
-
-def _depth_and_name(path: str) -> tuple[int, str]:
-    return path.count(os.sep), path
+    # By real path, because links may lead to a file twice, or around in a circle; the file is
+    # named by the shortest path that leads to it.
+    found.sort(key=lambda path: (path.count(os.sep), path), reverse=True)
+    shortest = {os.path.realpath(path): path for path in found}
+    return [Path(path) for path in sorted(shortest.values())]

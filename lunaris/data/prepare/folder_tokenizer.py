@@ -8,9 +8,8 @@ from pathlib import Path
 
 from lunaris.atomic_files import write_durably
 from lunaris.data import manifest as manifests
-from lunaris.data.prepare.chunks import Source
 from lunaris.data.prepare.readers import Problem, Reader
-from lunaris.data.prepare.spec import PrepareSpec
+from lunaris.data.prepare.spec import PrepareSpec, tokenizer_file
 from lunaris.data.text_split import split_bytes
 from lunaris.data.tokenizer import EOT, TextTokenizer
 from lunaris.errors import UserError
@@ -65,10 +64,8 @@ def load_tokenizer(name: str, path: Path) -> None:
     """
     from tokenizers import Tokenizer
 
-    local = Path(name).expanduser()
-    if local.is_dir():
-        local = local / manifests.TOKENIZER
-    if local.is_file():
+    local = tokenizer_file(name)
+    if local is not None:
         path.write_bytes(local.read_bytes())
         return
     if name.endswith(".json") or name.startswith((".", "/", "~")):
@@ -108,7 +105,13 @@ def _sample_texts(spec: PrepareSpec) -> Iterator[str]:
     with tqdm(desc="tokenizer: reading", unit="B", unit_scale=True, leave=False) as bar:
         for source, weight in zip(spec.sources, spec.weights, strict=True):
             left = int(budget * weight / sum(spec.weights))
-            for text in _texts(source, left):
+            texts = (
+                document.text
+                for chunk in source.sample(left)
+                for document in Reader(chunk, source.text_key)
+                if not isinstance(document, Problem)
+            )
+            for text in texts:
                 for piece in split_bytes(text[:left]):
                     yield piece.decode("utf-8", "replace")
                 left -= len(text)
@@ -117,10 +120,3 @@ def _sample_texts(spec: PrepareSpec) -> Iterator[str]:
                     break
         bar.set_description("tokenizer: training")
         bar.refresh()
-
-
-def _texts(source: Source, budget: int) -> Iterator[bytes]:
-    for chunk in source.sample(budget):
-        for document in Reader(chunk, source.text_key):
-            if not isinstance(document, Problem):
-                yield document.text

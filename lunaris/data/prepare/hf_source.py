@@ -29,11 +29,24 @@ Row = dict[str, object]
 def hf_sources(datasets: object, *, split: str, text_key: str) -> list[HFSource]:
     """Return the sources of `data.datasets`: a path, a list, or source name -> path or `_KEYS`.
 
-    split, text_key: of a dataset that names none. Raises UserError for a map of other keys, and
-    without the extra `hf`.
+    split, text_key: of a dataset that names none. Raises UserError when there is no dataset, for a
+    map of other keys, and without the extra `hf`.
     """
     need("datasets", "data=hf")
-    return [_source(name, what, split, text_key) for name, what in named(datasets).items()]
+    if isinstance(datasets, str):
+        datasets = [datasets]
+    if not isinstance(datasets, list | dict | None):
+        raise UserError(
+            f"data.datasets={datasets}: must be a path, a list of paths, or a map of source name "
+            "to path"
+        )
+    if not isinstance(datasets, dict):
+        datasets = {path: path for path in datasets or []}
+    elif "path" in datasets:  # a single dataset may be given by its keys alone
+        datasets = {"hf": datasets}
+    if not datasets:
+        raise UserError("data.datasets: at least one dataset is needed")
+    return [_source(str(name), what, split, text_key) for name, what in datasets.items()]
 
 
 def _source(name: str, what: object, split: str, text_key: str) -> HFSource:
@@ -55,25 +68,6 @@ def _source(name: str, what: object, split: str, text_key: str) -> HFSource:
     return HFSource(name, {"split": split} | keys, text_key)
 
 
-def named(datasets: object) -> dict[str, object]:
-    """Return source name -> path or map. Raises UserError when there is no dataset."""
-    if isinstance(datasets, str):
-        datasets = [datasets]
-    if not isinstance(datasets, list | dict | None):
-        raise UserError(
-            f"data.datasets={datasets}: must be a path, a list of paths, or a map of source name "
-            "to path"
-        )
-    if isinstance(datasets, dict):
-        # A single dataset may be given by its keys alone.
-        found = {"hf": datasets} if "path" in datasets else datasets
-    else:
-        found = {str(path): path for path in datasets or []}
-    if not found:
-        raise UserError("data.datasets: at least one dataset is needed")
-    return {str(name): what for name, what in found.items()}
-
-
 @dataclass
 class HFSource:
     """One streamed dataset. keys: arguments of `datasets.load_dataset`."""
@@ -84,7 +78,7 @@ class HFSource:
     size: int = 0  # unknown before it is read
     _dataset: Any = field(default=None, repr=False)
 
-    def chunks(self, index: int, cursor: Cursor) -> Iterator[Chunk]:
+    def chunks(self, cursor: Cursor) -> Iterator[Chunk]:
         """Yield the chunks from `cursor` on, which carry their documents."""
         payload: list[bytes | str] = []
         at, held = cursor.start, 0
@@ -100,21 +94,17 @@ class HFSource:
             held += len(payload[-1]) if isinstance(payload[-1], bytes) else 0
             if full:
                 after = {"state": place, "last": _digest(payload[-1])} if place else None
-                yield replace(self._chunk(index, at, payload, held), after=after)
+                yield replace(self._chunk(at, payload, held), after=after)
                 at, payload, held, full = at + len(payload), [], 0, False
             elif held + len(payload) * _OBJECT_BYTES >= sizes.CHUNK_BYTES:
                 # One document before the chunk ends; a later start recognises the place by it.
                 place, full = self._place(), True
         if payload or problem:
-            yield replace(self._chunk(index, at, payload, held), problem=problem)
+            yield replace(self._chunk(at, payload, held), problem=problem)
 
     def sample(self, budget: int) -> Iterator[Chunk]:
-        """Yield the dataset's first chunks, about `budget` bytes."""
-        for chunk in self.chunks(0, Cursor()):
-            yield chunk
-            budget -= chunk.size
-            if budget <= 0:
-                return
+        """Return the dataset's first chunks, about `budget` bytes."""
+        return sizes.up_to(budget, self.chunks(Cursor()))
 
     def fingerprint(self) -> list[object]:
         """Return the keys; for a dataset in a local folder, each file's path, size and time too."""
@@ -123,9 +113,9 @@ class HFSource:
         stats = [(file, file.stat()) for file in files if file.is_file()]
         return [self.keys, self.text_key, [[str(f), s.st_size, s.st_mtime_ns] for f, s in stats]]
 
-    def _chunk(self, index: int, at: int, payload: list[bytes | str], held: int) -> Chunk:
+    def _chunk(self, at: int, payload: list[bytes | str], held: int) -> Chunk:
         path, stop = f"{self.keys['path']}[{self.keys['split']}]", at + len(payload)
-        return Chunk(index, Cursor(0, at), path, "documents", stop, held, payload, last=False)
+        return Chunk(Cursor(0, at), path, "documents", stop, held, payload, last=False)
 
     def _next_row(self, rows: Iterator[Row], done: int) -> tuple[Row | None, str]:
         """Return the next row, None at the end, and why the rest cannot be read.
@@ -187,12 +177,8 @@ class HFSource:
                 f"{type(error).__name__}: {error}"
             ) from error
         columns = dataset.column_names
-        if columns is not None and self.text_key not in columns:
-            raise UserError(
-                f"data.text_key={self.text_key}: {self.keys['path']} has no such column; it has "
-                f"{', '.join(columns)}{did_you_mean(self.text_key, columns)}"
-            )
         if columns is not None:
+            sizes.require_column(self.text_key, columns, self.keys["path"])
             dataset = dataset.select_columns([self.text_key])
         return dataset
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections import deque
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 
 from lunaris.data.prepare.chunks import Chunk
 from lunaris.data.prepare.encode import PARTS, Encoded, chunk_path
-from lunaris.data.prepare.shard_writer import ShardWriter
+from lunaris.data.prepare.shard_writer import MaskedShardWriter, ShardWriter
+from lunaris.data.prepare.spec import PrepareSpec
 from lunaris.errors import UserError
 
 # By the seed, the sources start up to this many tokens apart in the rotation.
@@ -43,9 +45,9 @@ class _Loaded:
     chunk: Chunk
     encoded: Encoded
     tokens: dict[str, np.ndarray]
-    # [D] int64, tokens before each document: in the chunk, and in the document's part of it.
+    # [D + 1] int64, tokens before each document, and before the end: of the chunk, of each part.
     before: np.ndarray
-    before_in_part: np.ndarray
+    before_in_part: dict[str, np.ndarray]
 
 
 class SourceInterleaver:
@@ -58,39 +60,25 @@ class SourceInterleaver:
 
     def __init__(
         self,
-        names: list[str],
-        weights: list[float],
-        train: ShardWriter,
-        val: list[ShardWriter],
+        spec: PrepareSpec,
+        train: ShardWriter | MaskedShardWriter,
+        val: Sequence[ShardWriter | MaskedShardWriter],
         chunks: Path,
-        *,
-        seed: int,
-        skip_problems: bool,
-        stop_at_first: bool,
-        report: Callable[[str], None],
         state: list[dict[str, Any]] | None = None,
     ) -> None:
         """train, val: the writers of the training part and of each source's validation part.
 
-        chunks: the folder of the token files. skip_problems: leave unreadable documents out, and
-        pass a message to `report`. stop_at_first: end when one source is exhausted. state: the
-        `state()` of an interrupted interleaver.
+        chunks: the folder of the token files. state: the `progress` of an interrupted interleaver,
+        as JSON.
         """
-        self._names, self._weights = names, np.array(weights, dtype=np.float64)
+        self._keys, self._weights = spec.keys, np.array(spec.weights, dtype=np.float64)
         self._train, self._val, self._chunks = train, val, chunks
-        self._skip_problems, self._stop_at_first = skip_problems, stop_at_first
-        self._report = report
-        phases = np.random.default_rng(seed).random(len(names))
+        phases = np.random.default_rng(spec.keys.seed).random(len(spec.sources))
         self._phases = phases * _PHASE_TOKENS * self._weights / self._weights.sum()
-        self.progress = [_restored(p) for p in state] if state else [Progress() for _ in names]
-        self._queues: list[deque[tuple[Chunk, Encoded]]] = [deque() for _ in names]
-        self._loaded: list[_Loaded | None] = [None] * len(names)
-        self._planned = [False] * len(names)
+        self.progress = [Progress(**p) for p in state or [{} for _ in spec.sources]]
+        self._queues: list[deque[tuple[Chunk, Encoded]]] = [deque() for _ in spec.sources]
+        self._loaded: list[_Loaded | None] = [None] * len(spec.sources)
         self.bytes_read = 0
-
-    def state(self) -> list[dict[str, Any]]:
-        """Return what a later interleaver needs to continue; JSON can hold it."""
-        return [asdict(progress) for progress in self.progress]
 
     def add(self, chunk: Chunk, encoded: Encoded) -> None:
         """Take the next chunk of its source."""
@@ -101,8 +89,8 @@ class SourceInterleaver:
         return len(self._queues[source])
 
     def end(self, source: int) -> None:
-        """Note that a source has no chunk after those that were added."""
-        self._planned[source] = True
+        """Note that the source whose chunk `advance` asked for has no more."""
+        self.progress[source].exhausted = True
 
     def advance(self) -> int | None:
         """Merge as far as the added chunks allow.
@@ -110,23 +98,18 @@ class SourceInterleaver:
         Returns the source whose next chunk is needed, or None when all is merged. Raises UserError
         for a document that cannot be read, unless problems are skipped.
         """
-        while True:
-            source = self._next_source()
-            if source is None:
-                return None
+        while (source := self._next_source()) is not None:
             loaded = self._loaded[source] or self._load(source)
             if loaded is None:
-                if self._planned[source]:
-                    self.progress[source].exhausted = True
-                    continue
                 return source
             self._take(source, loaded)
+        return None
 
     def _next_source(self) -> int | None:
         for i, progress in enumerate(self.progress):
             if progress.open and not progress.exhausted:
                 return i
-        if self._stop_at_first and any(progress.exhausted for progress in self.progress):
+        if self._keys.on_exhausted == "stop" and any(p.exhausted for p in self.progress):
             return None
         shares = self._shares()
         source = int(np.argmin(shares))
@@ -147,60 +130,45 @@ class SourceInterleaver:
         if progress.file != chunk.cursor.file:  # an empty file in between has no chunk
             progress.first_line = 0
         progress.file, progress.start = chunk.cursor.file, chunk.cursor.start
-        self._check(source, chunk, encoded)
+        for problem in encoded.problems:
+            self._report(f"{chunk.path}:{progress.first_line + problem.line}: {problem.message}")
         dtype = self._train.dtype
         tokens = {part: np.fromfile(chunk_path(self._chunks, chunk, part), dtype) for part in PARTS}
         lengths, held_out = encoded.lengths, encoded.held_out
-        before_in_part = np.where(
-            held_out, _before(lengths * held_out), _before(lengths * ~held_out)
-        )
-        loaded = _Loaded(chunk, encoded, tokens, _before(lengths), before_in_part)
-        self._loaded[source] = loaded
+        before = {"train": _before(lengths * ~held_out), "val": _before(lengths * held_out)}
+        loaded = self._loaded[source] = _Loaded(chunk, encoded, tokens, _before(lengths), before)
         return loaded
 
-    def _check(self, source: int, chunk: Chunk, encoded: Encoded) -> None:
-        for problem in encoded.problems:
-            line = self.progress[source].first_line + problem.line
-            text = f"{chunk.path}:{line}: {problem.message}"
-            if not self._skip_problems:
-                raise UserError(f"{text}; data.on_error=skip leaves such documents out")
-            self._report(f"skipped {text}")
+    def _report(self, problem: str) -> None:
+        from tqdm import tqdm
+
+        if self._keys.on_error != "skip":
+            raise UserError(f"{problem}; data.on_error=skip leaves such documents out")
+        tqdm.write(f"skipped {problem}", file=sys.stderr)
 
     def _take(self, source: int, loaded: _Loaded) -> None:
         """Merge documents of a source until another source's turn or the end of the chunk."""
-        progress, lengths = self.progress[source], loaded.encoded.lengths
-        first = progress.documents_done
-        last = len(lengths)
-        if first < last:
-            count = last - first if self._alone(source) else self._turn(source, loaded, first)
-            last = first + count
-            self._append(source, loaded, first, last)
+        progress, documents = self.progress[source], len(loaded.encoded.lengths)
+        first = last = progress.documents_done
+        if first < documents:
+            last += self._turn(source, loaded, first)
+            for part, writer in (("train", self._train), ("val", self._val[source])):
+                begin, end = loaded.before_in_part[part][[first, last]]
+                if begin < end:
+                    writer.append(loaded.tokens[part][begin:end])
             progress.documents_done = last
-            progress.taken += int(lengths[first:last].sum())
-            progress.open = loaded.encoded.open and last == len(lengths)
+            progress.taken += int(loaded.before[last] - loaded.before[first])
+            progress.open = loaded.encoded.open and last == documents
             progress.documents += last - first - progress.open
-        if last == len(lengths):
+        if last == documents:
             self._unload(source, loaded)
-
-    def _alone(self, source: int) -> bool:
-        return all(p.exhausted for i, p in enumerate(self.progress) if i != source)
 
     def _turn(self, source: int, loaded: _Loaded, first: int) -> int:
         """Return how many documents to take before another source has the smallest share."""
-        others = np.delete(self._shares(), source).min()
+        others = np.delete(self._shares(), source).min(initial=np.inf)
         start = self.progress[source].taken + self._phases[source]
-        share = (start + loaded.before[first:] - loaded.before[first]) / self._weights[source]
+        share = (start + loaded.before[first:-1] - loaded.before[first]) / self._weights[source]
         return max(1, int(np.searchsorted(share, others, side="right")))
-
-    def _append(self, source: int, loaded: _Loaded, first: int, last: int) -> None:
-        writers = {"train": self._train, "val": self._val[source]}
-        lengths, held_out = loaded.encoded.lengths[first:last], loaded.encoded.held_out[first:last]
-        for part, mine in zip(PARTS, (~held_out, held_out), strict=True):
-            which = np.flatnonzero(mine)
-            if len(which):
-                begin = loaded.before_in_part[first + which[0]]
-                tokens = loaded.tokens[part][begin : begin + int(lengths[which].sum())]
-                writers[part].append(tokens)
 
     def _unload(self, source: int, loaded: _Loaded) -> None:
         progress, chunk = self.progress[source], loaded.chunk
@@ -218,9 +186,5 @@ class SourceInterleaver:
 
 
 def _before(lengths: np.ndarray) -> np.ndarray:
-    """Return the sum of all lengths before each ([D] int64)."""
-    return np.cumsum(lengths) - lengths
-
-
-def _restored(state: dict[str, Any]) -> Progress:
-    return Progress(**{f.name: state[f.name] for f in fields(Progress)})
+    """Return the sum of all lengths before each, and of all ([D + 1] int64)."""
+    return np.concatenate([[0], np.cumsum(lengths)])

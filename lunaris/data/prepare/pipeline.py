@@ -12,30 +12,26 @@ import errno
 import json
 import os
 import shutil
-import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TextIO
 
 from lunaris.atomic_files import FileInUse, file_lock, write_durably
 from lunaris.data import manifest as manifests
 from lunaris.data.manifest import Manifest, SourceEntry
-from lunaris.data.prepare.chunks import Chunk, Cursor, Source
+from lunaris.data.prepare.chunks import Chunk, Cursor
 from lunaris.data.prepare.encode import Encoded, Job, encode_chunk, executor
 from lunaris.data.prepare.folder_tokenizer import folder_tokenizer
 from lunaris.data.prepare.interleave import SourceInterleaver
-from lunaris.data.prepare.shard_writer import ShardWriter
-from lunaris.data.prepare.spec import PrepareSpec, read_note, require_same
+from lunaris.data.prepare.shard_writer import MaskedShardWriter, ShardWriter
+from lunaris.data.prepare.spec import PrepareSpec, read_note
 from lunaris.data.tokenizer import TextTokenizer
 from lunaris.errors import UserError
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 # Seconds between two notes of the progress: the most work that a kill can cost.
 NOTE_S = 2.0
@@ -48,10 +44,10 @@ def write_shards(spec: PrepareSpec, *, wait_for_lock: bool = False) -> Manifest:
     in use (without waiting), holds something else, or a document cannot be read.
     """
     folder = spec.folder
-    with _cleaned_up(folder), folder_lock(folder / ".lock", wait=wait_for_lock):
+    with _cleaned_up(folder), folder_lock(folder, wait=wait_for_lock):
         made = manifests.read(folder)
         if made is not None:
-            require_same(spec, made.settings)
+            manifests.require_same(folder, made.settings, spec.settings)
             shutil.rmtree(folder / manifests.UNFINISHED, ignore_errors=True)
             return made
         note = read_note(spec)
@@ -61,26 +57,19 @@ def write_shards(spec: PrepareSpec, *, wait_for_lock: bool = False) -> Manifest:
         return made
 
 
-@contextmanager
-def folder_lock(path: Path, *, wait: bool) -> Iterator[None]:
-    """Hold a lock file, whose folder is created, until the block or the process ends.
+def folder_lock(folder: Path, *, wait: bool) -> TextIO:
+    """Create a folder and lock it until the returned file is closed or the process ends.
 
     wait: until another process releases it. Raises UserError when the folder is in use, or cannot
     be written.
     """
-    with ExitStack() as stack:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(file_lock(path, wait=wait))
-        except FileInUse as error:
-            raise UserError(
-                f"{path.parent}: another `lunaris prepare` is writing this folder"
-            ) from error
-        except OSError as error:
-            raise UserError(
-                f"data.dir={path.parent}: cannot be written: {error.strerror}"
-            ) from error
-        yield
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        return file_lock(folder / ".lock", wait=wait)
+    except FileInUse as error:
+        raise UserError(f"{folder}: another `lunaris prepare` is writing this folder") from error
+    except OSError as error:
+        raise UserError(f"data.dir={folder}: cannot be written: {error.strerror}") from error
 
 
 @contextmanager
@@ -107,8 +96,9 @@ class _Preparation:
 
     def __init__(self, spec: PrepareSpec, tokenizer: TextTokenizer, note: dict[str, Any]) -> None:
         """note: the result of `read_note`."""
+        from tqdm import tqdm
+
         self._spec, self._tokenizer = spec, tokenizer
-        self._sources, self._weights = spec.sources, spec.weights
         self._processes = spec.keys.processes or _default_processes()
         self._work = spec.folder / manifests.UNFINISHED
         chunks = self._work / "units"
@@ -121,52 +111,39 @@ class _Preparation:
             spec.keys.val_fraction,
             spec.keys.seed,
             chunks,
+            masked=spec.masked,
         )
         # Each of several sources has its own validation shards, so that its loss can be logged.
         several = len(spec.sources) > 1
         self._val = [f"val{i}" for i in range(len(spec.sources))] if several else ["val"]
-        self._writers = self._open_writers(note.get("writers", {}))
-        self._bar = _progress_bar(spec.sources)
-        self._interleaver = SourceInterleaver(
-            [source.name for source in spec.sources],
-            spec.weights,
-            self._writers["train"],
-            [self._writers[part] for part in self._val],
-            chunks,
-            seed=spec.keys.seed,
-            skip_problems=spec.keys.on_error == "skip",
-            stop_at_first=spec.keys.on_exhausted == "stop",
-            report=lambda text: self._bar.write(text, file=sys.stderr),
-            state=note.get("sources"),
-        )
-        # What yields each source's remaining chunks; None once it is exhausted.
-        self._planners: list[Iterator[Chunk] | None] = [
-            None if p.exhausted else source.chunks(i, Cursor(p.file, p.start, p.place))
-            for i, (source, p) in enumerate(
-                zip(spec.sources, self._interleaver.progress, strict=True)
+        writer = MaskedShardWriter if spec.masked else ShardWriter
+        self._writers: dict[str, ShardWriter | MaskedShardWriter] = {
+            part: writer(
+                spec.folder,
+                part,
+                tokenizer.dtype,
+                spec.keys.shard_tokens,
+                note.get("writers", {}).get(part),
+                # There may be more sources than files that a process may open.
+                keep_open=part == "train" or not several,
             )
+            for part in ["train", *self._val]
+        }
+        total = sum(source.size for source in spec.sources) or None
+        self._bar = tqdm(total=total, desc="prepare", unit="B", unit_scale=True, smoothing=0.05)
+        val = [self._writers[part] for part in self._val]
+        self._interleaver = SourceInterleaver(
+            spec, self._writers["train"], val, chunks, note.get("sources")
+        )
+        # What yields each source's remaining chunks; None after the last.
+        self._planners: list[Iterator[Chunk] | None] = [
+            None if p.exhausted else source.chunks(Cursor(p.file, p.start, p.place))
+            for source, p in zip(spec.sources, self._interleaver.progress, strict=True)
         ]
-        for i, planner in enumerate(self._planners):
-            if planner is None:
-                self._interleaver.end(i)
         # Each source's chunks that were submitted and are not yet merged, oldest first.
         self._sent: list[list[tuple[Chunk, Future[Encoded]]]] = [[] for _ in spec.sources]
         self._sent_bytes = [0] * len(spec.sources)
         self._noted = time.monotonic()
-
-    def _open_writers(self, states: dict[str, dict[str, Any]]) -> dict[str, ShardWriter]:
-        """Return the writer of each part. Of many, only the one of `train` keeps its file open."""
-        return {
-            part: ShardWriter(
-                self._spec.folder,
-                part,
-                self._tokenizer.dtype,
-                self._spec.keys.shard_tokens,
-                states.get(part),
-                keep_open=part == "train" or len(self._val) == 1,
-            )
-            for part in ["train", *self._val]
-        }
 
     def run(self) -> Manifest:
         """Encode and merge everything that is left; return the manifest."""
@@ -190,7 +167,10 @@ class _Preparation:
         waiting = self._interleaver.advance()
         while waiting is not None:
             self._send(pool, waiting)
-            self._collect(waiting)
+            if self._sent[waiting]:
+                self._collect(waiting)
+            else:
+                self._interleaver.end(waiting)
             bytes_before = self._interleaver.bytes_read
             try:
                 waiting = self._interleaver.advance()
@@ -228,42 +208,36 @@ class _Preparation:
             source = (
                 waiting
                 if starving
-                else min(room, key=lambda i: self._sent_bytes[i] / self._weights[i])
+                else min(room, key=lambda i: self._sent_bytes[i] / self._spec.weights[i])
             )
             planner = self._planners[source]
             assert planner is not None
             chunk = next(planner, None)
             if chunk is None:
                 self._planners[source] = None
-                if not self._sent[source]:
-                    self._interleaver.end(source)
-                    if source == waiting:
-                        return
                 continue
+            chunk = replace(chunk, source=source)
             future = pool.submit(encode_chunk, chunk)
             self._sent[source].append((replace(chunk, payload=None), future))
             self._sent_bytes[source] += max(chunk.size, 1)
 
     def _collect(self, waiting: int) -> None:
         """Pass finished chunks to the interleaver in each source's order; wait for the next."""
-        sent = self._sent[waiting]
-        if sent and not sent[0][1].done():
+        if not self._sent[waiting][0][1].done():
             # Wait for any chunk, not only this one, so that no worker runs out of work meanwhile.
             pending = [future for chunks in self._sent for _, future in chunks if not future.done()]
             wait(pending, return_when=FIRST_COMPLETED)
-        for source, chunks in enumerate(self._sent):
+        for chunks in self._sent:
             while chunks and chunks[0][1].done():
                 chunk, future = chunks.pop(0)
                 self._interleaver.add(chunk, future.result())
-            if not chunks and self._planners[source] is None:
-                self._interleaver.end(source)
 
     def _note(self) -> None:
         """Make durable what is merged, and the state to continue from."""
         note = {
             "settings": self._spec.settings,
             "writers": {part: writer.state() for part, writer in self._writers.items()},
-            "sources": self._interleaver.state(),
+            "sources": [asdict(progress) for progress in self._interleaver.progress],
         }
         write_durably(self._work / "note.json", json.dumps(note).encode())
         self._noted = time.monotonic()
@@ -272,17 +246,19 @@ class _Preparation:
         return sum(progress.taken for progress in self._interleaver.progress)
 
     def _manifest(self) -> Manifest:
+        spec = self._spec
         train = self._writers["train"].finish()
         if not train:
             raise UserError(
-                f"data.dir={self._spec.folder}: no training document in the input; lower "
-                f"data.val_fraction={self._spec.keys.val_fraction} or give more input"
+                f"data.dir={spec.folder}: no training document in the input; lower "
+                f"data.val_fraction={spec.keys.val_fraction} or give more input"
             )
         val = [
-            replace(entry, source=source.name if len(self._sources) > 1 else None)
-            for part, source in zip(self._val, self._sources, strict=True)
+            replace(entry, source=source.name if len(spec.sources) > 1 else None)
+            for part, source in zip(self._val, spec.sources, strict=True)
             for entry in self._writers[part].finish()
         ]
+        total = sum(spec.weights)
         return Manifest(
             tokenizer_hash=manifests.sha256(self._job.tokenizer),
             vocab_size=self._tokenizer.vocab_size,
@@ -290,27 +266,13 @@ class _Preparation:
             dtype=str(self._tokenizer.dtype),
             shards={"train": train, "val": val},
             sources=[
-                SourceEntry(
-                    source.name,
-                    weight / sum(self._weights),
-                    p.documents,
-                    p.taken,
-                    p.bytes,
-                    p.skipped,
-                )
+                SourceEntry(source.name, weight / total, p.documents, p.taken, p.bytes, p.skipped)
                 for source, weight, p in zip(
-                    self._sources, self._weights, self._interleaver.progress, strict=True
+                    spec.sources, spec.weights, self._interleaver.progress, strict=True
                 )
             ],
-            settings=self._spec.settings,
+            settings=spec.settings,
         )
-
-
-def _progress_bar(sources: Sequence[Source]) -> tqdm[Any]:
-    from tqdm import tqdm
-
-    total = sum(source.size for source in sources) or None
-    return tqdm(total=total, desc="prepare", unit="B", unit_scale=True, smoothing=0.05)
 
 
 def _default_processes() -> int:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import IO
+from dataclasses import dataclass, replace
 
+from lunaris.data.prepare.chat import pieces_of
 from lunaris.data.prepare.chunks import HEAD_BYTES, Chunk
 from lunaris.errors import did_you_mean, need
 
@@ -19,12 +20,14 @@ _BLOCK = 2**20
 class Document:
     """One document, or a piece of one. head: the document's first bytes, which are hashed.
 
-    last: whether the document ends here.
+    last: whether the document ends here. pieces: the text in parts, each with whether it carries
+    loss; empty where all of it does.
     """
 
     text: bytes
     head: bytes
     last: bool = True
+    pieces: tuple[tuple[bytes, bool], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -66,11 +69,11 @@ class Reader:
         elif chunk.kind == "text":
             yield self._piece()
         else:
-            parse = self._line if chunk.kind == "lines" else self._json
             for line in _lines(chunk):
                 self.lines += 1
-                document = parse(line)
-                if document is not None:
+                if chunk.kind == "lines":
+                    yield complete(line.removesuffix(b"\n"))
+                elif document := self._json(line):
                     yield document
 
     def _piece(self) -> Document:
@@ -82,9 +85,6 @@ class Reader:
             head = chunk.head or file.read(HEAD_BYTES)
             file.seek(chunk.start)
             return Document(file.read(chunk.stop - chunk.start), head, chunk.last)
-
-    def _line(self, line: bytes) -> Document:
-        return complete(line.removesuffix(b"\n"))
 
     def _json(self, line: bytes) -> Document | Problem | None:
         if self.lines == 1 and self.chunk.start == 0:
@@ -98,6 +98,8 @@ class Reader:
             return Problem(self.lines, f"not JSON: {error}")
         if not isinstance(record, dict):
             return Problem(self.lines, f"a JSON {type(record).__name__}, not an object")
+        if self.chunk.kind == "chat":
+            return _to_chat(record, self.lines)
         return to_document(record, self.text_key, self.lines)
 
     def _rows(self) -> Iterator[Document | Problem]:
@@ -107,10 +109,9 @@ class Reader:
         with parquet.ParquetFile(self.chunk.path) as file:
             for batch in file.iter_batches(256, groups, [self.text_key]):
                 column = batch.column(0)
-                kind = column.type
-                if pyarrow.types.is_string(kind):
-                    column = column.cast(pyarrow.binary())
-                elif pyarrow.types.is_large_string(kind):
+                if pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(
+                    column.type
+                ):
                     column = column.cast(pyarrow.large_binary())
                 for value in column.to_pylist():
                     self.lines += 1
@@ -128,6 +129,15 @@ def to_document(record: dict[str, object], key: str, line: int) -> Document | Pr
         hint = did_you_mean(key, record)
         return Problem(line, f"no key {key} (data.text_key) in {list(record)[:8]}{hint}")
     return value_to_document(record[key], key, line)
+
+
+def _to_chat(record: dict[str, object], line: int) -> Document | Problem:
+    """Return the document of a conversation or a prompt, or why there is none."""
+    found = pieces_of(record)
+    if isinstance(found, str):
+        return Problem(line, found)
+    pieces = tuple((to_bytes(text), loss) for text, loss in found)
+    return replace(complete(b"".join(text for text, _ in pieces)), pieces=pieces)
 
 
 def value_to_document(value: object, key: str, line: int) -> Document | Problem:
@@ -154,36 +164,16 @@ def _lines(chunk: Chunk) -> Iterator[bytes]:
     """Yield the lines that begin in a chunk, with their line ends."""
     if chunk.payload is not None:
         assert isinstance(chunk.payload, bytes)
-        yield from _split(chunk.payload)
+        yield from io.BytesIO(chunk.payload)
         return
     with open(chunk.path, "rb") as file:
-        at = chunk.start
-        if at:
+        if chunk.start:
             # Skip the line that began earlier without loading it, because it may be of any length.
-            file.seek(at - 1)
-            at += _skip_line(file, chunk.stop - at + 1) - 1
-        while at < chunk.stop:
-            line = file.readline()
-            if not line:
-                return
+            file.seek(chunk.start - 1)
+            while (block := file.readline(_BLOCK)) and file.tell() < chunk.stop:
+                if block.endswith(b"\n"):
+                    break
+        at = file.tell()
+        while at < chunk.stop and (line := file.readline()):
             at += len(line)
             yield line
-
-
-def _split(payload: bytes) -> Iterator[bytes]:
-    at = 0
-    while at < len(payload):
-        end = payload.find(b"\n", at) + 1 or len(payload)
-        yield payload[at:end]
-        at = end
-
-
-def _skip_line(file: IO[bytes], most: int) -> int:
-    """Read to the end of a line or at least `most` bytes; return how many were read."""
-    done = 0
-    while done < most:
-        block = file.readline(_BLOCK)
-        done += len(block)
-        if not block or block.endswith(b"\n"):
-            break
-    return done

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import io
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lunaris.atomic_files import sync_folder
-from lunaris.data.manifest import ShardEntry, sha256
+from lunaris.data.manifest import MASK, ShardEntry, sha256
 
 _HEADER_BYTES = 128
 
@@ -47,11 +47,6 @@ class ShardWriter:
         self._keep_open = keep_open
         self._durable = True
         self._reopen()
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens were appended to all shards."""
-        return sum(entry.tokens for entry in self.entries) + self._tokens
 
     def append(self, tokens: np.ndarray) -> None:
         """Append tokens ([n] of `dtype`)."""
@@ -124,7 +119,9 @@ class ShardWriter:
     def _finish_shard(self) -> None:
         file = self._open()
         file.seek(0)
-        file.write(_header(self._tokens, self.dtype))
+        header = {"descr": self.dtype.str, "fortran_order": False, "shape": (self._tokens,)}
+        np.lib.format.write_array_header_1_0(file, header)
+        assert file.tell() == _HEADER_BYTES
         file.flush()
         os.fsync(file.fileno())
         self.close()
@@ -136,14 +133,62 @@ class ShardWriter:
         self._tokens = 0
 
 
-def _header(tokens: int, dtype: np.dtype) -> bytes:
-    """Return the head of a `.npy` file (format 1.0) of a one-dimensional array."""
-    header = io.BytesIO()
-    description = {
-        "descr": np.lib.format.dtype_to_descr(dtype),
-        "fortran_order": False,
-        "shape": (tokens,),
-    }
-    np.lib.format.write_array_header_1_0(header, description)
-    assert len(header.getvalue()) == _HEADER_BYTES
-    return header.getvalue()
+def masked_dtype(dtype: np.dtype) -> np.dtype:
+    """Return the type of a token with its loss mask: `token` of `dtype`, `loss` uint8."""
+    return np.dtype([("token", dtype), ("loss", np.uint8)])
+
+
+class MaskedShardWriter:
+    """Writes shards of tokens, and next to each a shard of their loss mask: `mask_PART_NNNNN.npy`.
+
+    A `ShardWriter` of records of `masked_dtype`.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        part: str,
+        dtype: np.dtype,
+        shard_tokens: int,
+        state: dict[str, Any] | None = None,
+        *,
+        keep_open: bool = True,
+    ) -> None:
+        """dtype: of the tokens; the other arguments as of `ShardWriter`."""
+        state = state or {}
+        self.dtype = masked_dtype(dtype)
+        self._fields = {
+            "token": ShardWriter(
+                folder, part, dtype, shard_tokens, state.get("token"), keep_open=keep_open
+            ),
+            "loss": ShardWriter(
+                folder,
+                f"{MASK}{part}",
+                np.dtype(np.uint8),
+                shard_tokens,
+                state.get("loss"),
+                keep_open=keep_open,
+            ),
+        }
+
+    def append(self, tokens: np.ndarray) -> None:
+        """Append records ([n] of `dtype`)."""
+        for name, writer in self._fields.items():
+            writer.append(np.ascontiguousarray(tokens[name]))
+
+    def state(self) -> dict[str, Any]:
+        """Make what was appended durable; return what a later writer continues from, for JSON."""
+        return {name: writer.state() for name, writer in self._fields.items()}
+
+    def finish(self) -> list[ShardEntry]:
+        """Finish the last shards and return the entries of all, with their masks."""
+        entries, masks = (writer.finish() for writer in self._fields.values())
+        return [
+            replace(entry, mask=mask.file, mask_sha256=mask.sha256)
+            for entry, mask in zip(entries, masks, strict=True)
+        ]
+
+    def close(self) -> None:
+        """Close the open files without finishing the shards."""
+        for writer in self._fields.values():
+            writer.close()

@@ -12,6 +12,7 @@ from typing import Any
 from lunaris.atomic_files import sync_folder, write_durably
 from lunaris.config.schema.data import PreparedDataConfig
 from lunaris.data import manifest as manifests
+from lunaris.data.prepare.chat import TEMPLATE
 from lunaris.data.prepare.chunks import Source
 from lunaris.errors import UserError
 
@@ -36,15 +37,21 @@ class PrepareSpec:
         """The folder to build."""
         return Path(self.keys.dir)
 
+    @property
+    def masked(self) -> bool:
+        """Whether the shards get loss masks."""
+        return "format" in self.settings
+
 
 def settings_of(
     keys: PreparedDataConfig, sources: Sequence[Source], weights: list[float]
 ) -> dict[str, object]:
     """Return what the shards' bytes depend on: not `processes`, and not `on_error`."""
-    return {
+    tokenizer = tokenizer_file(keys.tokenizer) if keys.tokenizer else None
+    settings: dict[str, object] = {
         "version": _VERSION,
         "tokenizer": keys.tokenizer,
-        "tokenizer_sha256": _sha256_of(keys.tokenizer),
+        "tokenizer_sha256": manifests.sha256(tokenizer) if tokenizer else None,
         "eot": keys.eot,
         "vocab_size": keys.vocab_size,
         "sample_mb": keys.sample_mb,
@@ -61,36 +68,20 @@ def settings_of(
             for source, weight in zip(sources, weights, strict=True)
         ],
     }
+    # Only here, so that folders without loss masks stay what they were.
+    if getattr(keys, "format", "") == "chat":
+        settings["format"] = f"chat, template {TEMPLATE}"
+    return settings
 
 
-def _sha256_of(tokenizer: str | None) -> str | None:
-    """Return the sha256 of a tokenizer that is a local file; None for one that the Hub names."""
-    if tokenizer is None:
-        return None
-    path = Path(tokenizer).expanduser()
+def tokenizer_file(name: str) -> Path | None:
+    """Return the file that `data.tokenizer` names, itself or by its folder; None if there is none.
+
+    A tokenizer of the Hub has none.
+    """
+    path = Path(name).expanduser()
     path = path / manifests.TOKENIZER if path.is_dir() else path
-    return manifests.sha256(path) if path.is_file() else None
-
-
-def require_same(spec: PrepareSpec, made: dict[str, object]) -> None:
-    """Raise UserError with the differences unless a folder's settings are those of `spec`."""
-    asked = spec.settings
-    if made == asked:
-        return
-    rows = [
-        f"data.{key}: {made.get(key)} → {asked.get(key)}"
-        for key in sorted(made.keys() | asked.keys())
-        if made.get(key) != asked.get(key) and key != "sources"
-    ]
-    if made.get("sources") != asked.get("sources"):
-        rows.append(
-            "the input: other files, files that changed, another data.format or data.text_key, "
-            "or other weights"
-        )
-    raise UserError(
-        f"data.dir={spec.folder}: holds shards that other settings made; choose another folder or "
-        "remove it. Differing:\n  " + "\n  ".join(rows)
-    )
+    return path if path.is_file() else None
 
 
 def read_note(spec: PrepareSpec) -> dict[str, Any]:
@@ -104,7 +95,7 @@ def read_note(spec: PrepareSpec) -> dict[str, Any]:
     if path.is_file():
         note: dict[str, Any] = json.loads(path.read_bytes())
         if "writers" in note or note["settings"] == spec.settings:
-            require_same(spec, note["settings"])
+            manifests.require_same(folder, note["settings"], spec.settings)
             return note
         # No token is written yet, so that other settings may start from the beginning.
         (folder / manifests.TOKENIZER).unlink(missing_ok=True)

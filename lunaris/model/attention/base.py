@@ -67,7 +67,9 @@ class Attention(nn.Module):
     ) -> Any:
         """Return an empty cache of this layer for `batch` sequences of up to `max_len` positions.
 
-        dtype: that of the matrix products.
+        dtype: that of the matrix products. A cache with a method `truncate(length)`, which forgets
+        the positions from `length` on, serves `lunaris generate --speculative` as well; it only
+        takes back what the last forward added.
         """
         raise NotImplementedError
 
@@ -83,22 +85,27 @@ class AttentionFactory(Protocol):
         """Return the attention of layer `layer`, counted from 0."""
 
 
-def causal_mask(positions: Positions) -> Tensor | None:
+def causal_mask(positions: Positions, window: int | None = None) -> Tensor | None:
     """Return which positions are attended (bool, broadcastable to [B, H, L, S]).
 
-    None where a kernel needs no mask: sequences of one document from position 0 on, or one new
-    position, attend all positions up to themselves.
+    window: how many positions are attended, the position itself included; None: all up to it. The
+    S positions end at `positions.end`; with a window they begin window - 1 before the first new
+    one. None where a kernel needs no mask: sequences of one document from position 0 on that fit
+    into the window, or one new position, attend all positions up to themselves.
     """
 
     def make() -> Tensor | None:
         start, end, documents = positions.start, positions.end, positions.documents
-        if documents is None and (start == 0 or end - start == 1):
+        from_zero = start == 0 and (window is None or end <= window)
+        if documents is None and (from_zero or end - start == 1):
             return None
-        shape = (end - start, end)
-        mask = torch.ones(shape, dtype=torch.bool, device=positions.device).tril(start)
+        at = torch.arange(end, device=positions.device)
+        first = 0 if window is None else max(0, start - window + 1)
+        back = at[start:, None] - at[first:]
+        mask = back >= 0 if window is None else (back >= 0) & (back < window)
         if documents is None:
             return mask
         assert start == 0, "documents need sequences that begin at position 0"
         return (mask & (documents[:, :, None] == documents[:, None, :]))[:, None]
 
-    return positions.shared("causal_mask", make)
+    return positions.shared(("causal_mask", window), make)

@@ -19,11 +19,12 @@ class RoutingSpec:
 
     n_experts: int
     n_experts_per_token: int
-    balancing: str
-    aux_loss_weight: float
-    router_z_loss_weight: float
-    bias_update_rate: float
-    normalize_gates: bool
+    balancing: str = "aux_loss"
+    balance_scope: str = "global"
+    aux_loss_weight: float = 0.01
+    router_z_loss_weight: float = 0.001
+    bias_update_rate: float = 0.001
+    normalize_gates: bool = False
 
 
 class Routing(NamedTuple):

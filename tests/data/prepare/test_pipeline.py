@@ -10,6 +10,7 @@ import lzma
 import os
 import random
 import resource
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from lunaris.data.tokenizer import TextTokenizer
 from lunaris.errors import UserError
 
 WORDS = "der Fuß of naïve 漢字 and 😀 the cat\tsat on\r a mat — x = f(1, 2)".split(" ")
+
+ZSTD = "compression.zstd" if sys.version_info >= (3, 14) else "backports.zstd"
 
 
 def texts(count: int, seed: int, longest: int = 60) -> list[str]:
@@ -129,7 +132,7 @@ def test_lines_are_documents(tokenizer: Path) -> None:
 @pytest.mark.parametrize("suffix", [".gz", ".bz2", ".xz", ".zst"])
 @pytest.mark.parametrize("kind", ["jsonl", "txt"])
 def test_compressed_as_plain(tokenizer: Path, suffix: str, kind: str) -> None:
-    zstandard = pytest.importorskip("zstandard")
+    zstd = pytest.importorskip(ZSTD)
     documents = [*texts(60, 4), "y" * 9000, *texts(10, 5)]
     plain = Path(f"plain.{kind}")
     if kind == "jsonl":
@@ -137,7 +140,7 @@ def test_compressed_as_plain(tokenizer: Path, suffix: str, kind: str) -> None:
     else:
         plain.write_text("\n".join(documents))
     pack = {".gz": gzip.compress, ".bz2": bz2.compress, ".xz": lzma.compress}.get(
-        suffix, zstandard.ZstdCompressor().compress
+        suffix, zstd.compress
     )
     # Two members or frames one after the other, as parallel compressors write them.
     content = plain.read_bytes()
@@ -343,12 +346,12 @@ def test_corrupt_archive_of_one_text(tokenizer: Path) -> None:
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
 @pytest.mark.parametrize("cut", ["half", "all", "none"])
 def test_a_cut_zstd_file_is_reported(tokenizer: Path, kind: str, cut: str) -> None:
-    zstandard = pytest.importorskip("zstandard")
+    zstd = pytest.importorskip(ZSTD)
     documents = [random.Random(i).randbytes(40).hex() for i in range(400)]
     write_jsonl(Path("plain.jsonl"), documents)
     raw = Path("plain.jsonl").read_bytes()
     # Two frames, as of files that were joined.
-    frames = [zstandard.compress(raw[:9000]), zstandard.compress(raw[9000:])]
+    frames = [zstd.compress(raw[:9000]), zstd.compress(raw[9000:])]
     whole = b"".join(frames)
     keep = {"half": len(frames[0]) + len(frames[1]) // 2, "all": 0, "none": len(whole)}[cut]
     Path(f"a.{kind}.zst").write_bytes(whole[:keep])
@@ -359,7 +362,9 @@ def test_a_cut_zstd_file_is_reported(tokenizer: Path, kind: str, cut: str) -> No
         expected = [d.encode() for d in documents] if kind == "jsonl" else [raw]
         assert part("out") == [*expected, b"after"]
         return
-    with pytest.raises(UserError, match=rf"a\.{kind}\.zst:\d+: cannot be read further: it "):
+    with pytest.raises(
+        UserError, match=rf"a\.{kind}\.zst:\d+: cannot be read further: .* ended before"
+    ):
         make(tokenizer, files=files)
     make(tokenizer, files=files, on_error="skip")
     assert part("out")[-1] == b"after"
@@ -555,7 +560,7 @@ def test_a_folder_of_other_things_is_left_alone(tokenizer: Path) -> None:
 
 def test_two_at_once_are_refused(tokenizer: Path) -> None:
     write_jsonl(Path("a.jsonl"), texts(20, 16))
-    with folder_lock(Path("out/.lock"), wait=False):
+    with folder_lock(Path("out"), wait=False):
         with pytest.raises(UserError, match="another `lunaris prepare` is writing this folder"):
             make(tokenizer, files="a.jsonl")
 

@@ -89,6 +89,7 @@ def test_it_gets_the_keys_the_load_and_its_role(make_layer: MakeLayer, toy: Any)
         n_experts=4,
         n_experts_per_token=2,
         balancing="none",
+        balance_scope="global",
         aux_loss_weight=0.01,
         router_z_loss_weight=0.001,
         bias_update_rate=0.001,

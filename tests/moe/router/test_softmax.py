@@ -47,3 +47,30 @@ def test_the_bias_balances_a_lopsided_router(make_layer: MakeLayer) -> None:
 def test_the_bias_is_saved_and_float32(make_layer: MakeLayer) -> None:
     layer = make_layer(balancing="bias")
     assert layer.state_dict()["router.balance_bias"].dtype == torch.float32
+
+
+def test_probabilities_that_underflow_give_zeros_and_finite_gradients(
+    make_layer: MakeLayer,
+) -> None:
+    layer = make_layer(balancing="bias", n_experts_per_token=2, normalize_gates=True)
+    with torch.no_grad():
+        layer.router.weight[:2] = 500.0
+        layer.router.weight[2:] = -500.0
+    layer.router.balance_bias.copy_(torch.tensor([0.0, 0.0, 9.0, 9.0]))
+    x = torch.rand(1, 6, 8, requires_grad=True)
+    assert not (x @ layer.router.weight.T).softmax(-1)[..., 2:].any()
+    assert not layer.router(x).gates.any()
+    y, stats = layer(x)
+    (2.0**14 * y.sum() + stats.loss).backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+
+
+def test_the_least_sum_changes_no_other_gate(make_layer: MakeLayer) -> None:
+    router = make_layer(n_experts=64, n_experts_per_token=2, normalize_gates=True).router
+    router.weight.data.mul_(10)
+    routing = router(torch.randn(2, 50, 8))
+    x = torch.randn(2, 50, 8)
+    routing = router(x)
+    chosen = (x @ router.weight.T).softmax(-1).gather(-1, routing.experts)
+    assert torch.equal(routing.gates, chosen / chosen.sum(-1, keepdim=True))

@@ -1,0 +1,52 @@
+"""The widths that follow from a config's keys, for the model and for the plan. No torch.
+
+Shapes: D model width, H hidden width.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+# By the values of `model.activation`: whether the first product computes a gate and a value (fused,
+# the gate first).
+GATED = {"swiglu": True, "geglu": True, "relu2": False}
+
+
+def first_columns(gated: bool, hidden: int) -> int:
+    """Return how many columns a feed-forward's first matrix has: 2H with a gate, else H."""
+    return 2 * hidden if gated else hidden
+
+
+def hidden_width(gated: bool, d_model: int, multiplier: float, multiple_of: int) -> int:
+    """Return the hidden width H of a feed-forward.
+
+    With a gate: 2/3 · multiplier · D, rounded up to `multiple_of`; the 2/3 keeps the parameters of
+    a two-matrix feed-forward of that multiplier (arXiv 2002.05202). Without one there are two
+    matrices instead of three, so it is 3/2 of that width: the same number of parameters, exactly
+    where the gated width is even.
+    """
+    width = multiple_of * math.ceil(2 * multiplier * d_model / 3 / multiple_of)
+    return width if gated else math.ceil(3 * width / 2)
+
+
+class LatentWidths(NamedTuple):
+    """The widths of multi-head latent attention: its latent, and the parts of each head."""
+
+    latent: int
+    nope: int
+    rope: int
+    value: int
+
+
+def latent_widths(
+    head: int, *, latent: int | None, nope: int | None, rope: int | None, value: int | None
+) -> LatentWidths:
+    """Return the widths of latent attention, None replaced.
+
+    With the head width d = D / heads, None is 2d for the latent, d for the part without positions
+    and the value, and d/2, rounded up to an even number, for the rotary part.
+    """
+    return LatentWidths(
+        latent or 2 * head, nope or head, rope or 2 * ((head + 3) // 4), value or head
+    )

@@ -1,0 +1,87 @@
+"""What is known of GPUs: peak FLOP/s, memory and power, from the vendors' data sheets. No torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Device:
+    """A GPU. flops: peak dense bf16 FLOP/s; memory: bytes; watts: its power limit."""
+
+    name: str
+    flops: float
+    memory: int
+    watts: float
+
+
+def _gpu(name: str, tera_flops: float, gigabytes: float, watts: float) -> Device:
+    return Device(name, tera_flops * 1e12, int(gigabytes * 1e9), watts)
+
+
+DEVICES = [
+    _gpu("B200", 2250, 180, 1000),
+    _gpu("H200", 989, 141, 700),
+    _gpu("H100", 989, 80, 700),
+    _gpu("H100 PCIe", 756, 80, 350),
+    _gpu("A100", 312, 80, 400),
+    _gpu("L40", 181, 48, 300),
+    _gpu("L40S", 362, 48, 350),
+    _gpu("L4", 121, 24, 72),
+    _gpu("RTX 4090", 165, 24, 450),
+    _gpu("RTX 3090", 71, 24, 350),
+    _gpu("MI300X", 1307, 192, 750),
+    _gpu("MI250", 362, 128, 560),
+]
+
+
+def find_device(name: str) -> Device | None:
+    """Return the device whose name is part of `name` (as CUDA calls it), or None.
+
+    The longest such name decides: "H100 PCIe" is slower than any other "H100".
+    """
+    known = [device for device in DEVICES if device.name in name]
+    return max(known, key=lambda device: len(device.name)) if known else None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """This machine. gpus: the names of its GPUs; gpu_memory: bytes of one; memory: of the host.
+
+    available: bytes of the host's memory that a new process can take.
+    """
+
+    gpus: list[str]
+    gpu_memory: int
+    memory: int
+    available: int
+
+
+def this_machine() -> Machine:
+    """Look at this machine without torch: nvidia-smi, where there is one, and /proc."""
+    names: list[str] = []
+    gpu_memory = 0
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+        try:
+            done = subprocess.run(query, capture_output=True, text=True, timeout=10)
+            rows = [line.rsplit(",", 1) for line in done.stdout.splitlines() if "," in line]
+            names = [row[0].strip() for row in rows]
+            gpu_memory = min((int(row[1]) * 2**20 for row in rows), default=0)
+        except (OSError, ValueError, subprocess.TimeoutExpired):
+            names = []  # It is there and does not work: no GPU that training could use.
+    page = os.sysconf("SC_PAGE_SIZE")
+    total = page * os.sysconf("SC_PHYS_PAGES")
+    return Machine(names, gpu_memory, total, _available() or page * os.sysconf("SC_AVPHYS_PAGES"))
+
+
+def _available() -> int | None:
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            kilobytes = [line.split()[1] for line in file if line.startswith("MemAvailable:")]
+    except OSError:
+        return None  # Not Linux.
+    return int(kilobytes[0]) * 1024 if kilobytes else None
