@@ -20,6 +20,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("__main__",),
     ("commands",),
     ("launch",),
+    ("planning",),
     ("inference",),
     ("run",),
     ("run_summary",),
@@ -186,7 +187,7 @@ def test_what_training_reads_imports_nothing_of_the_preparation() -> None:
 
 
 TORCH_FREE = (
-    *("config/", "commands/", "runs/", "launch/sweep/"),
+    *("config/", "commands/", "runs/", "planning/", "launch/sweep/"),
     *("errors.py", "__main__.py", "metrics/devices.py"),
 )
 
@@ -212,6 +213,8 @@ def test_light_modules_import_no_torch(name: str, path: Path) -> None:
         (["train", "moe.n_experts_per_token=9"], 2),
         (["train", "data=shards", "data.dir=nowhere"], 2),
         (["train", "-m", "moe.n_experts=4,x"], 2),
+        (["plan"], 0),
+        (["plan", "-m", "moe.n_experts=4,8", "--device", "H100"], 0),
         (["nothing"], 2),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",

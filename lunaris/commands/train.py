@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,12 +62,22 @@ def submit(cfg: Config, command: str, overrides: list[str]) -> int:
     from lunaris.runs.create import create
 
     if "RANK" not in os.environ:
+        _warn_of_memory(cfg)
         launcher = instantiate_component("launch", cfg.launch)
         return int(launcher.submit(cfg, command, overrides))
     if os.environ["RANK"] == "0":
         create(cfg, command, overrides)
     # The other ranks wait for rank 0 when the process group is created.
     return exit_code_here(cfg, Path(cfg.out_dir))
+
+
+def _warn_of_memory(cfg: Config) -> None:
+    """Print a warning where the plan needs more memory than the machine, or the job, has."""
+    from lunaris.planning.report import memory_warning
+
+    text = memory_warning(cfg)
+    if text is not None:
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def _show(flags: Flags) -> int:

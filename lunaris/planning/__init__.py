@@ -1,0 +1,1 @@
+"""What a config would cost, from its keys alone. No torch."""

@@ -1,0 +1,281 @@
+"""The bytes that a forward keeps for its backward, from a config's keys. No torch.
+
+On a CPU, without dropout and without activation checkpointing, they equal what autograd saves, to
+the byte (`tests/planning/test_activations.py`); a dropless layer of experts is counted as if no
+assignment were dropped. On a GPU two things are less there: a norm keeps no normalised copy, and in
+half precision the attention kernel reads grouped keys and values without copies of them.
+
+Legend: T tokens of a micro-step, B sequences, L positions, D model width, H heads, G key-value
+heads, K head width, E experts, k experts a token. Sizes are bytes: 4 for float32, 2 for products in
+half precision.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from lunaris.config.schema.attention import GQAConfig, MLAConfig
+from lunaris.config.schema.moe import MoEConfig, SigmoidRouterConfig
+from lunaris.config.schema.root import Config
+from lunaris.config.widths import GATED, first_columns
+from lunaris.planning.parameters import (
+    Kind,
+    Parameter,
+    dense_width,
+    expert_width,
+    mla_widths,
+    predictors,
+    routes,
+    window_of,
+)
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What one micro-step keeps: bytes of every block (predictors last), of the rest, in all."""
+
+    blocks: list[int]
+    rest: int
+
+    @property
+    def total(self) -> int:
+        """The bytes of the whole micro-step."""
+        return sum(self.blocks) + self.rest
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the sizes of all parts depend on.
+
+    length: L, which is less in the depths of multi-token prediction. sharded: parameters are
+    gathered in the dtype of the products, so that autocast casts no copies.
+    """
+
+    cfg: Config
+    length: int
+    gpu: bool
+    sharded: bool
+
+    @property
+    def tokens(self) -> int:
+        """T."""
+        return self.cfg.trainer.batch_size * self.length
+
+    @property
+    def product(self) -> int:
+        """The bytes of a number in matrix products."""
+        return 4 if self.cfg.trainer.precision == "fp32" else 2
+
+    @property
+    def half(self) -> bool:
+        return self.product == 2
+
+    def norm(self, width: int, groups: int = 1, *, cast: bool = False) -> int:
+        """Return what a norm keeps of `groups` rows of `width` a token, its input included.
+
+        cast: the input is a product's result, which a norm in half precision copies to float32.
+        Without it, the float32 input is counted.
+        """
+        normalised = 0 if self.gpu else 4 * groups * width
+        own = 4 * groups * width if (self.half or not cast) else 0
+        return self.tokens * (own + normalised + 4 * groups)
+
+    def input(self, width: int) -> int:
+        """Return what a product keeps of its float32 input where nothing else keeps it."""
+        return self.tokens * self.product * width
+
+    def cast(self, width: int) -> int:
+        """Return the copy that a product in half precision keeps of an input kept by others."""
+        return self.tokens * 2 * width if self.half else 0
+
+    def weights(self, elements: int) -> int:
+        """Return the copies of weights that autocast makes and the backward needs."""
+        return 2 * elements if self.half and not self.sharded else 0
+
+
+def saved_activations(
+    cfg: Config, parameters: list[Parameter], *, gpu: bool = False, sharded: bool = False
+) -> Saved:
+    """Return the bytes that one micro-step of `trainer.batch_size` sequences keeps in a process.
+
+    parameters: of `model_parameters`. gpu: on a GPU, else on a CPU. sharded: as in `Sizes`.
+    """
+    at = Sizes(cfg, cfg.model.max_seq_len, gpu, sharded)
+    model, layers = cfg.model, cfg.model.n_layers
+    recomputed = cfg.trainer.activation_checkpointing
+    states = 4 * at.tokens * model.d_model
+    blocks = [states if recomputed else _block(at, parameters, i) for i in range(layers)]
+    rest = at.norm(model.d_model) + _loss(at, parameters[0].numel)
+    rest += 0 if recomputed else _rotary(at)
+    for depth in range(1, predictors(cfg) + 1):
+        shorter = replace(at, length=at.length - depth)
+        embedded = 4 * shorter.tokens * model.d_model
+        if depth > 1 and at.half and not recomputed:
+            states = embedded  # The norm copies the part of the states that it reads.
+        # The states of the depth before, and the embeddings of later tokens.
+        inputs = states + embedded
+        states = shorter.input(model.d_model)
+        inner = 0 if recomputed else _predictor(shorter, parameters, layers + depth - 1)
+        blocks.append(inputs + inner)
+        rest += _loss(shorter, parameters[0].numel, at.product) + 4
+    return Saved(blocks, rest)
+
+
+def block_bytes(
+    cfg: Config, parameters: list[Parameter], *, gpu: bool = False, sharded: bool = False
+) -> int:
+    """Return what the largest block keeps: what checkpointing recomputes at a time."""
+    at = Sizes(cfg, cfg.model.max_seq_len, gpu, sharded)
+    return max(_block(at, parameters, layer) for layer in range(cfg.model.n_layers))
+
+
+def _block(at: Sizes, parameters: list[Parameter], layer: int) -> int:
+    model = at.cfg.model
+    name = f"blocks.{layer}." if layer < model.n_layers else f"predictors.{layer - model.n_layers}."
+    own = [p for p in parameters if p.name.startswith(name) and ".project." not in p.name]
+    copied = sum(p.numel for p in own if p.kind in (Kind.MATRIX, Kind.EXPERT))
+    attention = _mla if isinstance(at.cfg.attention, MLAConfig) else _gqa
+    # Its input: after a norm, or the residual stream itself.
+    first = at.norm(model.d_model) if model.norm == "pre" else 0
+    total = first + at.input(model.d_model) + attention(at, layer)
+    total += at.norm(model.d_model) + at.weights(copied)
+    if routes(at.cfg, layer):
+        return total + _experts(at)
+    return total + at.input(model.d_model) + _feed_forward(at, at.tokens, dense_width(at.cfg))
+
+
+def _feed_forward(at: Sizes, rows: int, hidden: int) -> int:
+    """Return what lies between a feed-forward's two products, and the input of the second."""
+    gated = GATED[at.cfg.model.activation]
+    # With a gate: both columns, the activated gate, and their product; else ReLU and its square.
+    width = first_columns(gated, hidden) + 2 * hidden if gated else 2 * hidden
+    return rows * at.product * width
+
+
+def _experts(at: Sizes) -> int:
+    moe, d_model = at.cfg.moe, at.cfg.model.d_model
+    assert isinstance(moe, MoEConfig)
+    k, n_experts, tokens = moe.n_experts_per_token, moe.n_experts, at.tokens
+    rows = tokens * k
+    # Two orders of the dispatch and the choice, int64; the input in float32, for the router.
+    total = 3 * 8 * rows + 4 * tokens * d_model
+    total += 2 * at.product * rows * d_model + _feed_forward(at, rows, expert_width(at.cfg))
+    total += _router(at, n_experts, k)
+    if moe.n_shared_experts:
+        width = moe.n_shared_experts * expert_width(at.cfg)
+        total += at.cast(d_model) + _feed_forward(at, tokens, width)
+    return total
+
+
+def _router(at: Sizes, n_experts: int, k: int) -> int:
+    moe = at.cfg.moe
+    assert isinstance(moe, MoEConfig)
+    sigmoid = moe.router if isinstance(moe.router, SigmoidRouterConfig) else None
+    # Probabilities, gates, and for the z-loss (with any weight) logits and their normaliser.
+    floats = 2 * n_experts + k + 1
+    if moe.normalize_gates:
+        floats += k + (1 if sigmoid else 2)
+    in_loss = moe.balancing == "aux_loss" and moe.aux_loss_weight > 0
+    sequence_losses = int(in_loss and moe.balance_scope == "sequence")
+    if sigmoid:
+        floats += 1  # The sum of a token's scores.
+        sequence_losses += int(sigmoid.sequence_loss_weight > 0)
+    shares = at.cfg.trainer.batch_size * n_experts * sequence_losses
+    return 4 * (at.tokens * floats + shares)
+
+
+def _gqa(at: Sizes, layer: int) -> int:
+    model, keys = at.cfg.model, at.cfg.attention
+    assert isinstance(keys, GQAConfig)
+    heads, groups = model.n_heads, model.n_kv_heads
+    width = model.d_model // heads
+    of_keys = groups * width
+    per_head = model.norm == "pre"
+    total = at.norm(width, heads, cast=True) if per_head else at.norm(model.d_model, cast=True)
+    total += at.norm(width, groups, cast=True) if per_head else at.norm(of_keys, cast=True)
+    window = window_of(keys, layer)
+    masked = window is not None and window < at.length
+    total += _attend(at, heads, width, width, keys, masked or _documents(at))
+    copied = _copies_keys(at, masked)
+    projection = at.tokens * at.product * (model.d_model + 2 * of_keys)
+    if not copied and not keys.sinks:
+        # Values are a view of the whole projection, and keys have no copies.
+        total += projection - 2 * at.input(model.d_model) + at.input(of_keys)
+    elif not at.half:
+        total += projection
+    return total + _gate(at, heads, keys.output_gate)
+
+
+def _mla(at: Sizes, layer: int) -> int:
+    model, keys, widths = at.cfg.model, at.cfg.attention, mla_widths(at.cfg)
+    assert isinstance(keys, MLAConfig)
+    heads, head = model.n_heads, widths.nope + widths.rope
+    total = at.cast(model.d_model)  # Queries and latents each read the layer's input.
+    if keys.q_lora_rank:
+        total += at.norm(keys.q_lora_rank, cast=True) + at.input(keys.q_lora_rank)
+        total += 0 if at.half else 4 * at.tokens * keys.q_lora_rank
+    # The norm reads the latent, a part of the projection, which is kept whole in float32.
+    total += at.norm(widths.latent, cast=True)
+    total += 0 if at.half else 4 * at.tokens * (widths.latent + widths.rope)
+    # The normalised latent and the rotated key, of which the product reads the first part.
+    total += at.tokens * at.product * (widths.latent + widths.rope)
+    total += _attend(at, heads, head, widths.value, keys, _documents(at))
+    return total + _gate(at, heads, keys.output_gate)
+
+
+def _attend(
+    at: Sizes, heads: int, width: int, value: int, keys: GQAConfig | MLAConfig, masked: bool
+) -> int:
+    """Return what the attention kernel keeps: queries, keys, values, output and normalisers."""
+    length, rows = at.length, at.cfg.trainer.batch_size * heads
+    wide = max(width, value)
+    # A sink is a first key, and without a mask there is a first query as well.
+    more = 1 if keys.sinks else 0
+    n_keys, n_queries = length + more, length + (0 if masked else more)
+    if keys.sinks:
+        wide += 8 - wide % 8
+    total = 2 * at.product * rows * wide * (n_queries + n_keys) + 4 * rows * n_queries
+    if keys.output_gate or keys.sinks or width != value:
+        total += at.input(heads * value)  # The input of the output projection.
+    sequences = at.cfg.trainer.batch_size if _documents(at) else 1
+    return total + (at.product * n_queries * n_keys * sequences if masked else 0)
+
+
+def _gate(at: Sizes, heads: int, gated: bool) -> int:
+    """Return what an output gate keeps: a copy of its input, and its sigmoid."""
+    return at.cast(at.cfg.model.d_model) + at.input(heads) if gated else 0
+
+
+def _copies_keys(at: Sizes, masked: bool) -> bool:
+    model = at.cfg.model
+    in_kernel = at.gpu and at.half and not masked and not _documents(at)
+    return model.n_kv_heads < model.n_heads and not in_kernel
+
+
+def _documents(at: Sizes) -> bool:
+    return at.cfg.data.document_masking
+
+
+def _rotary(at: Sizes) -> int:
+    """Return the tables of cosines and sines, which all layers share."""
+    model = at.cfg.model
+    head = model.d_model // model.n_heads
+    width = mla_widths(at.cfg).rope if isinstance(at.cfg.attention, MLAConfig) else head
+    return 4 * model.max_seq_len * width
+
+
+def _loss(at: Sizes, weight: int, size: int = 4) -> int:
+    """Return the gradients that the vocabulary loss computes in its forward.
+
+    size: bytes of a number of its input. A depth of multi-token prediction has the products' dtype.
+    """
+    return size * at.tokens * at.cfg.model.d_model + 4 * weight + 4
+
+
+def _predictor(at: Sizes, parameters: list[Parameter], layer: int) -> int:
+    """Return what a depth keeps besides its two inputs."""
+    d_model = at.cfg.model.d_model
+    normalised = 2 * (at.norm(d_model) - 4 * at.tokens * d_model)
+    copied = at.weights(2 * d_model * d_model)
+    block = _block(at, parameters, layer)
+    return normalised + at.input(2 * d_model) + copied + block + at.norm(d_model)

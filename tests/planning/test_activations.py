@@ -1,0 +1,153 @@
+"""Planned activations against what autograd saves, to the byte; the peak against live tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lunaris.config.compose import compose
+from lunaris.config.instantiate import instantiate_component
+from lunaris.config.schema.root import Config
+from lunaris.planning.activations import saved_activations
+from lunaris.planning.memory import memory_of
+from lunaris.planning.parameters import model_parameters
+from lunaris.planning.sharding import layout_of
+
+VOCAB = 96
+SMALL = [
+    "data=synthetic",
+    f"data.vocab_size={VOCAB}",
+    "model.d_model=24",
+    "model.n_heads=4",
+    "model.n_kv_heads=2",
+    "model.max_seq_len=32",
+    "model.n_layers=1",
+    "model.multiple_of=4",
+    "model.ffn_hidden_multiplier=2",
+    "trainer.batch_size=2",
+]
+CASES = [
+    "moe=none",
+    "moe=none model.norm=pre",
+    "moe=none model.n_heads=2",
+    "moe=none model.n_heads=2 model.norm=pre model.n_layers=3",
+    "moe=none model.activation=geglu",
+    "moe=none model.activation=relu2",
+    "moe=switch moe.n_experts=4",
+    "moe=switch moe.n_experts=4 moe.balance_scope=sequence model.n_layers=3",
+    "moe=top2 moe.n_experts=4 moe.n_shared_experts=1",
+    "moe=top2 moe.n_experts=4 moe.router_z_loss_weight=0 model.activation=relu2",
+    "moe=top2 moe.n_experts=4 moe.balancing=bias moe.normalize_gates=false",
+    "moe=none attention.output_gate=true",
+    "moe=none attention.sinks=true",
+    "moe=none attention.sinks=true attention.output_gate=true model.n_heads=2",
+    "moe=none attention=mla model.norm=pre model.n_kv_heads=4",
+    "moe=none attention=mla model.norm=pre model.n_kv_heads=4 attention.q_lora_rank=10",
+    "moe=none attention=mla model.norm=pre model.n_kv_heads=4 attention.v_head_dim=12",
+    "moe=none model.tie_embeddings=false",
+    "moe=none objective=multi_token",
+    "moe=switch objective=multi_token objective.depth=2",
+    "moe=none trainer.activation_checkpointing=true model.n_layers=3",
+    "moe=none objective.logit_soft_cap=5 objective.z_loss_weight=0.1",
+    "moe=none data.document_masking=true",
+    "moe=none objective=multi_token objective.depth=3 trainer.activation_checkpointing=true",
+    "moe=fine_grained moe.n_experts=8",
+    "moe=none attention=sliding_window attention.window=8 attention.full_every=2 model.n_layers=3",
+    "moe=none attention=sliding_window attention.window=8 "
+    "attention.full_every=null attention.sinks=true model.n_layers=2",
+    "moe=none attention=mla model.norm=pre "
+    "model.n_kv_heads=4 attention.q_lora_rank=10 attention.sinks=true attention.output_gate=true",
+    "moe=none objective=multi_token "
+    "attention=sliding_window attention.window=31 attention.full_every=null",
+    "moe=top2 moe.n_experts=4 model.norm=pre attention.output_gate=true "
+    "model.n_heads=2 model.tie_embeddings=false moe.first_dense_layers=1 model.n_layers=2",
+    "moe=switch trainer.activation_checkpointing=true model.n_layers=3 "
+    "objective=multi_token attention=sliding_window attention.window=8",
+    "moe=fine_grained moe.n_experts=8 moe.router.sequence_loss_weight=0 moe.normalize_gates=false",
+    "moe=fine_grained moe.n_experts=8 moe.router.n_groups=4 "
+    "moe.router.topk_groups=2 moe.balancing=aux_loss moe.balance_scope=sequence "
+    "moe.aux_loss_weight=0.01",
+]
+
+
+def batch_of(cfg: Config) -> dict[str, Tensor]:
+    """Return a batch of random tokens."""
+    shape = (cfg.trainer.batch_size, cfg.model.max_seq_len)
+    vocab_size = cfg.model.vocab_size or cfg.data.vocab_size  # type: ignore[attr-defined]
+    batch = {name: torch.randint(0, vocab_size, shape) for name in ("tokens", "targets")}
+    if cfg.data.document_masking:
+        batch["documents"] = torch.zeros(shape, dtype=torch.int64)
+    return batch
+
+
+def forward(cfg: Config, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """Return the loss of a batch, as a micro-step computes it."""
+    objective: Any = instantiate_component("objective", cfg.objective)
+    half = cfg.trainer.precision != "fp32"
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+        return objective(model, batch).total
+
+
+def built(cfg: Config) -> torch.nn.Module:
+    from lunaris.run import bare_model
+
+    model = bare_model(cfg, cfg.data.vocab_size)  # type: ignore[attr-defined]
+    model.to_empty(device="cpu")
+    model.init_weights(1)
+    return model.train()
+
+
+def saved_bytes(cfg: Config) -> int:
+    """Return the bytes of unique storages that a forward saves, parameters and batch left out."""
+    torch.manual_seed(0)
+    model, batch = built(cfg), batch_of(cfg)
+    given = [*model.parameters(), *model.buffers(), *batch.values()]
+    own = {tensor.untyped_storage().data_ptr() for tensor in given}
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss = forward(cfg, model, batch)
+    assert loss.isfinite()
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", CASES)
+def test_saved_activations_are_counted_to_the_byte(case: str, precision: str) -> None:
+    cfg = compose([*SMALL, f"trainer.precision={precision}", *case.split()])
+    planned = saved_activations(cfg, model_parameters(cfg, VOCAB))
+    assert planned.total == saved_bytes(cfg)
+
+
+@pytest.mark.parametrize(
+    "case", ["moe=none", "moe=switch", "moe=top2 trainer.activation_checkpointing=true"]
+)
+def test_the_peak_is_that_of_the_live_tensors(case: str) -> None:
+    """Within 10 %, for two steps; torch's MemTracker counts every tensor."""
+    from torch.distributed._tools.mem_tracker import MemTracker
+
+    cfg = compose(["data=synthetic", "data.vocab_size=4096", "trainer.batch_size=8", *case.split()])
+    model = built(cfg)
+    optimizer: Any = instantiate_component(
+        "optimizer", cfg.optimizer, model=model, router_lr_scale=1.0
+    )
+    tracker = MemTracker()
+    tracker.track_external(model, optimizer)
+    with tracker:
+        for _ in range(2):
+            tracker.reset_mod_stats()
+            forward(cfg, model, batch_of(cfg)).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    live = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    planned = memory_of(cfg, model_parameters(cfg, 4096), layout_of(cfg), gpu=False)
+    assert planned.peak == pytest.approx(live, rel=0.1)
