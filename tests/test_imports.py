@@ -19,6 +19,7 @@ ROOT = PACKAGE.parent
 LAYERS: list[tuple[str, ...]] = [
     ("__main__",),
     ("commands",),
+    ("api",),
     ("launch",),
     ("planning",),
     ("inference",),
@@ -188,7 +189,7 @@ def test_what_training_reads_imports_nothing_of_the_preparation() -> None:
 
 TORCH_FREE = (
     *("config/", "commands/", "runs/", "planning/", "launch/sweep/"),
-    *("errors.py", "__main__.py", "metrics/devices.py"),
+    *("errors.py", "__main__.py", "api.py", "metrics/devices.py"),
 )
 
 
