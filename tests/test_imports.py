@@ -30,7 +30,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("moe", "objective", "data", "optim", "parallelism", "metrics", "checkpoint"),
     ("model",),
     ("precision",),
-    ("runs",),
+    ("runs", "scaffold"),
     ("distributed",),
     ("config",),
     ("errors", "atomic_files", "torch_internals", "conf"),
