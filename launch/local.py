@@ -15,6 +15,7 @@ from lunaris.config.schema.base import component_keys
 from lunaris.config.schema.root import Config
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import EXPECTED, Stopped
+from lunaris.launch.allocator import keep_freed_memory
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
 
@@ -85,7 +86,11 @@ def train_here(cfg: Config, path: Path) -> RunResult:
 
 
 def exit_code_here(cfg: Config, path: Path) -> int:
-    """Train as `train_here` does and return the exit code. Raises the errors of `EXPECTED`."""
+    """Train as `train_here` does and return the exit code. Raises the errors of `EXPECTED`.
+
+    The process is one that only trains: its allocator is set for that.
+    """
+    keep_freed_memory(cfg.trainer.device)
     try:
         train_here(cfg, path)
     except EXPECTED:
