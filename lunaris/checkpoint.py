@@ -69,9 +69,14 @@ class Checkpoints:
         keep_last: int | None,
         async_save: bool,
         facts: dict[str, Any] | None = None,
+        keep_step: int | None = None,
     ) -> None:
-        """facts: the content of every checkpoint's `run.json` (`lunaris.runs.facts`)."""
+        """facts: the content of every checkpoint's `run.json` (`lunaris.runs.facts`).
+
+        keep_step: a step whose checkpoint is kept besides the newest `keep_last`.
+        """
         self._folder = folder
+        self.keep_step = keep_step
         self._facts = facts or {}
         self._keep_last = keep_last
         self._async = async_save
@@ -181,7 +186,8 @@ class Checkpoints:
             shutil.rmtree(self._corrupt.pop(), ignore_errors=True)
         if self._keep_last is not None:
             for old in complete(self._folder)[self._keep_last :]:
-                shutil.rmtree(old)
+                if old.name != f"step_{self.keep_step or 0:08d}":
+                    shutil.rmtree(old)
 
 
 @torch.no_grad()

@@ -26,10 +26,12 @@ from lunaris.metrics.throughput import Meter, peak_flops
 from lunaris.model.layers import ModelShape
 from lunaris.model.transformer import Transformer
 from lunaris.objective.base import Objective
+from lunaris.optim.groups import restore_settings, settings_of
 from lunaris.optim.guard import StepGuard
 from lunaris.parallelism.base import Parallelism, unwrap
 from lunaris.precision import Precision
 from lunaris.run_summary import conclude, describe
+from lunaris.runs.changes import begin_changes_at, read_changes
 from lunaris.runs.data_fingerprint import save_data_fingerprint
 from lunaris.runs.facts import facts_of
 from lunaris.runs.run_dir import RunDir
@@ -63,7 +65,8 @@ def execute(cfg: Config, path: str | Path) -> RunResult:
         with explain_out_of_memory(_step_advice(cfg)):
             train(run)
         if run.parallelism.is_writer:
-            plot_loss(run_dir.metrics_path, run_dir.path / "loss.png")
+            marks = {change.step: str(change) for change in read_changes(run_dir.path)}
+            plot_loss(run_dir.metrics_path, run_dir.path / "loss.png", marks)
             if cfg.checkpoint.consolidated:
                 run.checkpoints.consolidate(run.state.step)
             run.logger.message(conclude(run))
@@ -88,13 +91,19 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
     optimizer = instantiate_component(
         "optimizer", cfg.optimizer, model=model, router_lr_scale=scale
     )
+    schedule = instantiate_component("schedule", cfg.schedule, max_steps=cfg.trainer.max_steps)
     checkpoints = Checkpoints(
         run_dir.checkpoints,
         keep_last=cfg.checkpoint.keep_last,
         async_save=cfg.checkpoint.async_save,
         facts=facts_of(cfg, run_dir) if session.rank() == 0 else None,
+        # The last one from which a longer run can continue (WSD).
+        keep_step=getattr(schedule, "decay_start", None),
     )
+    settings = settings_of(optimizer)
     state = checkpoints.load_newest(model, optimizer) or TrainState()
+    restore_settings(optimizer, settings)
+    collectives.on_rank_0(lambda: begin_changes_at(run_dir.path, state.step))
     if state.scaler:
         precision.scaler.load_state_dict(state.scaler)
     guard = _guard(cfg, run_dir, parallelism.device)
@@ -116,7 +125,7 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
         objective=instantiate_component("objective", cfg.objective),
         optimizer=optimizer,
         guard=guard,
-        schedule=instantiate_component("schedule", cfg.schedule, max_steps=trainer.max_steps),
+        schedule=schedule,
         order=order,
         loader=loader_of(cfg, data, parallelism, start=state.sequences, order=order),
         evaluator=evaluator_of(cfg, data, parallelism, most),

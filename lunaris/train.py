@@ -104,7 +104,7 @@ def train(run: Run) -> None:
                 row |= evaluate(run)
             if row:
                 run.logger.log({"step": state.step} | row)
-            if last or stop or state.step % run.cfg.checkpoint.save_interval == 0:
+            if last or stop or is_kept(run):
                 save(run)
             run.checkpoints.try_finalize()
         if stop and not last:
@@ -244,6 +244,12 @@ def evaluate(run: Run) -> Row:
         best = run.state.best_val_loss
         run.state.best_val_loss = loss if best is None else min(best, loss)
     return row
+
+
+def is_kept(run: Run) -> bool:
+    """Return whether the step just taken gets a checkpoint, wherever the run ends."""
+    step = run.state.step
+    return step % run.cfg.checkpoint.save_interval == 0 or step == run.checkpoints.keep_step
 
 
 def save(run: Run) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from dataclasses import replace
@@ -11,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lunaris.config.cli import Flags, parse_flags
-from lunaris.config.compose import Composer, compose
+from lunaris.config.compose import Composer, Source, compose
 from lunaris.config.identity import differing, identity
 from lunaris.config.schema.root import Config
 from lunaris.config.validate import validate
 from lunaris.errors import UserError, did_you_mean
+from lunaris.runs.changes import read_changes
 from lunaris.runs.create import create
 from lunaris.runs.discovery import find_runs, is_run, is_sweep
 from lunaris.runs.run_dir import RunDir
@@ -31,13 +33,19 @@ _UNDONE = tuple(state for state in STATES if state not in ("done", *ACTIVE))
 
 def main(argv: list[str]) -> int:
     """Start or send again what is not done; return the exit code, as `lunaris train` does."""
-    args = _parser().parse_args(argv)
+    args = _parser().parse_intermixed_args(argv)
     folder = Path(args.dir)
     wanted = _states(args.only)
     skipped = _sequences(args.skip_sequences)
     if is_run(folder):
+        if args.overrides or args.at is not None:
+            return _change_run(folder, args, shlex.join(["lunaris", "resume", *argv]), skipped)
         return _resume_run(folder, wanted, skipped)
     if is_sweep(folder):
+        for given in (*args.overrides, *(["--at"] if args.at is not None else [])):
+            raise UserError(
+                f"{given}: goes with the folder of a run; each point of {folder} is one"
+            )
         if skipped is not None:
             raise UserError(
                 f"--skip-sequences {args.skip_sequences}: goes with the folder of a run, not of a "
@@ -52,10 +60,23 @@ def _parser() -> argparse.ArgumentParser:
         prog="lunaris resume",
         description="Continue a run from its newest checkpoint, or the points of a sweep that are "
         "not done. They run here or as SLURM jobs, as they were launched, with the config of the "
-        "folder and the code of today.",
-        epilog="example: lunaris resume sweeps/first --only failed,timeout",
+        "folder and the code of today. KEY=VALUE changes a run from its newest checkpoint on, as "
+        "far as that does not change what its weights are; the change is recorded with its step.",
+        epilog="examples: lunaris resume runs/first trainer.max_steps=600; "
+        "lunaris resume runs/first --at 200 optimizer.learning_rate=1e-3; "
+        "lunaris resume sweeps/first --only failed,timeout",
     )
     parser.add_argument("dir", help="the folder of a run or a sweep")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="of a run, the keys to change"
+    )
+    parser.add_argument(
+        "--at",
+        type=int,
+        metavar="STEP",
+        help="of a run, go back to the checkpoint of this step; what came later is set aside",
+    )
+    parser.add_argument("-cd", "--config-dir", metavar="DIR", help="a folder with more options")
     parser.add_argument(
         "--only",
         metavar="STATES",
@@ -91,15 +112,42 @@ def _states(only: str | None) -> tuple[str, ...]:
     return wanted
 
 
+def _change_run(
+    folder: Path, args: argparse.Namespace, command: str, skipped: tuple[int, int] | None
+) -> int:
+    """Change the config of a run, or take it back, and continue it."""
+    from lunaris.commands.train import submit
+    from lunaris.continuation.change import plan_change
+
+    run_dir, source = RunDir(folder), Source(dir=args.config_dir)
+    if os.environ.get("RANK", "0") == "0":
+        _refuse_active(folder)
+    cfg = _config_of(folder)
+    plan = plan_change(run_dir, cfg, args.overrides, at=args.at, source=source, command=command)
+    if plan.change is None or plan.change.data is None:
+        _check_data(plan.cfg, folder, {})
+    # Of the processes that torchrun started, rank 0 writes; a rehearsal writes nothing.
+    if os.environ.get("RANK", "0") == "0" and not getattr(plan.cfg.launch, "dry_run", False):
+        print("\n".join(plan.write()))
+        if skipped is not None:
+            run_dir.leave_out(*skipped)
+    return submit(plan.cfg, run_dir.noted("command") or "", run_dir.noted("overrides") or [])
+
+
+def _refuse_active(folder: Path) -> None:
+    (state,) = resolve_states([folder])
+    if state.active:
+        where = f"as job {state.job_id}" if state.job_id else "here"
+        raise UserError(f"{folder}: is already {state.state}, {where}")
+
+
 def _resume_run(
     folder: Path, wanted: tuple[str, ...], skipped: tuple[int, int] | None = None
 ) -> int:
     from lunaris.commands.train import submit
 
+    _refuse_active(folder)
     (state,) = resolve_states([folder])
-    if state.active:
-        where = f"as job {state.job_id}" if state.job_id else "here"
-        raise UserError(f"{folder}: is already {state.state}, {where}")
     if state.state not in wanted:
         print(f"{folder}: {state.state}; nothing to do")
         return 0
@@ -187,7 +235,9 @@ def _point(
         cfg.name, cfg.out_dir = row.name, str(path)
     # Keys that only one version of the code has are left out.
     found = identity(cfg)
-    both = row.identity.keys() & found.keys()
+    # Nor does a key count that the point changed since.
+    since = {key for change in read_changes(path) for key in change.keys}
+    both = row.identity.keys() & found.keys() - since
     rows = differing({k: row.identity[k] for k in both}, {k: found[k] for k in both})
     if rows:
         raise UserError(

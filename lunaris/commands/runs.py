@@ -10,6 +10,7 @@ from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
+from lunaris.runs.changes import read_changes
 from lunaris.runs.discovery import FoundRun, find_runs
 from lunaris.runs.rows import run_row
 from lunaris.runs.status import STATES, RunState, last_line, logs_of, resolve_states
@@ -61,6 +62,10 @@ def _table(sweep: Path | None, pairs: list[tuple[FoundRun, RunState]], width: in
         line = "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True))
         lines.append(line.rstrip()[:width])
     for run, state in pairs:
+        lines += [
+            f"  {run.name}: changed at step {change.step}: {change}"
+            for change in read_changes(run.path)
+        ]
         lines += _why(run, state)
     return "\n".join(lines)
 

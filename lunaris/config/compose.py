@@ -134,6 +134,11 @@ def finish(cfg: DictConfig, overrides: list[str]) -> None:
     if not given and cfg.name is None:
         cfg.name = run_name(overrides)
     cfg.experiment = experiment(overrides)
+    add_local_logger(cfg)
+
+
+def add_local_logger(cfg: DictConfig) -> None:
+    """Put the local logger before those that were chosen without it."""
     if OmegaConf.is_dict(cfg.logger) and "local" not in cfg.logger:
         with open_dict(cfg):
             cfg.logger = {"local": OmegaConf.structured(LocalLoggerConfig), **cfg.logger}

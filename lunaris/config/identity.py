@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from functools import cache
 from typing import Any
 
-from lunaris.config.keys import is_inferred, schemas_below
+from lunaris.config.keys import is_inferred, is_ours, schemas_below
 from lunaris.config.schema.base import Component, component_keys
 from lunaris.config.schema.root import Config
+
+# Of the identity: sequences per optimizer step.
+GLOBAL_BATCH = "global_batch"
 
 
 def world_size(cfg: Config) -> int:
@@ -26,9 +30,19 @@ def identity(cfg: Config) -> dict[str, Any]:
     size, accumulation and processes count only by their product, `global_batch` (sequences per
     optimizer step), since a run may be continued at another world size.
     """
-    trainer = cfg.trainer
-    sequences = trainer.batch_size * trainer.gradient_accumulation_steps * cfg.launch.world_size()
-    return _flat(cfg, "") | {"global_batch": sequences}
+    found = {key: value for key, (value, level) in _flat(cfg, "").items() if level != "free"}
+    return found | {GLOBAL_BATCH: _global_batch(cfg)}
+
+
+def every_key(cfg: Config) -> dict[str, Any]:
+    """Return all keys of a config, flat and dotted, and `global_batch`."""
+    found = {key: value for key, (value, _) in _flat(cfg, "").items()}
+    return found | {GLOBAL_BATCH: _global_batch(cfg)}
+
+
+def fixed_keys(cfg: Config) -> set[str]:
+    """Return the keys that say what the weights of a run are: none of them may change in it."""
+    return {key for key, (_, level) in _flat(cfg, "").items() if level == "fixed"}
 
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
@@ -43,32 +57,53 @@ def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     return rows
 
 
-def _flat(value: Any, path: str) -> dict[str, Any]:
-    free: set[str] = set()
+def _global_batch(cfg: Config) -> int:
+    trainer = cfg.trainer
+    return trainer.batch_size * trainer.gradient_accumulation_steps * cfg.launch.world_size()
+
+
+def _flat(value: Any, path: str, level: str = "fixed") -> dict[str, tuple[Any, str]]:
+    """Return the value and the level of each key below `path`; see `_level_of`."""
+    levels: dict[str, str] = {}
     if is_dataclass(value):
-        free = _free_keys(value.__class__)
+        levels = _levels(value.__class__)
         target = {"_target_": value._target_} if isinstance(value, Component) else {}
         value = target | component_keys(value)
     if not isinstance(value, dict) or not value:
-        return {path: list(value) if isinstance(value, tuple) else value}
-    found: dict[str, Any] = {}
+        return {path: (list(value) if isinstance(value, tuple) else value, level)}
+    found: dict[str, tuple[Any, str]] = {}
     for key, item in value.items():
-        if key not in free:
-            found |= _flat(item, f"{path}.{key}" if path else key)
+        inner = levels.get(key, "fixed") if level == "fixed" else level
+        if level == "changeable" and levels.get(key) == "free":
+            inner = "free"
+        found |= _flat(item, f"{path}.{key}" if path else key, inner)
     return found
 
 
 @cache
-def _free_keys(schema: type) -> set[str]:
-    """Return the keys of a schema that are not part of a run's identity.
+def _levels(schema: type) -> dict[str, str]:
+    """Return the level of each key of a schema that is not fixed.
 
-    The keys of a custom class without a schema are free where those of the same name are in a
-    schema of the package for the same group, like `data.verify`.
+    A key of a custom class that states no level takes that of the same name in a schema of the
+    package for the same group, like `data.verify` or `optimizer.learning_rate`.
     """
-    kinds = [schema]
-    if is_inferred(schema):
+    found = _own_levels(schema)
+    if issubclass(schema, Component) and (is_inferred(schema) or not is_ours(schema)):
         above = schema.__mro__
-        kinds += schemas_below(above[above.index(Component) - 1])
-    return {
-        key.name for kind in kinds for key in fields(kind) if not key.metadata.get("identity", True)
-    }
+        for other in schemas_below(above[above.index(Component) - 1]):
+            for name, level in _own_levels(other).items():
+                if is_inferred(schema) or level == "changeable":
+                    found.setdefault(name, level)
+    return found
+
+
+def _own_levels(schema: type) -> dict[str, str]:
+    levels = {key.name: _level_of(key.metadata) for key in fields(schema)}
+    return {name: level for name, level in levels.items() if level != "fixed"}
+
+
+def _level_of(metadata: Mapping[str, Any]) -> str:
+    """Return `free` (not part of the identity), `changeable` (by a recorded change) or `fixed`."""
+    if not metadata.get("identity", True):
+        return "free"
+    return "changeable" if metadata.get("changeable") else "fixed"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -9,11 +10,14 @@ from matplotlib.figure import Figure
 
 from lunaris.metrics.records import Row, read_rows
 
+_LONGEST_MARK = 70
 
-def plot_loss(metrics: Path, png: Path) -> None:
+
+def plot_loss(metrics: Path, png: Path, marks: Mapping[int, str] | None = None) -> None:
     """Draw the training and validation loss (nats a token) of `metrics.jsonl` to the file `png`.
 
     A run with experts gets a second plot: the largest and smallest share of tokens of any expert.
+    marks: steps at which the config changed, each with a text; a vertical line shows them.
     """
     rows = read_rows(metrics)
     has_experts = any("moe/min_load" in row for row in rows)
@@ -26,6 +30,11 @@ def plot_loss(metrics: Path, png: Path) -> None:
         _draw(axes[1], rows, "moe/max_load", "busiest expert", "-")
         _draw(axes[1], rows, "moe/min_load", "idlest expert", "-")
         axes[1].set_ylabel("share of tokens, 1 = balanced")
+    for step, text in (marks or {}).items():
+        shown = text if len(text) <= _LONGEST_MARK else f"{text[: _LONGEST_MARK - 1]}…"
+        axes[0].axvline(step, color="grey", linestyle="--", label=f"step {step}: {shown}")
+        if has_experts:
+            axes[1].axvline(step, color="grey", linestyle="--")
     for part in axes:
         part.legend()
         part.grid(alpha=0.3)

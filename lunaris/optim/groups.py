@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
@@ -38,6 +39,20 @@ def by_layout(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
         mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
         found.setdefault(mesh, []).append(parameter)
     return list(found.values())
+
+
+def settings_of(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Return what the config says of each group of an optimizer: all but its parameters."""
+    return [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in optimizer.param_groups
+    ]
+
+
+def restore_settings(optimizer: torch.optim.Optimizer, settings: list[dict[str, Any]]) -> None:
+    """Set the groups back to `settings`: a checkpoint has those of the config it was saved with."""
+    for group, values in zip(optimizer.param_groups, settings, strict=True):
+        group.update(values)
 
 
 def set_learning_rate(groups: list[dict[str, object]], multiplier: float) -> None:

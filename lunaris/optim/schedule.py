@@ -48,8 +48,17 @@ class WSD(Cosine):
 
     decay_fraction: float = 0.2
 
+    @property
+    def decay_start(self) -> int:
+        """The step up to which every longer run has the same rates; its checkpoint is kept."""
+        return self.max_steps - self._decay_steps
+
+    @property
+    def _decay_steps(self) -> int:
+        return round(self.max_steps * self.decay_fraction)
+
     def after_warmup(self, step: int) -> float:
-        decay_steps = round(self.max_steps * self.decay_fraction)
+        decay_steps = self._decay_steps
         left = self.max_steps - step
         if left >= decay_steps:
             return 1.0

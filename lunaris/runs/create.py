@@ -3,16 +3,30 @@
 from __future__ import annotations
 
 import os
+import shlex
 
 from lunaris.atomic_files import replace_file, write_json
 from lunaris.config.frozen import to_yaml
-from lunaris.config.identity import differing, identity
+from lunaris.config.identity import (
+    GLOBAL_BATCH,
+    differing,
+    every_key,
+    fixed_keys,
+    identity,
+)
 from lunaris.config.schema.launch import LocalLaunchConfig
 from lunaris.config.schema.root import Config
 from lunaris.errors import UserError
 from lunaris.runs import provenance
+from lunaris.runs.changes import changed_keys
 from lunaris.runs.facts import checkpoint_folders
 from lunaris.runs.run_dir import RunDir
+
+# The keys whose product is the global batch.
+_BATCH = (
+    "trainer.batch_size", "trainer.gradient_accumulation_steps", "launch.processes",
+    "launch.nodes", "launch.gpus_per_node", "launch.tasks_per_node",
+)  # fmt: skip
 
 
 def create(cfg: Config, command: str, overrides: list[str]) -> RunDir:
@@ -24,7 +38,7 @@ def create(cfg: Config, command: str, overrides: list[str]) -> RunDir:
     """
     run_dir = RunDir(cfg.out_dir)
     take_world_size(cfg)
-    refuse_other_config(run_dir, cfg)
+    refuse_other_config(run_dir, cfg, overrides)
     try:
         run_dir.logs.mkdir(parents=True, exist_ok=True)
         with run_dir.lock():
@@ -47,10 +61,11 @@ def take_world_size(cfg: Config) -> None:
         cfg.launch.processes = int(os.environ["WORLD_SIZE"])
 
 
-def refuse_other_config(run_dir: RunDir, cfg: Config) -> None:
+def refuse_other_config(run_dir: RunDir, cfg: Config, overrides: list[str] | None = None) -> None:
     """Raise UserError when a folder holds a run of another identity than `cfg`.
 
-    The copy of the config in the newest checkpoint decides, and config.yaml where there is none.
+    The copy of the config in the newest checkpoint, or in a change recorded since, decides, and
+    config.yaml where there is none. overrides: of the command, for the message.
     """
     run_dir.check_kinds()
     saved = run_dir.saved_config()
@@ -61,9 +76,29 @@ def refuse_other_config(run_dir: RunDir, cfg: Config) -> None:
                 "or choose another `name=`"
             )
         return
-    rows = differing(identity(saved or run_dir.read_config()), identity(cfg))
+    before = saved or run_dir.read_config()
+    rows = differing(identity(before), identity(cfg))
     if rows:
         raise UserError(
             f"{run_dir.path}: holds a run of another config; choose another `name=`, or "
-            "remove the folder. Differing keys:\n  " + "\n  ".join(rows)
+            f"remove the folder{_how_to_change(run_dir, before, cfg, overrides or [])}. Differing "
+            "keys:\n  " + "\n  ".join(rows)
         )
+
+
+def _how_to_change(run_dir: RunDir, before: Config, cfg: Config, overrides: list[str]) -> str:
+    """Return the command that changes the run to `cfg`, where that is possible, or ""."""
+    old, new = every_key(before), every_key(cfg)
+    free = every_key(before).keys() - identity(before).keys()
+    keys = [key for key in changed_keys(old, new) if key != GLOBAL_BATCH]
+    keys = [key for key in keys if key not in free or key in _BATCH]
+    if set(keys) & (fixed_keys(before) | fixed_keys(cfg)):
+        return ""
+    words: dict[str, None] = {}
+    for key in keys:
+        given = [o for o in overrides if f"{key}.".startswith(f"{o.partition('=')[0]}.")]
+        if given:
+            words |= dict.fromkeys(given)
+        elif key in new:
+            words[f"{key}={'null' if new[key] is None else new[key]}"] = None
+    return f", or change this run: `{shlex.join(['lunaris', 'resume', str(run_dir.path), *words])}`"

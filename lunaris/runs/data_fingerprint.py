@@ -31,19 +31,20 @@ def save_data_fingerprint(data: Data, run_dir: RunDir) -> None:
     if path is not None and sha256_of(saved) != sha256_of(path):
         replace_file(saved, path.read_bytes())
     if not _has_checkpoint(run_dir) or run_dir.noted("data") is None:
-        run_dir.note(eot_id=data.eot_id, data=_digests(data))
+        run_dir.note(eot_id=data.eot_id, data=digests_of(data))
 
 
 def check_data_fingerprint(data: Data, run_dir: RunDir) -> None:
     """Raise UserError when a run's checkpoints were trained on another tokenizer or other tokens.
 
-    The tokens are compared by `Data.digests`, which reads only a small part of them, with those in
-    the newest checkpoint (`lunaris.runs.facts`), or where it has none, in provenance.json.
+    The tokens are compared by `Data.digests`, which reads only a small part of them, with those of
+    a change of the data recorded since the newest checkpoint, else with those in this checkpoint
+    (`lunaris.runs.facts`), or where it has none, in provenance.json.
     """
     if not _has_checkpoint(run_dir):
         return
     check_tokenizer(data.tokenizer_path, run_dir)
-    old, new = _saved_digests(run_dir), _digests(data)
+    old, new = _saved_digests(run_dir), digests_of(data)
     # Compared by position: a folder may have moved, and only its content counts.
     if not (old and new) or list(old.values()) == list(new.values()):
         return
@@ -82,8 +83,14 @@ def intact_tokenizer(run_dir: RunDir) -> Path:
 
 
 def _saved_digests(run_dir: RunDir) -> dict[str, str] | None:
-    """Return the digests that a run was trained on. Raises UserError when they were damaged."""
+    """Return the digests of the data with which a run continues.
+
+    Raises UserError when they were damaged.
+    """
     facts = newest_facts(run_dir.checkpoints)
+    changed = [c.data for c in run_dir.changes_since_checkpoint() if c.data is not None]
+    if changed:
+        return changed[-1]
     if facts is not None:
         return facts.data
     digests: dict[str, str] | None = run_dir.noted("data")
@@ -98,7 +105,7 @@ def _saved_digests(run_dir: RunDir) -> dict[str, str] | None:
     return digests
 
 
-def _digests(data: Data) -> dict[str, str]:
+def digests_of(data: Data) -> dict[str, str]:
     """Return the data's digests; a custom class may have none."""
     return data.digests() if hasattr(data, "digests") else {}
 

@@ -39,6 +39,10 @@ class Facts:
     eot_id: int | None
     tokenizer: str | None
 
+    @property
+    def step(self) -> int:
+        return step_of(self.path.parent)
+
 
 def facts_of(cfg: Config, run_dir: RunDir) -> dict[str, Any]:
     """Return the content of the `run.json` of this run's next checkpoints.
@@ -67,7 +71,12 @@ def newest_facts(checkpoints: Path) -> Facts | None:
 def checkpoint_folders(checkpoints: Path) -> list[Path]:
     """Return the folders of a run's checkpoints, complete or not, newest first."""
     found = [p for p in checkpoints.glob("step_*") if _STEP.fullmatch(p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name.removeprefix("step_")), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """Return the step of a checkpoint by the name of its folder."""
+    return int(checkpoint.name.removeprefix("step_"))
 
 
 def sha256_of(path: Path) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from lunaris.runs.changes import read_changes
 from lunaris.runs.discovery import FoundRun, find_runs
 from lunaris.runs.status import RunState, logs_of, resolve_states
 
@@ -31,5 +32,9 @@ def run_row(run: FoundRun, state: RunState) -> dict[str, Any]:
         "best_val_loss": status.get("best_val_loss"),
         "attempts": status.get("attempts", 0),
         "job_id": state.job_id,
+        "changes": [
+            {"step": change.step, "keys": change.keys, "command": change.command}
+            for change in read_changes(run.path)
+        ],
         "logs": [str(log) for log in logs_of(run.path, status)],
     }

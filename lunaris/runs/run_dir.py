@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 from lunaris.atomic_files import FileInUse, file_lock, read_json, write_json
 from lunaris.errors import UserError
-from lunaris.runs import provenance
+from lunaris.runs import changes, provenance
 from lunaris.runs.facts import checkpoint_folders, newest_facts
 
 if TYPE_CHECKING:
@@ -20,8 +20,9 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _FILES = ("config.yaml", "provenance.json", "status.json", "metrics.jsonl", "tokenizer.json",
-          "loss.png", "model.pt", "wandb_id", ".lock", ".status.lock")  # fmt: skip
-_FOLDERS = ("checkpoints", "logs")
+          "changes.jsonl", "loss.png", "model.pt", "wandb_id", ".lock",
+          ".status.lock")  # fmt: skip
+_FOLDERS = ("checkpoints", "logs", "set_aside")
 
 
 def _is_map(value: object) -> bool:
@@ -78,9 +79,9 @@ class RunDir:
     def read_config(self) -> Config:
         """Return the frozen config, brought to today's version.
 
-        Where config.yaml is missing or damaged, the copy in the newest checkpoint is taken. Raises
-        UserError when there is no config, when the schemas do not allow it, or when config.yaml has
-        other values than the checkpoints of this folder were trained with.
+        Where config.yaml is missing or damaged, the copy in the newest checkpoint, or in a change
+        recorded since, is taken. Raises UserError when there is no config, when the schemas do not
+        allow it, or when config.yaml has other values than this copy.
         """
         # Imported here: the table of runs answers without OmegaConf.
         from lunaris.config.frozen import read_config
@@ -101,29 +102,48 @@ class RunDir:
                 raise
             _log.warning("%s; its copy in a checkpoint is taken", error)
             return saved
-        self.refuse_other_identity(cfg, saved, "was edited: ", "put the old values back")
-        return cfg
+        return cfg if saved is None else self._refuse_edited(cfg, saved)
 
     def saved_config(self) -> Config | None:
-        """Return the copy of the config in the newest checkpoint that has an undamaged one."""
+        """Return the config with which this run continues, as its history holds it.
+
+        It is that of the last change recorded since the newest checkpoint, else the copy in this
+        checkpoint; None without such a copy.
+        """
         from lunaris.config.frozen import from_tree
 
         facts = newest_facts(self.checkpoints)
+        rows = self.changes_since_checkpoint()
+        if rows:
+            return from_tree(rows[-1].config, self.path / changes.NAME)
         return None if facts is None else from_tree(facts.config, facts.path)
 
-    def refuse_other_identity(
-        self, cfg: Config, saved: Config | None, found: str, remedy: str
-    ) -> None:
-        """Raise UserError when `cfg` would give a run other numbers than the config `saved`."""
-        from lunaris.config.identity import differing, identity
+    def changes_since_checkpoint(self) -> list[changes.Change]:
+        """Return the changes that no checkpoint with a copy of the config knows yet."""
+        facts = newest_facts(self.checkpoints)
+        return changes.since(changes.read_changes(self.path), facts.step if facts else 0)
 
-        rows = [] if saved is None else differing(identity(saved), identity(cfg))
-        if rows:
-            raise UserError(
-                f"{self.config_path}: {found}the checkpoints were trained with another config; "
-                f"{remedy}, or start a run with another `name=`. Differing keys:\n  "
-                + "\n  ".join(rows)
-            )
+    def _refuse_edited(self, cfg: Config, saved: Config) -> Config:
+        """Return `cfg`, or `saved` where the last recorded change did not reach config.yaml.
+
+        Raises UserError when `cfg` would give the run other numbers than `saved` for any other
+        reason.
+        """
+        from lunaris.config.identity import differing, every_key, identity
+
+        rows = differing(identity(saved), identity(cfg))
+        if not rows:
+            return cfg
+        last = self.changes_since_checkpoint()[-1:]
+        found = every_key(cfg)
+        if last and all(found.get(key) == row.get("old") for key, row in last[0].keys.items()):
+            _log.warning("%s: without the change recorded last, which is taken", self.config_path)
+            return saved
+        raise UserError(
+            f"{self.config_path}: was edited: the checkpoints were trained with another config; "
+            "put the old values back, change the run by `lunaris resume DIR KEY=VALUE`, or start "
+            "one with another `name=`. Differing keys:\n  " + "\n  ".join(rows)
+        )
 
     def check_kinds(self) -> None:
         """Raise UserError for a folder where a file must be, and for a file in place of one."""

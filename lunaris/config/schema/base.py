@@ -14,18 +14,26 @@ from lunaris.errors import UserError, did_you_mean
 # Metadata of a key that changes where, how fast or how visibly a run trains, but not its numbers:
 # a run's folder may be continued with another value of it (`lunaris.config.identity`).
 FREE = {"identity": False}
+# Metadata of a key that is part of a run's identity but does not change what its weights are: it
+# may change in the middle of a run, by `lunaris resume DIR KEY=VALUE`, which records the change.
+CHANGEABLE = {"changeable": True}
 
 
-def key(default: Any = MISSING, *, identity: bool = True, **limits: Any) -> Any:
+def key(
+    default: Any = MISSING, *, identity: bool = True, changeable: bool = False, **limits: Any
+) -> Any:
     """Return a dataclass field whose value is checked when a schema of the package is built.
 
     limits: `low` and `high` (inclusive), `above`, or `allowed`, a tuple of texts; None (an unset
     optional value) always passes. identity: whether the key is part of a run's identity.
+    changeable: whether it may nevertheless change in the middle of a run.
     """
-    return field(default=default, metadata={"identity": identity, "limits": limits})
+    metadata = {"identity": identity, "changeable": changeable, "limits": limits}
+    return field(default=default, metadata=metadata)
 
 
 free = partial(key, identity=False)
+changeable = partial(key, changeable=True)
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lunaris.config.schema.base import Schema, key
+from lunaris.config.schema.base import Schema, changeable, key
 from lunaris.errors import UserError
 
 
@@ -20,7 +20,7 @@ class ModelConfig(Schema):
     n_kv_heads: int = key(2, low=1)
     max_seq_len: int = key(256, low=1)
     rope_theta: float = key(10000.0, above=0)
-    dropout: float = key(0.0, low=0.0, high=0.99)
+    dropout: float = changeable(0.0, low=0.0, high=0.99)
     # Of every feed-forward, experts too: swiglu, geglu, or relu2 (squared ReLU, without a gate).
     activation: str = key("swiglu", allowed=("swiglu", "geglu", "relu2"))
     # Hidden width with a gate: 2/3 · multiplier · d_model, rounded up to `multiple_of`; without one

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lunaris.config.schema.base import Component, component, key
+from lunaris.config.schema.base import Component, changeable, component, key
 from lunaris.errors import UserError
 
 
@@ -41,7 +41,7 @@ class SigmoidRouterConfig(RouterConfig):
     n_groups: int = key(1, low=1)
     topk_groups: int = key(1, low=1)
     # Of the sequence-wise balance loss, which is added whatever moe.balancing is.
-    sequence_loss_weight: float = key(1e-4, low=0)
+    sequence_loss_weight: float = changeable(1e-4, low=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -76,10 +76,10 @@ class MoEConfig(FeedForwardConfig):
     # Of aux_loss: whether shares are counted over the global batch (of the step before) or in each
     # sequence.
     balance_scope: str = key("global", allowed=("global", "sequence"))
-    aux_loss_weight: float = key(0.01, low=0)
-    router_z_loss_weight: float = key(0.001, low=0)
-    bias_update_rate: float = key(0.001, above=0)
-    router_lr_scale: float = key(1.0, above=0)
+    aux_loss_weight: float = changeable(0.01, low=0)
+    router_z_loss_weight: float = changeable(0.001, low=0)
+    bias_update_rate: float = changeable(0.001, above=0)
+    router_lr_scale: float = changeable(1.0, above=0)
     # Divide the chosen gate probabilities by their sum; needs k > 1.
     normalize_gates: bool = False
     # Null: the model's ffn_hidden_multiplier.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lunaris.config.schema.base import Component, key
+from lunaris.config.schema.base import Component, changeable, key
 
 
 @dataclass
@@ -20,7 +20,7 @@ class NextTokenConfig(ObjectiveConfig):
 
     _target_: str = "lunaris.objective.next_token.NextToken"
     # The weight of the mean log² Z of the output softmax (PaLM: 1e-4); 0: none.
-    z_loss_weight: float = key(0.0, low=0)
+    z_loss_weight: float = changeable(0.0, low=0)
     # c in c · tanh(logits / c) (Gemma 2: 30), in training, evaluation and generation; null: none.
     logit_soft_cap: float | None = key(None, above=0)
 
@@ -33,4 +33,4 @@ class MultiTokenConfig(NextTokenConfig):
     # How many further tokens each position predicts, one more block each.
     depth: int = key(1, low=1)
     # The weight of the mean over the depths of their losses.
-    loss_weight: float = key(0.3, low=0)
+    loss_weight: float = changeable(0.3, low=0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lunaris.config.schema.base import Component, key
+from lunaris.config.schema.base import Component, changeable
 from lunaris.errors import UserError
 
 
@@ -20,10 +20,10 @@ class AdamWConfig(OptimizerConfig):
     """AdamW (arXiv 1711.05101); decay on matrices and stacked experts, not on norms."""
 
     _target_: str = "lunaris.optim.adamw.build_adamw"
-    learning_rate: float = key(3e-3, above=0)
-    weight_decay: float = key(0.1, low=0)
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = key(1e-8, above=0)
+    learning_rate: float = changeable(3e-3, above=0)
+    weight_decay: float = changeable(0.1, low=0)
+    betas: tuple[float, float] = changeable((0.9, 0.95))
+    eps: float = changeable(1e-8, above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -40,5 +40,5 @@ class MuonConfig(AdamWConfig):
     """Muon for the matrices inside the blocks, AdamW for embeddings, norms and routers."""
 
     _target_: str = "lunaris.optim.muon.build_muon"
-    momentum: float = key(0.95, low=0.0, high=0.9999)
-    ns_steps: int = key(5, low=1)
+    momentum: float = changeable(0.95, low=0.0, high=0.9999)
+    ns_steps: int = changeable(5, low=1)

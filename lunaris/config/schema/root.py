@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from lunaris.config.schema.attention import AttentionConfig, GQAConfig
-from lunaris.config.schema.base import FREE, Schema, component, free, key
+from lunaris.config.schema.base import CHANGEABLE, FREE, Schema, component, free, key
 from lunaris.config.schema.data import DataConfig, StdlibDataConfig
 from lunaris.config.schema.launch import LaunchConfig, LocalLaunchConfig
 from lunaris.config.schema.logger import LocalLoggerConfig, LoggerConfig
@@ -35,10 +35,10 @@ class Config(Schema):
     attention: AttentionConfig = component(AttentionConfig, GQAConfig)
     moe: FeedForwardConfig = component(FeedForwardConfig, MoEConfig)
     objective: ObjectiveConfig = component(ObjectiveConfig, NextTokenConfig)
-    data: DataConfig = component(DataConfig, StdlibDataConfig)
+    data: DataConfig = component(DataConfig, StdlibDataConfig, **CHANGEABLE)
     parallelism: ParallelismConfig = component(ParallelismConfig, SingleConfig, **FREE)
     optimizer: OptimizerConfig = component(OptimizerConfig, AdamWConfig)
-    schedule: ScheduleConfig = component(ScheduleConfig, CosineConfig)
+    schedule: ScheduleConfig = component(ScheduleConfig, CosineConfig, **CHANGEABLE)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig, metadata=FREE)
     # One logger per name.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lunaris.config.schema.base import Schema, free, key
+from lunaris.config.schema.base import Schema, changeable, free, key
 
 
 @dataclass
@@ -15,12 +15,12 @@ class TrainerConfig(Schema):
     """
 
     _group_ = "trainer"
-    max_steps: int = key(300, low=1)
+    max_steps: int = changeable(300, low=1)
     batch_size: int = free(16, low=1)
     gradient_accumulation_steps: int = free(1, low=1)
     # Global gradient norm; null: no clipping.
-    grad_clip: float | None = key(1.0, above=0)
-    precision: str = key("fp32", allowed=("bf16", "fp16", "fp32"))
+    grad_clip: float | None = changeable(1.0, above=0)
+    precision: str = changeable("fp32", allowed=("bf16", "fp16", "fp32"))
     compile_model: bool = free(False)
     activation_checkpointing: bool = free(False)
     log_interval: int = free(10, low=1)
@@ -32,10 +32,10 @@ class TrainerConfig(Schema):
     max_skipped_steps: int = free(20, low=1)
     # An outlier, so many standard deviations above the mean loss or gradient norm of the last
     # `spike_window` steps, is counted as a spike.
-    spike_threshold: float = key(6.0, above=0)
-    spike_window: int = key(128, low=8, high=1 << 16)
+    spike_threshold: float = changeable(6.0, above=0)
+    spike_window: int = changeable(128, low=8, high=1 << 16)
     # Skip spikes too.
-    skip_spikes: bool = False
+    skip_spikes: bool = changeable(False)
     # Null: cuda where there is one.
     device: str | None = free(None, allowed=("cpu", "cuda"))
 
