@@ -12,7 +12,10 @@ from lunaris import __version__
 from lunaris.errors import RunFailed, Stopped, UserError, did_you_mean
 
 _FOLDER = Path(__file__).parent / "commands"
-_ORDER = ("train", "prepare", "plan", "runs", "resume", "cancel", "report", "evaluate", "generate")
+_ORDER = (
+    *("train", "prepare", "plan", "runs", "resume", "fork"),
+    *("cancel", "report", "evaluate", "generate"),
+)
 _EPILOG = """\
 `lunaris COMMAND --help` explains a command and gives an example.
 

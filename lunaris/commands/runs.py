@@ -9,10 +9,12 @@ import sys
 from collections import Counter
 from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 from lunaris.runs.changes import read_changes
 from lunaris.runs.discovery import FoundRun, find_runs
 from lunaris.runs.rows import run_row
+from lunaris.runs.run_dir import RunDir
 from lunaris.runs.status import STATES, RunState, last_line, logs_of, resolve_states
 
 _HEADS = ("run", "state", "step", "val loss", "job", "overrides")
@@ -62,6 +64,7 @@ def _table(sweep: Path | None, pairs: list[tuple[FoundRun, RunState]], width: in
         line = "  ".join(cell.ljust(size) for cell, size in zip(row, widths, strict=True))
         lines.append(line.rstrip()[:width])
     for run, state in pairs:
+        lines += [f"  {run.name}: {_in_words(parent)}" for parent in RunDir(run.path).parents()]
         lines += [
             f"  {run.name}: changed at step {change.step}: {change}"
             for change in read_changes(run.path)
@@ -82,6 +85,11 @@ def _row(run: FoundRun, state: RunState) -> tuple[str, ...]:
         state.job_id or "-",
         " ".join(run.overrides),
     )
+
+
+def _in_words(parent: dict[str, Any]) -> str:
+    step = parent.get("step")
+    return f"{parent.get('kind')} {parent.get('dir')}" + (f" at step {step}" if step else "")
 
 
 def _why(run: FoundRun, state: RunState) -> list[str]:

@@ -116,7 +116,10 @@ def _refuse_fixed(run_dir: RunDir, cfg: Config, new: Config, change: Change) -> 
     """Raise UserError for the keys that a run keeps."""
     for key in _OF_THE_FOLDER:
         if key in change.keys:
-            raise UserError(f"{key}={change.keys[key].get('new')}: a run keeps its {key}")
+            raise UserError(
+                f"{key}={change.keys[key].get('new')}: a run keeps its {key}; `lunaris fork` "
+                "starts another run from its config"
+            )
     # The vocabulary is checked by what it is with the data, which null takes.
     fixed = (fixed_keys(cfg) | fixed_keys(new)) - {_VOCABULARY}
     rows = [key for key, _ in change.rows() if key in fixed]
@@ -124,7 +127,7 @@ def _refuse_fixed(run_dir: RunDir, cfg: Config, new: Config, change: Change) -> 
         shown = str(Change(0, {key: change.keys[key] for key in rows}, {}, ""))
         raise UserError(
             f"{shown}: changes what the weights of the run in {run_dir.path} are, or the order of "
-            "its data; start a run with another `name=`"
+            "its data; `lunaris fork` starts another run from its config"
         )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from lunaris.runs.changes import read_changes
 from lunaris.runs.discovery import FoundRun, find_runs
+from lunaris.runs.run_dir import RunDir
 from lunaris.runs.status import RunState, logs_of, resolve_states
 
 
@@ -36,5 +37,6 @@ def run_row(run: FoundRun, state: RunState) -> dict[str, Any]:
             {"step": change.step, "keys": change.keys, "command": change.command}
             for change in read_changes(run.path)
         ],
+        "parents": RunDir(run.path).parents(),
         "logs": [str(log) for log in logs_of(run.path, status)],
     }

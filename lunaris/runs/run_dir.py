@@ -57,6 +57,7 @@ _STATUS: dict[str, Callable[[object], bool]] = {
 }  # fmt: skip
 _PROVENANCE: dict[str, Callable[[object], bool]] = {
     "command": _is_text, "overrides": _are(str), "attempts": _are(dict), "earlier": _are(dict),
+    "parents": _are(dict),
     "data": lambda value: value is None or _is_map(value), "versions": _is_map, "slurm": _is_map,
     "eot_id": lambda value: value is None or _is_count(value), "git": _is_map,
 }  # fmt: skip
@@ -199,6 +200,19 @@ class RunDir:
     def noted(self, name: str) -> Any:
         """Return the fact that `note` wrote under a name, or None."""
         return self.read_provenance().get(name)
+
+    def parents(self) -> list[dict[str, Any]]:
+        """Return the runs that this one comes from: each a `kind`, `dir` and `step` (or None).
+
+        kind is in words, like "forked from".
+        """
+        found: list[dict[str, Any]] = self.noted("parents") or []
+        return found
+
+    def add_parent(self, parent: dict[str, Any]) -> None:
+        """Keep a run or a file that this run comes from, once of each kind."""
+        others = [row for row in self.parents() if row.get("kind") != parent["kind"]]
+        self.note(parents=[*others, parent])
 
     def left_out(self) -> list[tuple[int, int]]:
         """Return the ranges of sequences, first and last, that `lunaris resume` left out."""
