@@ -21,7 +21,7 @@ class RunFailed(RuntimeError):
 
 
 class Stopped(Exception):
-    """A signal stopped the run after a checkpoint was saved."""
+    """A signal stopped the run: after a checkpoint was saved, or before its first step."""
 
     exit_code = 3
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
@@ -11,8 +12,13 @@ from torch import nn
 
 from lunaris.data.base import Sequences, is_masked
 from lunaris.data.loader import IGNORED, check_ids, to_batch
+from lunaris.distributed.collectives import any_rank
 from lunaris.objective.base import Objective
 from lunaris.parallelism.base import Parallelism, unwrap
+
+
+class EvaluationStopped(Exception):
+    """The run is asked to stop, and the evaluation is not finished."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,8 @@ class Evaluator:
     max_sequences: int | None
     # None without document masking.
     eot_id: int | None
+    # Whether this process is asked to stop.
+    stopped: Callable[[], bool] = lambda: False
 
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
@@ -40,7 +48,8 @@ class Evaluator:
 
         Every process calls this. Losses are in nats a token; `val/loss` weighs each source by its
         full length, also when only some of its sequences are evaluated. Empty when there is no
-        validation part.
+        validation part. Raises EvaluationStopped in every process before the next batch once any
+        process is asked to stop.
         """
         if not self.sources:
             return {}
@@ -67,6 +76,8 @@ class Evaluator:
         # Every process takes the same number of rounds, since sharded models exchange weights in
         # each. A row past the end repeats the last sequence and has no targets.
         for first in range(0, count, size * world):
+            if any_rank(self.stopped()):
+                raise EvaluationStopped
             wanted = np.arange(first + rank * size, first + (rank + 1) * size)
             rows = np.empty((size, self.seq_len + 1), dtype=np.int64)
             picked = np.minimum(wanted, count - 1) * len(source) // count

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -78,8 +78,13 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
     data = prepared_data(cfg, run_dir)
     parallelism: Parallelism = instantiate_component("parallelism", cfg.parallelism)
     precision = Precision(cfg.trainer.precision, parallelism.device)
-    with explain_out_of_memory(
-        "for the weights; a smaller model, or parallelism=fsdp over more processes, takes less"
+    # A process alone may leave at once: of a large model on a laptop this takes minutes.
+    early = stop.at_once("building the model") if session.world_size() == 1 else nullcontext()
+    with (
+        early,
+        explain_out_of_memory(
+            "for the weights; a smaller model, or parallelism=fsdp over more processes, takes less"
+        ),
     ):
         model = parallelism.wrap(
             bare_model(cfg, data.vocab_size),
@@ -128,7 +133,9 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
         schedule=schedule,
         order=order,
         loader=loader_of(cfg, data, parallelism, start=state.sequences, order=order),
-        evaluator=evaluator_of(cfg, data, parallelism, most),
+        evaluator=evaluator_of(
+            cfg, data, parallelism, most, stopped=lambda: stop.received is not None
+        ),
         checkpoints=checkpoints,
         logger=loggers_of(cfg) if parallelism.is_writer else Loggers({}),
         meter=Meter(
@@ -140,7 +147,8 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
         state=state,
         global_batch=global_batch,
     )
-    run.logger.start(run_dir, cfg, state.step)
+    # A row that is still to be completed is cut where a later process has logged it.
+    run.logger.start(run_dir, cfg, state.step - (state.unfinished is not None))
     run.logger.message(describe(run))
     return run
 
@@ -203,8 +211,17 @@ def loader_of(
         )
 
 
-def evaluator_of(cfg: Config, data: Any, parallelism: Parallelism, most: int | None) -> Evaluator:
-    """Return the evaluator over the validation part; most: sequences of each source, or None."""
+def evaluator_of(
+    cfg: Config,
+    data: Any,
+    parallelism: Parallelism,
+    most: int | None,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Evaluator:
+    """Return the evaluator over the validation part.
+
+    most: sequences of each source, or None for all. stopped: whether to stop before the next batch.
+    """
     return Evaluator(
         data.val(cfg.model.max_seq_len),
         objective=instantiate_component("objective", cfg.objective),
@@ -213,6 +230,7 @@ def evaluator_of(cfg: Config, data: Any, parallelism: Parallelism, most: int | N
         batch_size=cfg.trainer.batch_size,
         max_sequences=most,
         eot_id=_masked_id(cfg, data),
+        stopped=stopped,
     )
 
 

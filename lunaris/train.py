@@ -17,7 +17,7 @@ from lunaris.data.loader import Loader
 from lunaris.data.order import SequenceOrder
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import RunFailed, Stopped
-from lunaris.evaluate import Evaluator
+from lunaris.evaluate import EvaluationStopped, Evaluator
 from lunaris.metrics.loggers import Logger
 from lunaris.metrics.records import Row
 from lunaris.metrics.throughput import Meter, peak_memory_gb
@@ -77,14 +77,14 @@ class StepStats:
 
 
 def train(run: Run) -> None:
-    """Train until `trainer.max_steps`. Raises Stopped, with a checkpoint saved, on a signal.
+    """Train until `trainer.max_steps`.
 
+    Raises Stopped on a signal, with a checkpoint saved unless it meets the first evaluation.
     Raises RunFailed when too many steps in a row had to be skipped.
     """
     state, trainer = run.state, run.cfg.trainer
-    if state.step == 0:
-        with run.meter.paused():
-            run.logger.log({"step": 0} | evaluate(run))
+    if state.step == 0 or state.unfinished is not None:
+        log_missing_row(run)
     batches = iter(run.loader)
     while state.step < trainer.max_steps:
         stats = train_step(run, next(batches))
@@ -101,17 +101,43 @@ def train(run: Run) -> None:
             row |= step_row(run, stats)
         with run.meter.paused():
             if last or (trainer.eval_interval and state.step % trainer.eval_interval == 0):
-                row |= evaluate(run)
-            if row:
+                try:
+                    row |= evaluate(run)
+                except EvaluationStopped:
+                    state.unfinished, stop = row, True
+            if row and state.unfinished is None:
                 run.logger.log({"step": state.step} | row)
             if last or stop or is_kept(run):
                 save(run)
             run.checkpoints.try_finalize()
-        if stop and not last:
+        if state.unfinished is not None or (stop and not last):
             run.checkpoints.wait_pending()
-            reason = run.stop.received.name if run.stop.received else "a signal to another process"
-            raise Stopped(f"stopped by {reason} at step {state.step}; a checkpoint is saved")
+            raise Stopped(
+                f"stopped by {signal_name(run)} at step {state.step}; a checkpoint is saved"
+            )
     run.checkpoints.wait_pending()
+
+
+def log_missing_row(run: Run) -> None:
+    """Evaluate and log the row of step 0, or of the step whose evaluation a signal stopped.
+
+    Raises Stopped where a signal stops it; a checkpoint that was there is as it was.
+    """
+    state = run.state
+    with run.meter.paused():
+        try:
+            row = (state.unfinished or {}) | evaluate(run)
+        except EvaluationStopped:
+            at = f"stopped by {signal_name(run)} while evaluating at step {state.step}"
+            raise Stopped(f"{at}; the same command continues there") from None
+        run.logger.log({"step": state.step} | row)
+    state.unfinished = None
+    write_progress(run)
+
+
+def signal_name(run: Run) -> str:
+    """Return the name of the signal that stops the run."""
+    return run.stop.received.name if run.stop.received else "a signal to another process"
 
 
 def train_step(run: Run, batch: Batch) -> StepStats:

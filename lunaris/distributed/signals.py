@@ -1,9 +1,13 @@
-"""Signals that ask a run to stop: recorded when they arrive, obeyed at the end of a step."""
+"""Signals that ask a run to stop: recorded when they arrive, obeyed at the next step or batch."""
 
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+
+from lunaris.errors import Stopped
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
@@ -19,6 +23,8 @@ class StopSignal:
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
         self._before: dict[signal.Signals, object] = {}
+        # What goes on where a signal ends the process at once, or None.
+        self._phase: str | None = None
 
     def __enter__(self) -> StopSignal:
         for number in _STOP_SIGNALS:
@@ -32,7 +38,26 @@ class StopSignal:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
 
+    @contextmanager
+    def at_once(self, phase: str) -> Iterator[None]:
+        """Let a signal raise Stopped from within this context, where nothing would be lost.
+
+        phase: what the process does there, in words. For a process without others, which would
+        wait for it.
+        """
+        self._phase = phase
+        try:
+            self._obey()
+            yield
+        finally:
+            self._phase = None
+
     def _record(self, number: int, frame: FrameType | None) -> None:
         if self.received is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.received = signal.Signals(number)
+        self._obey()
+
+    def _obey(self) -> None:
+        if self._phase is not None and self.received is not None:
+            raise Stopped(f"stopped by {self.received.name} while {self._phase}")
