@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ from lunaris.data.order import SequenceOrder
 from lunaris.data.prepare.build import make_ready
 from lunaris.distributed import collectives, session
 from lunaris.distributed.signals import StopSignal
-from lunaris.errors import Stopped, UserError
+from lunaris.errors import UserError
 from lunaris.evaluate import Evaluator
+from lunaris.lifecycle import explain_out_of_memory, run_lock, step_advice, track_status
 from lunaris.metrics.loggers import Loggers
 from lunaris.metrics.plot import plot_loss
 from lunaris.metrics.throughput import Meter, peak_flops
@@ -35,7 +36,6 @@ from lunaris.runs.changes import begin_changes_at, read_changes
 from lunaris.runs.data_fingerprint import save_data_fingerprint
 from lunaris.runs.facts import facts_of
 from lunaris.runs.run_dir import RunDir
-from lunaris.runs.slurm_client import current_job_id
 from lunaris.train import Run, train
 
 
@@ -62,7 +62,7 @@ def execute(cfg: Config, path: str | Path) -> RunResult:
         run = build(cfg, run_dir, stop)
         stack.callback(run.loader.close)
         stack.callback(run.logger.finish)
-        with explain_out_of_memory(_step_advice(cfg)):
+        with explain_out_of_memory(step_advice(cfg)):
             train(run)
         if run.parallelism.is_writer:
             marks = {change.step: str(change) for change in read_changes(run_dir.path)}
@@ -196,7 +196,7 @@ def loader_of(
 ) -> Loader:
     """Return the loader of this process's part of every batch from position `start` of `order`."""
     sequences = data.train(cfg.model.max_seq_len, cfg.seed)
-    with explain_out_of_memory(_step_advice(cfg)):
+    with explain_out_of_memory(step_advice(cfg)):
         return Loader(
             sequences,
             batch_size=cfg.trainer.batch_size,
@@ -263,56 +263,3 @@ def _order(run_dir: RunDir, state: TrainState) -> SequenceOrder:
 def _masked_id(cfg: Config, data: Any) -> int | None:
     """Return the id at which attention and targets stop, if they are to."""
     return data.eot_id if cfg.data.document_masking else None
-
-
-@contextmanager
-def run_lock(run_dir: RunDir) -> Iterator[None]:
-    """Lock the folder on rank 0. Every process raises UserError when another job has the lock."""
-    with ExitStack() as stack:
-        collectives.on_rank_0(lambda: stack.enter_context(run_dir.lock()))
-        if session.rank() == 0:
-            run_dir.set_aside_damaged()
-        yield
-
-
-@contextmanager
-def track_status(run_dir: RunDir) -> Iterator[None]:
-    """Write the state to status.json on rank 0: running, then done, stopped or failed."""
-    if session.rank() != 0:
-        yield
-        return
-    was_done = run_dir.read_status().get("state") == "done"
-    attempts, job_id = run_dir.record_attempt(session.world_size()), current_job_id()
-    run_dir.write_status(state="running", attempts=attempts, last_error=None, job_id=job_id)
-    try:
-        yield
-    except Stopped:
-        run_dir.write_status(state="stopped")
-        raise
-    except BaseException as error:
-        # A run that was done stays done when it cannot start again, because its data moved say.
-        state = "done" if was_done and isinstance(error, UserError) else "failed"
-        run_dir.write_status(state=state, last_error=f"{type(error).__name__}: {error}")
-        raise
-    run_dir.write_status(state="done")
-
-
-@contextmanager
-def explain_out_of_memory(advice: str) -> Iterator[None]:
-    """Raise UserError with advice where the memory of the device or the host is too small."""
-    try:
-        yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
-        if not known and "DefaultCPUAllocator" not in str(error):
-            raise
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"out of memory {advice} ({reason})") from error
-
-
-def _step_advice(cfg: Config) -> str:
-    return (
-        f"with trainer.batch_size={cfg.trainer.batch_size} and "
-        f"model.max_seq_len={cfg.model.max_seq_len}; lower the first and raise "
-        "trainer.gradient_accumulation_steps as much, or set trainer.activation_checkpointing=true"
-    )

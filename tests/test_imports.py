@@ -24,7 +24,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("planning", "continuation"),
     ("inference",),
     ("run",),
-    ("run_summary",),
+    ("run_summary", "lifecycle"),
     ("train",),
     ("evaluate",),
     ("moe", "objective", "data", "optim", "parallelism", "metrics", "checkpoint"),

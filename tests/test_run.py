@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lunaris.errors import UserError
-from lunaris.run import explain_out_of_memory
+from lunaris.lifecycle import explain_out_of_memory
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,68 @@
+"""What brackets a run: its folder's lock, its state in status.json, and errors in plain words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+
+from lunaris.config.schema.root import Config
+from lunaris.distributed import collectives, session
+from lunaris.errors import Stopped, UserError
+from lunaris.runs.run_dir import RunDir
+from lunaris.runs.slurm_client import current_job_id
+
+
+@contextmanager
+def run_lock(run_dir: RunDir) -> Iterator[None]:
+    """Lock the folder on rank 0. Every process raises UserError when another job has the lock."""
+    with ExitStack() as stack:
+        collectives.on_rank_0(lambda: stack.enter_context(run_dir.lock()))
+        if session.rank() == 0:
+            run_dir.set_aside_damaged()
+        yield
+
+
+@contextmanager
+def track_status(run_dir: RunDir) -> Iterator[None]:
+    """Write the state to status.json on rank 0: running, then done, stopped or failed."""
+    if session.rank() != 0:
+        yield
+        return
+    was_done = run_dir.read_status().get("state") == "done"
+    attempts, job_id = run_dir.record_attempt(session.world_size()), current_job_id()
+    run_dir.write_status(state="running", attempts=attempts, last_error=None, job_id=job_id)
+    try:
+        yield
+    except Stopped:
+        run_dir.write_status(state="stopped")
+        raise
+    except BaseException as error:
+        # A run that was done stays done when it cannot start again, because its data moved say.
+        state = "done" if was_done and isinstance(error, UserError) else "failed"
+        run_dir.write_status(state=state, last_error=f"{type(error).__name__}: {error}")
+        raise
+    run_dir.write_status(state="done")
+
+
+@contextmanager
+def explain_out_of_memory(advice: str) -> Iterator[None]:
+    """Raise UserError with advice where the memory of the device or the host is too small."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+        if not known and "DefaultCPUAllocator" not in str(error):
+            raise
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"out of memory {advice} ({reason})") from error
+
+
+def step_advice(cfg: Config) -> str:
+    """Return what takes less memory in a step, after "out of memory"."""
+    return (
+        f"with trainer.batch_size={cfg.trainer.batch_size} and "
+        f"model.max_seq_len={cfg.model.max_seq_len}; lower the first and raise "
+        "trainer.gradient_accumulation_steps as much, or set trainer.activation_checkpointing=true"
+    )
