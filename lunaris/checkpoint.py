@@ -71,19 +71,27 @@ class Checkpoints:
         keep_last: int | None,
         async_save: bool,
         facts: dict[str, Any] | None = None,
+        save_interval: int | None = None,
         keep_step: int | None = None,
     ) -> None:
         """facts: the content of every checkpoint's `run.json` (`lunaris.runs.facts`).
 
-        keep_step: a step whose checkpoint is kept besides the newest `keep_last`.
+        save_interval: None: only what is asked for. keep_step: a step whose checkpoint is due, and
+        kept besides the newest `keep_last`.
         """
         self._folder = folder
-        self.keep_step = keep_step
+        self._save_interval = save_interval
+        self._keep_step = keep_step
         self._facts = facts or {}
         self._keep_last = keep_last
         self._async = async_save
         self._pending: tuple[Path, Future[object]] | None = None
         self._corrupt: list[Path] = []
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a run saves its step `step`, wherever it ends."""
+        interval = self._save_interval
+        return step == self._keep_step or (interval is not None and step % interval == 0)
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
         """Write the checkpoint of `state.step`; every process calls this.
@@ -188,7 +196,7 @@ class Checkpoints:
             shutil.rmtree(self._corrupt.pop(), ignore_errors=True)
         if self._keep_last is not None:
             for old in complete(self._folder)[self._keep_last :]:
-                if old.name != f"step_{self.keep_step or 0:08d}":
+                if old.name != f"step_{self._keep_step or 0:08d}":
                     shutil.rmtree(old)
 
 
@@ -262,6 +270,26 @@ def saved_vocab_size(path: Path) -> int:
     """Return the vocabulary size of a checkpoint's model, from its metadata."""
     metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
     return int(metadata["model.embedding.weight"].size[0])  # type: ignore[union-attr]
+
+
+def saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shape of each tensor of a checkpoint's model by its name, from its metadata."""
+    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+    return {
+        name.removeprefix("model."): tuple(value.size)  # type: ignore[union-attr]
+        for name, value in metadata.items()
+        if name.startswith("model.")
+    }
+
+
+def load_tensors(path: Path, targets: dict[str, Tensor], *, alone: bool = False) -> None:
+    """Load some tensors of a checkpoint's model into `targets`, in place, in any sharding.
+
+    Every process calls this, unless `alone`: then each reads complete tensors by itself.
+    """
+    processes: dict[str, Any] = {"no_dist": True} if alone else _processes(session.cpu_group())
+    if targets or not alone:
+        dcp.load({"model": targets}, checkpoint_id=path, **processes)
 
 
 def load_weights(path: Path, model: nn.Module) -> None:

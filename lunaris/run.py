@@ -37,6 +37,7 @@ from lunaris.runs.data_fingerprint import save_data_fingerprint
 from lunaris.runs.facts import facts_of
 from lunaris.runs.run_dir import RunDir
 from lunaris.train import Run, train
+from lunaris.warm_start.begin import start_from
 
 
 @dataclass
@@ -102,11 +103,17 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
         keep_last=cfg.checkpoint.keep_last,
         async_save=cfg.checkpoint.async_save,
         facts=facts_of(cfg, run_dir) if session.rank() == 0 else None,
+        save_interval=cfg.checkpoint.save_interval,
         # The last one from which a longer run can continue (WSD).
         keep_step=getattr(schedule, "decay_start", None),
     )
     settings = settings_of(optimizer)
-    state = checkpoints.load_newest(model, optimizer) or TrainState()
+    state = checkpoints.load_newest(model, optimizer)
+    start = None
+    if state is None and cfg.init_from is not None:
+        start = start_from(cfg, model, data, bare_model)
+        collectives.on_rank_0(lambda: run_dir.add_parent(start.parent))
+    state = state or TrainState()
     restore_settings(optimizer, settings)
     collectives.on_rank_0(lambda: begin_changes_at(run_dir.path, state.step))
     if state.scaler:
@@ -150,6 +157,8 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
     # A row that is still to be completed is cut where a later process has logged it.
     run.logger.start(run_dir, cfg, state.step - (state.unfinished is not None))
     run.logger.message(describe(run))
+    if start is not None:
+        run.logger.message(str(start))
     return run
 
 

@@ -107,7 +107,7 @@ def train(run: Run) -> None:
                     state.unfinished, stop = row, True
             if row and state.unfinished is None:
                 run.logger.log({"step": state.step} | row)
-            if last or stop or is_kept(run):
+            if last or stop or run.checkpoints.is_due(state.step):
                 save(run)
             run.checkpoints.try_finalize()
         if state.unfinished is not None or (stop and not last):
@@ -270,12 +270,6 @@ def evaluate(run: Run) -> Row:
         best = run.state.best_val_loss
         run.state.best_val_loss = loss if best is None else min(best, loss)
     return row
-
-
-def is_kept(run: Run) -> bool:
-    """Return whether the step just taken gets a checkpoint, wherever the run ends."""
-    step = run.state.step
-    return step % run.cfg.checkpoint.save_interval == 0 or step == run.checkpoints.keep_step
 
 
 def save(run: Run) -> None:

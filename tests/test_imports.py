@@ -27,6 +27,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("run_summary", "lifecycle"),
     ("train",),
     ("evaluate",),
+    ("warm_start",),
     ("moe", "objective", "data", "optim", "parallelism", "metrics", "checkpoint"),
     ("model",),
     ("precision",),
@@ -184,7 +185,7 @@ def test_what_training_reads_imports_nothing_of_the_preparation() -> None:
     # The commands, and the composition root, where data is built on first use.
     assert importers == {
         "commands/prepare.py", "commands/resume.py", "continuation/change.py", "inference.py",
-        "run.py",
+        "continuation/weights.py", "run.py",
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ def main(argv: list[str]) -> int:
     """Print the difference, then launch as `lunaris train` does; return its exit code."""
     from lunaris.commands.train import submit
     from lunaris.continuation.fork import best_point, plan_fork
+    from lunaris.continuation.weights import check_weights
 
     args = _parser().parse_intermixed_args(argv)
     folder = Path(args.dir)
@@ -25,8 +26,13 @@ def main(argv: list[str]) -> int:
     elif not is_run(folder):
         hint = "; add --best for the best of its points" if is_sweep(folder) else ""
         raise UserError(f"{folder}: not a run's folder{hint}")
-    fork = plan_fork(folder, args.overrides, Source(dir=args.config_dir))
+    if args.at is not None and not args.weights:
+        raise UserError(f"--at {args.at}: goes with --weights, whose checkpoint it chooses")
+    source = Source(dir=args.config_dir)
+    fork = plan_fork(folder, args.overrides, source, weights=args.weights, at=args.at)
     command = shlex.join(["lunaris", "fork", *argv])
+    if os.environ.get("RANK", "0") == "0":
+        check_weights(fork.cfg)
     # Of the processes that torchrun started, rank 0 writes; a rehearsal writes nothing.
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(fork.lines()))
@@ -39,9 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="lunaris fork",
         description="Start a new run from the frozen config of another one, with other values. It "
-        "begins at step 0, in a folder of another name; the run that it is forked from is kept in "
-        "its provenance.",
+        "begins at step 0, in a folder of another name, by choice with the weights of the other, "
+        "which its provenance names.",
         epilog="examples: lunaris fork runs/first optimizer.learning_rate=1e-3; "
+        "lunaris fork runs/first --weights --at 200 data=shards data.dir=shards/mine; "
         "lunaris fork sweeps/first --best trainer.max_steps=20000 name=long",
     )
     parser.add_argument("dir", help="the folder of a run, or of a sweep with --best")
@@ -50,6 +57,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--best", action="store_true", help="take the run below DIR with the lowest validation loss"
+    )
+    parser.add_argument(
+        "--weights", action="store_true", help="start from the weights of its newest checkpoint"
+    )
+    parser.add_argument(
+        "--at", type=int, metavar="STEP", help="with --weights: from the checkpoint of this step"
     )
     parser.add_argument("-cd", "--config-dir", metavar="DIR", help="a folder with more options")
     return parser

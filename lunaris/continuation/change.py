@@ -21,7 +21,7 @@ from lunaris.continuation.horizon import horizon
 from lunaris.continuation.set_aside import set_aside
 from lunaris.errors import UserError
 from lunaris.runs.changes import Change, begin_changes_at, changed_keys, record_change
-from lunaris.runs.facts import checkpoint_folders, step_of
+from lunaris.runs.facts import checkpoint_folders, is_complete, step_of
 from lunaris.runs.run_dir import RunDir
 
 # Keys of a run's folder, which another run has.
@@ -101,11 +101,6 @@ def plan_change(
         data, eot_id = _other_data(run_dir, new, step)
     change = Change(step, keys, to_tree(new), command, data) if keys else None
     return Continuation(run_dir, new, step, change, eot_id, tuple(notes))
-
-
-def is_complete(checkpoint: Path) -> bool:
-    """Return whether a checkpoint was written to its end, as `lunaris.checkpoint` sees it."""
-    return (checkpoint / "files.json").is_file()
 
 
 def _checkpoint(run_dir: RunDir, step: int) -> Path:

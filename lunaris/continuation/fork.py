@@ -15,6 +15,7 @@ from lunaris.config.schema.root import Config
 from lunaris.errors import UserError
 from lunaris.runs.changes import Change, changed_keys
 from lunaris.runs.discovery import find_runs, is_run, is_sweep
+from lunaris.runs.facts import checkpoint_folders, is_complete, step_of
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.status import resolve_states
 
@@ -43,12 +44,20 @@ class Fork:
         ]
 
 
-def plan_fork(folder: Path, overrides: list[str], source: Source | None = None) -> Fork:
+def plan_fork(
+    folder: Path,
+    overrides: list[str],
+    source: Source | None = None,
+    *,
+    weights: bool = False,
+    at: int | None = None,
+) -> Fork:
     """Return the checked fork of the run in `folder`; write nothing.
 
-    Without a `name=` it is called after the parent and the overrides; its folder stands next to
-    that of the parent, or in `runs` where the parent is a point of a sweep. Raises UserError for
-    what is not a run, for wrong overrides, and for a folder that holds another run.
+    weights: start from those of its checkpoint of step `at`, or of its newest. Without a `name=`
+    the fork is called after the parent and the overrides; its folder stands next to that of the
+    parent, or in `runs` where the parent is a point of a sweep. Raises UserError for what is not a
+    run, for wrong overrides, for a step without a checkpoint, and for the parent's own folder.
     """
     parent = RunDir(folder)
     cfg = parent.read_config()
@@ -56,6 +65,9 @@ def plan_fork(folder: Path, overrides: list[str], source: Source | None = None) 
     given = list(overrides)
     if "name" not in keys:
         given.append(f"name={quoted(_name(folder, overrides))}")
+    step = _step(folder, at) if weights else None
+    if step is not None:
+        given.append(f"init_from={quoted(str(folder / 'checkpoints' / f'step_{step:08d}'))}")
     new = changed(cfg, given, source)
     if "out_dir" not in keys:
         in_sweep = is_sweep(folder.absolute().parent)
@@ -67,8 +79,19 @@ def plan_fork(folder: Path, overrides: list[str], source: Source | None = None) 
         )
     both = changed_keys(every_key(cfg), every_key(new))
     difference = {key: row for key, row in both.items() if key not in _OF_THE_FOLDER}
-    facts: dict[str, Any] = {"kind": "forked from", "dir": str(folder), "step": None}
+    facts: dict[str, Any] = {"kind": "forked from", "dir": str(folder), "step": step}
     return Fork(new, facts, Change(0, difference, {}, ""))
+
+
+def _step(folder: Path, at: int | None) -> int:
+    """Return the step of a run's checkpoint, by default of its newest; UserError without one."""
+    steps = [step_of(path) for path in checkpoint_folders(folder / "checkpoints")]
+    steps = [step for step in steps if is_complete(folder / "checkpoints" / f"step_{step:08d}")]
+    if not steps or (at is not None and at not in steps):
+        found = f"there are {', '.join(map(str, sorted(steps)))}" if steps else "there is none"
+        wanted = "--weights" if at is None else f"--at {at}"
+        raise UserError(f"{wanted}: {folder} has no such checkpoint; {found}")
+    return max(steps) if at is None else at
 
 
 def best_point(folder: Path) -> Path:

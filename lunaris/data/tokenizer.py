@@ -25,6 +25,30 @@ _BATCH_BYTES = 2**20
 _INVALID = re.compile("([\udc80-\udcff]+)")
 
 
+def check_same_ids(old: Path, new: Path, said: str) -> None:
+    """Raise UserError unless the ids that two tokenizers share mean the same.
+
+    So the larger vocabulary must begin with the smaller one. said: how the message begins.
+    """
+    from tokenizers import Tokenizer
+
+    texts = []
+    for path in (old, new):
+        try:
+            vocabulary = Tokenizer.from_file(str(path)).get_vocab(with_added_tokens=True)
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path}: not a tokenizer.json ({error})") from error
+        texts.append({number: text for text, number in vocabulary.items()})
+    both = sorted(texts[0].keys() & texts[1])
+    first = next((n for n in both if texts[0][n] != texts[1][n]), None)
+    if first is not None:
+        raise UserError(
+            f"{said}: was trained with another tokenizer: the id {first} is {texts[0][first]!r} in "
+            f"{old} and {texts[1][first]!r} in {new}; init_from_strict=false takes the weights all "
+            "the same"
+        )
+
+
 class TextTokenizer:
     """A tokenizer with its end-of-text id, which encodes and decodes bytes."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from lunaris.model.layers import local_part
 from lunaris.model.roles import Role, parameter_roles
 
-_STD = 0.02
+STD = 0.02
 
 
 @torch.no_grad()
@@ -31,7 +32,7 @@ def init_weights(model: nn.Module, seed: int, n_layers: int) -> None:
             local_part(parameter).fill_(1.0 if Role.NORM in roles[name] else 0.0)
             continue
         residual = Role.RESIDUAL_OUTPUT in roles[name]
-        fill_normal(parameter, _STD / math.sqrt(2 * n_layers) if residual else _STD, seed, name)
+        fill_normal(parameter, STD / math.sqrt(2 * n_layers) if residual else STD, seed, name)
     for module in model.modules():
         reset = getattr(module, "reset_buffers", None)
         if reset is not None:
@@ -49,14 +50,39 @@ def fill_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
     sharded (DTensor). Three dimensions are stacked matrices (experts), drawn one by one: the
     numbers of one do not depend on how many there are, and a process draws only those of its shard.
     """
-    local = local_part(parameter)
-    indices = [_local_indices(parameter, dim) for dim in range(parameter.ndim)]
     if parameter.ndim == 2:
-        local.copy_(_cut(seeded_normal(parameter.shape, std, seed, name), *indices))
+        copy_to_shard(parameter, seeded_normal(parameter.shape, std, seed, name))
         return
+    shape = parameter.shape[1:]
+    fill_experts(parameter, lambda index: seeded_normal(shape, std, seed, f"{name}[{index}]"))
+
+
+def fill_experts(stacked: Tensor, matrix_of: Callable[[int], Tensor]) -> None:
+    """Fill this process's shard of stacked experts ([E, …]) in place.
+
+    matrix_of: returns the complete matrix of an expert, on the CPU; called only for those that this
+    process holds a part of.
+    """
+    local = local_part(stacked)
+    indices = [_local_indices(stacked, dim) for dim in range(stacked.ndim)]
     for place, index in enumerate(indices[0].tolist()):
-        drawn = seeded_normal(parameter.shape[1:], std, seed, f"{name}[{index}]")
-        local[place].copy_(_cut(drawn, *indices[1:]))
+        local[place].copy_(_cut(matrix_of(index), indices[1:]))
+
+
+def copy_to_shard(target: Tensor, full: Tensor) -> None:
+    """Copy this process's part of a complete tensor into its shard of `target`, in place.
+
+    full: of the shape of `target`, or with fewer rows, which are copied to the first ones.
+    """
+    local = local_part(target)
+    indices = [_local_indices(target, dim) for dim in range(target.ndim)]
+    inside = indices[0] < full.size(0) if target.ndim else None
+    if inside is None or bool(inside.all()):
+        local.copy_(_cut(full, indices))
+    elif bool(inside.any()):
+        rows = inside.nonzero().flatten().to(local.device)
+        part = _cut(full, [indices[0][inside], *indices[1:]]).to(local)
+        local.index_copy_(0, rows, part)
 
 
 def seeded_normal(shape: tuple[int, ...], std: float, seed: int, name: str) -> Tensor:
@@ -86,8 +112,9 @@ def _local_indices(parameter: Tensor, dim: int) -> Tensor:
     return sharded.to_local().flatten().cpu()
 
 
-def _cut(matrix: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """Return some rows and columns of a matrix, without a copy where they are all of them."""
-    if len(rows) < matrix.size(0):
-        matrix = matrix[rows]
-    return matrix[:, columns] if len(columns) < matrix.size(1) else matrix
+def _cut(tensor: Tensor, indices: Sequence[Tensor]) -> Tensor:
+    """Return some indices of each dimension, without a copy where they are all of them."""
+    for dim, chosen in enumerate(indices):
+        if len(chosen) < tensor.size(dim):
+            tensor = tensor.index_select(dim, chosen)
+    return tensor

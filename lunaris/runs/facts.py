@@ -74,6 +74,11 @@ def checkpoint_folders(checkpoints: Path) -> list[Path]:
     return sorted(found, key=step_of, reverse=True)
 
 
+def is_complete(checkpoint: Path) -> bool:
+    """Return whether a checkpoint was written to its end, as `lunaris.checkpoint` sees it."""
+    return (checkpoint / "files.json").is_file()
+
+
 def step_of(checkpoint: Path) -> int:
     """Return the step of a checkpoint by the name of its folder."""
     return int(checkpoint.name.removeprefix("step_"))

@@ -71,6 +71,9 @@ TABLE: list[tuple[str, str]] = [
     ("out_dir=/x=3", "out_dir=/x=3: the value cannot be read"),
     ("moe.n_experts=4,8", "moe.n_experts=4,8: several values; add -m to sweep over them"),
     # values
+    ("init_from_drop=1", "init_from_drop=1.0: must be between 0.0 and 0.99"),
+    ("init_from_noise=-1", "init_from_noise=-1.0: must be at least 0"),
+    ("init_from_strict=maybe", "init_from_strict=maybe: must be true or false"),
     ("moe.n_experts=0", "moe.n_experts=0: must be at least 1"),
     ("moe.n_experts_per_token=9", "moe.n_experts_per_token=9: must be at most moe.n_experts=8"),
     ("moe.balancing=biass", "allowed are aux_loss, bias, none; did you mean bias?"),

@@ -44,4 +44,13 @@ class Config(Schema):
     # One logger per name.
     logger: dict[str, LoggerConfig] = component(LoggerConfig, LocalLoggerConfig, many=True, **FREE)
     launch: LaunchConfig = component(LaunchConfig, LocalLaunchConfig, **FREE)
+    # A run, one of its checkpoints or a consolidated file: its weights alone. Null: fresh ones.
+    init_from: str | None = None
+    # Refuse weights that do not all fit, and another tokenizer.
+    init_from_strict: bool = True
+    # Take the rows that both vocabularies have.
+    init_from_resize: bool = False
+    # Of experts made of a dense feed-forward: relative noise, and a share of units drawn again.
+    init_from_noise: float = key(0.0, low=0.0)
+    init_from_drop: float = key(0.0, low=0.0, high=0.99)
     experiment: str | None = free(None)
