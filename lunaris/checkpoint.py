@@ -222,7 +222,7 @@ def _require_finite(model: nn.Module, optimizer: torch.optim.Optimizer, step: in
         raise RunFailed(
             f"step {step}: {everywhere[0]} has a value that is not finite; no checkpoint is "
             "written and the last one is kept. Lower optimizer.learning_rate or set "
-            "trainer.grad_clip"
+            "trainer.grad_clip, by `lunaris resume DIR KEY=VALUE`"
         )
 
 

@@ -264,8 +264,8 @@ def evaluate(run: Run) -> Row:
     if loss is not None:
         if not math.isfinite(loss):
             raise RunFailed(
-                f"val/loss is {loss} at step {run.state.step}; lower optimizer.learning_rate or "
-                "set trainer.grad_clip. The last checkpoint is kept"
+                f"val/loss is {loss} at step {run.state.step}; lower optimizer.learning_rate, by "
+                f"`lunaris resume {run.dir.path} KEY=VALUE`. The last checkpoint is kept"
             )
         best = run.state.best_val_loss
         run.state.best_val_loss = loss if best is None else min(best, loss)

@@ -125,7 +125,8 @@ class StepGuard:
             f"{'an outlier' if last.finite else 'not finite'}. Their sequences are {self._first} "
             f"to {last.at.last}; `lunaris resume {quote(self._run)} --skip-sequences "
             f"{self._first}-{last.at.last}` trains without them. Where the data is not the cause, "
-            "lower optimizer.learning_rate or set trainer.grad_clip. The last checkpoint is kept"
+            f"lower the rate: `lunaris resume {quote(self._run)} optimizer.learning_rate=…`, or "
+            "set trainer.grad_clip in the same way. The last checkpoint is kept"
         )
 
     def state_dict(self) -> dict[str, Any]:

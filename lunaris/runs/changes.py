@@ -110,6 +110,10 @@ def _joined(changes: Sequence[Change], step: int) -> list[Change]:
 
 
 def _write(folder: Path, changes: list[Change]) -> None:
+    path = folder / NAME
+    before = path.read_bytes() if path.is_file() else b""
+    if None in map(_parse, before.decode(errors="replace").splitlines()):
+        write_durably(folder / f"{NAME}.damaged", before)
     lines = "".join(json.dumps(asdict(change)) + "\n" for change in changes)
     write_durably(folder / NAME, lines.encode())
 

@@ -132,6 +132,10 @@ class RunDir:
         """
         from lunaris.config.identity import differing, every_key, identity
 
+        if not differing(identity(saved), identity(cfg)):
+            return cfg
+        # A change may have been written since `saved` was read; it is recorded before config.yaml.
+        saved = self.saved_config() or saved
         rows = differing(identity(saved), identity(cfg))
         if not rows:
             return cfg

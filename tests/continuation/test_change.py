@@ -275,3 +275,26 @@ def test_a_damaged_checkpoint_to_go_back_to_is_refused(
     assert main(["resume", str(finished.path), "--at", "4"]) == 2
     assert "step_00000004: is damaged" in capsys.readouterr().err
     assert steps_of(finished) == [4, 8]
+
+
+@pytest.mark.slow
+def test_a_run_without_a_checkpoint_begins_with_the_change(
+    finished: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(finished.checkpoints)
+    finished.write_status(state="failed")
+    assert resume(finished, "--at", "4") == 2
+    assert "no checkpoint of this step; there is none" in capsys.readouterr().err
+    assert resume(finished, "trainer.max_steps=4", "optimizer.learning_rate=1e-3") == 0
+    assert [row["step"] for row in numbers(finished)] == [0, 1, 2, 3, 4]
+    assert [change.step for change in read_changes(finished.path)] == [0]
+
+
+@pytest.mark.slow
+def test_a_run_changes_its_parallelism_with_its_rate(finished: RunDir) -> None:
+    layout = ["parallelism=fsdp", "launch.processes=2", "trainer.batch_size=2"]
+    assert resume(finished, "trainer.max_steps=10", "optimizer.learning_rate=1e-3", *layout) == 0
+    rates = {row["step"]: row["train/lr"] for row in numbers(finished) if row["step"]}
+    assert len(rates) == 10 and rates[9] < rates[1] / 2
+    (change,) = read_changes(finished.path)
+    assert "global_batch" not in change.keys and "launch.processes" in change.keys

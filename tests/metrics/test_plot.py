@@ -62,3 +62,12 @@ def test_every_label_names_its_series(tmp_path: Path, drawn: list[Figure], exper
     assert found == ([TRAINING, EXPERTS] if experts else [TRAINING])
     assert drawn[0].axes[-1].get_xlabel() == "step"
     assert png.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_change_of_the_config_is_a_vertical_line(tmp_path: Path, drawn: list[Figure]) -> None:
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in DENSE))
+    plot_loss(metrics, tmp_path / "loss.png", {1: "optimizer.learning_rate: 0.003 → 0.001"})
+    (axes,) = drawn[0].axes
+    marks = {str(line.get_label()): line.get_xdata() for line in axes.get_lines()[2:]}
+    assert marks == {"step 1: optimizer.learning_rate: 0.003 → 0.001": [1, 1]}
