@@ -12,25 +12,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 
-from lunaris.config.identity import every_key
 from lunaris.config.instantiate import instantiate_component
 from lunaris.config.schema.moe import NoMoEConfig
 from lunaris.config.schema.root import Config
 from lunaris.data.tokenizer import check_same_ids
 from lunaris.distributed import collectives, session
-from lunaris.errors import RunFailed
+from lunaris.errors import RunFailed, UserError
 from lunaris.model.init import copy_to_shard
 from lunaris.parallelism.base import Parallelism
 from lunaris.precision import Precision
 from lunaris.warm_start.fit import DENSE, Fit, Shapes, fit, require_fit
-from lunaris.warm_start.source import Place, Source, find
+from lunaris.warm_start.source import Place, Source, find, open_source
 from lunaris.warm_start.upcycle import Recipe, fill_layer, recipe_of
 
 # Of a logit, relative to the largest one, between an upcycled model and the dense one.
 _TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2, "fp16": 1e-2}
-# Keys that change what the same weights compute.
-_MEANING = ("model.", "attention.", "objective.logit_soft_cap")
-_NO_MEANING = ("model.vocab_size", "model.max_seq_len", "model.dropout", "model.n_layers")
 
 
 @dataclass
@@ -70,14 +66,20 @@ def plan_start(cfg: Config, place: Place, model: Shapes, data: Any) -> tuple[Sou
     data: the prepared data component. Raises UserError for what does not fit, also where the
     tokenizers give other texts to the same ids.
     """
-    source = Source(place)
+    source = open_source(place)
     found = fit(model, source.shapes, resize=cfg.init_from_resize)
     require_fit(found, str(cfg.init_from), strict=cfg.init_from_strict)
     before, now = place.tokenizer(), data.tokenizer_path
     if cfg.init_from_strict and before is not None and now is not None:
         check_same_ids(before, now, f"init_from={cfg.init_from}")
+    others = source.other_keys(cfg)
+    if cfg.init_from_strict and others and place.run is None:
+        raise UserError(
+            f"init_from={cfg.init_from}: its config.json is that of another model; "
+            "init_from_strict=false takes the weights all the same\n  " + "\n  ".join(others)
+        )
     recipe = recipe_of(cfg, found, model, source.shapes)
-    return source, Start(place, found, recipe, _other_meaning(cfg, place.config()))
+    return source, Start(place, found, recipe, [f"note       {line}" for line in others])
 
 
 def start_from(
@@ -130,7 +132,7 @@ def _compare(
     bare_model: Callable[..., nn.Module],
 ) -> str:
     """Return how the first forward differs from that of the dense model, on a sequence of data."""
-    before = source.place.config()
+    before = start.place.config()
     shape = cfg.model
     if before is not None:
         same = ("ffn_hidden_multiplier", "multiple_of", "activation")
@@ -149,7 +151,7 @@ def _compare(
     if found.missing or found.unfit:
         return "first      forward not compared: the dense model cannot be rebuilt from this config"
     # Rows of the vocabulary that the source lacks are drawn alike in both.
-    _fill(state, source, Start(source.place, found, None))
+    _fill(state, source, Start(start.place, found, None))
     set_model_state_dict(dense, state)
     tokens = _first_sequence(cfg, data, next(model.parameters()).device)
     with torch.autocast(
@@ -190,16 +192,3 @@ def _first_sequence(cfg: Config, data: Any, device: torch.device) -> Tensor:
     sequences.gather(np.array([session.rank()]), rows)
     rows ^= rows >> 63  # A token that carries no loss is written as a negative number.
     return torch.from_numpy(rows[:, :-1]).to(device)
-
-
-def _other_meaning(cfg: Config, before: Config | None) -> list[str]:
-    """Return notes on keys that change what the weights compute without changing their shapes."""
-    if before is None:
-        return []
-    old, new = every_key(before), every_key(cfg)
-    keys = [
-        key
-        for key in new
-        if key.startswith(_MEANING) and key not in _NO_MEANING and old.get(key) != new[key]
-    ]
-    return [f"note       {key} was {old.get(key)} there and is {new[key]} here" for key in keys]

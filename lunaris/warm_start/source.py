@@ -1,45 +1,53 @@
-"""Opens what `init_from` names: a run, one of its checkpoints, or a consolidated file."""
+"""Opens what `init_from` names: a run, a checkpoint, a consolidated file, a Hugging Face folder."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from lunaris.checkpoint import find_corruption, load_tensors, newest, saved_shapes
+from lunaris.config.identity import every_key
 from lunaris.config.schema.root import Config
 from lunaris.errors import UserError
 from lunaris.model.init import copy_to_shard
 from lunaris.runs.discovery import is_run
 from lunaris.runs.facts import step_of
 from lunaris.runs.run_dir import RunDir
+from lunaris.warm_start.fit import Shapes
+from lunaris.warm_start.hugging_face import HuggingFaceFolder
 
-Shapes = dict[str, tuple[int, ...]]
+# Keys that change what the same weights compute; of these, those that do not, or by their shapes.
+_MEANING = ("model.", "attention.", "objective.logit_soft_cap")
+_NO_MEANING = (
+    *("model.vocab_size", "model.max_seq_len", "model.dropout", "model.n_layers"),
+    *("model.ffn_hidden_multiplier", "model.multiple_of", "model.tie_embeddings"),
+)
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where weights lie: the folder of a checkpoint, or a file; run: the folder of its run."""
+    """Where weights lie: the folder of a checkpoint, a file, or a Hugging Face folder.
+
+    run: the folder of the run that they come from, if it is known; step: of the checkpoint.
+    """
 
     path: Path
-    run: Path | None
-
-    @property
-    def step(self) -> int | None:
-        return step_of(self.path) if self.path.is_dir() else None
+    run: Path | None = None
+    step: int | None = None
 
     def config(self) -> Config | None:
         """Return the config of the run that the weights come from, if it is known."""
         return None if self.run is None else RunDir(self.run).read_config()
 
     def tokenizer(self) -> Path | None:
-        """Return the tokenizer of that run, if it has one."""
-        path = None if self.run is None else RunDir(self.run).tokenizer_path
-        return path if path is not None and path.is_file() else None
+        """Return the tokenizer of that run, or of the folder, if it has one."""
+        path = (self.path if self.run is None else self.run) / "tokenizer.json"
+        return path if path.is_file() else None
 
 
 def find(given: str) -> Place:
@@ -56,55 +64,98 @@ def find(given: str) -> Place:
         if fault is not None:
             raise UserError(f"init_from={given}: is damaged: {fault}")
         run = path.absolute().parent.parent
-        return Place(path, run if is_run(run) else None)
+        return Place(path, run if is_run(run) else None, step_of(path))
     if not path.is_dir():
         raise UserError(f"init_from={given}: no such file or folder")
     if is_run(path):
         try:
-            return Place(newest(RunDir(path).checkpoints), path)
+            checkpoint = newest(RunDir(path).checkpoints)
         except UserError as error:
             raise UserError(f"init_from={given}: {error}") from error
+        return Place(checkpoint, path, step_of(checkpoint))
     if (path / "config.json").is_file():
-        raise UserError(
-            f"init_from={given}: is a Hugging Face folder, which cannot be read yet; give a run, a "
-            "checkpoint or a model.pt"
-        )
+        return Place(path)
     raise UserError(
-        f"init_from={given}: not a run's folder, a checkpoint (step_…) or a file of weights"
+        f"init_from={given}: not a run's folder, a checkpoint (step_…), a file of weights or a "
+        "Hugging Face folder"
     )
 
 
-class Source:
+class Source(Protocol):
     """The tensors at a place, by the names that they have in the model; read as they are needed."""
 
-    def __init__(self, place: Place) -> None:
-        """Raises UserError for a file that is not one of weights."""
-        self.place = place
-        self._file: dict[str, Tensor] | None = None
-        if place.path.is_dir():
-            self.shapes: Shapes = saved_shapes(place.path)
-            return
-        self._file = _open_file(place.path)
-        self.shapes = {name: tuple(value.shape) for name, value in self._file.items()}
+    shapes: Shapes
 
     def fill(self, targets: dict[str, Tensor]) -> None:
         """Read tensors of the same shapes into `targets`, in place; every process calls this.
 
         Each process reads what its shards need.
         """
-        if self._file is None:
-            load_tensors(self.place.path, targets)
-            return
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return complete tensors on the CPU, float32; each process reads them by itself."""
+
+    def other_keys(self, cfg: Config) -> list[str]:
+        """Return a line for each key with which a config computes something else with them."""
+
+
+def open_source(place: Place) -> Source:
+    """Open what lies at a place. Raises UserError for a file or a folder that cannot be read."""
+    if place.path.is_file():
+        return FileWeights(place)
+    return CheckpointWeights(place) if place.step is not None else HuggingFaceFolder(place.path)
+
+
+class CheckpointWeights:
+    """The weights in a checkpoint."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self.shapes: Shapes = saved_shapes(place.path)
+
+    def fill(self, targets: dict[str, Tensor]) -> None:
+        load_tensors(self._place.path, targets)
+
+    def read(self, names: Iterable[str]) -> dict[str, Tensor]:
+        empty = {name: torch.empty(self.shapes[name]) for name in names}
+        load_tensors(self._place.path, empty, alone=True)
+        return empty
+
+    def other_keys(self, cfg: Config) -> list[str]:
+        return other_keys(self._place.config(), cfg)
+
+
+class FileWeights:
+    """The weights in a `model.pt`."""
+
+    def __init__(self, place: Place) -> None:
+        """Raises UserError for a file that is not one of weights."""
+        self._place = place
+        self._file = _open_file(place.path)
+        self.shapes: Shapes = {name: tuple(value.shape) for name, value in self._file.items()}
+
+    def fill(self, targets: dict[str, Tensor]) -> None:
         for name, target in targets.items():
             copy_to_shard(target, self._file[name])
 
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return complete tensors on the CPU, float32; each process reads them by itself."""
-        if self._file is not None:
-            return {name: self._file[name].float() for name in names}
-        empty = {name: torch.empty(self.shapes[name]) for name in names}
-        load_tensors(self.place.path, empty, alone=True)
-        return empty
+        return {name: self._file[name].float() for name in names}
+
+    def other_keys(self, cfg: Config) -> list[str]:
+        return other_keys(self._place.config(), cfg)
+
+
+def other_keys(before: Config | None, cfg: Config) -> list[str]:
+    """Return a line for each key that changes what the same weights compute."""
+    if before is None:
+        return []
+    old, new = every_key(before), every_key(cfg)
+    keys = [
+        key
+        for key in new
+        if key.startswith(_MEANING) and key not in _NO_MEANING and old.get(key) != new[key]
+    ]
+    return [f"{key}={old.get(key)} there, {new[key]} here" for key in keys]
 
 
 def _open_file(path: Path) -> dict[str, Tensor]:

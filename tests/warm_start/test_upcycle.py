@@ -62,7 +62,10 @@ OTHER = {
     "raw sigmoid": (["moe=switch", "moe/router=sigmoid"], "only to about 0.5, for which"),
     "perturbed": (["moe=top2", "init_from_noise=0.5"], "init_from_noise=0.5 changes the experts"),
     "drop": (["moe=top2", "init_from_drop=0.5"], "init_from_drop=0.5 draws a part"),
-    "another activation": (["moe=top2", "model.activation=geglu"], "model.activation was swiglu"),
+    "another activation": (
+        ["moe=top2", "model.activation=geglu"],
+        "model.activation=swiglu there, geglu here",
+    ),
 }
 
 

@@ -44,7 +44,7 @@ class Config(Schema):
     # One logger per name.
     logger: dict[str, LoggerConfig] = component(LoggerConfig, LocalLoggerConfig, many=True, **FREE)
     launch: LaunchConfig = component(LaunchConfig, LocalLaunchConfig, **FREE)
-    # A run, one of its checkpoints or a consolidated file: its weights alone. Null: fresh ones.
+    # The weights of a run, a checkpoint, a model.pt or a Hugging Face folder; null: fresh ones.
     init_from: str | None = None
     # Refuse weights that do not all fit, and another tokenizer.
     init_from_strict: bool = True
