@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lunaris.checkpoint import find_corruption, load_tensors, newest, saved_shapes
+from lunaris.checkpoint import complete, find_corruption, load_tensors, saved_shapes
 from lunaris.config.identity import every_key
 from lunaris.config.schema.root import Config
 from lunaris.errors import UserError
@@ -60,25 +61,35 @@ def find(given: str) -> Place:
         run = path.parent if is_run(path.parent) else None
         return Place(path, run)
     if (path / "files.json").is_file() and path.name.startswith("step_"):
-        fault = find_corruption(path)
-        if fault is not None:
-            raise UserError(f"init_from={given}: is damaged: {fault}")
         run = path.absolute().parent.parent
-        return Place(path, run if is_run(run) else None, step_of(path))
+        return _checkpoint(path, run if is_run(run) else None, given)
     if not path.is_dir():
         raise UserError(f"init_from={given}: no such file or folder")
     if is_run(path):
-        try:
-            checkpoint = newest(RunDir(path).checkpoints)
-        except UserError as error:
-            raise UserError(f"init_from={given}: {error}") from error
-        return Place(checkpoint, path, step_of(checkpoint))
+        saved = complete(RunDir(path).checkpoints)
+        if not saved:
+            raise UserError(f"init_from={given}: the run has no complete checkpoint")
+        return _checkpoint(saved[0], path, given)
     if (path / "config.json").is_file():
         return Place(path)
     raise UserError(
         f"init_from={given}: not a run's folder, a checkpoint (step_…), a file of weights or a "
         "Hugging Face folder"
     )
+
+
+def _checkpoint(path: Path, run: Path | None, given: str) -> Place:
+    """Return a checkpoint as a place. Raises UserError for a damaged one."""
+    fault = _corruption(path, (path / "files.json").stat().st_mtime_ns)
+    if fault is not None:
+        raise UserError(f"init_from={given}: {path} is damaged: {fault}")
+    return Place(path, run, step_of(path))
+
+
+@cache
+def _corruption(path: Path, changed: int) -> str | None:
+    # Read once for all points of a sweep. changed: when the checkpoint was written.
+    return find_corruption(path)
 
 
 class Source(Protocol):
