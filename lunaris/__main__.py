@@ -14,7 +14,7 @@ from lunaris.errors import RunFailed, Stopped, UserError, did_you_mean
 _FOLDER = Path(__file__).parent / "commands"
 _ORDER = (
     *("train", "prepare", "plan", "runs", "resume", "fork"),
-    *("cancel", "report", "evaluate", "generate"),
+    *("cancel", "report", "evaluate", "generate", "export"),
 )
 _EPILOG = """\
 `lunaris COMMAND --help` explains a command and gives an example.

@@ -22,6 +22,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("api",),
     ("launch",),
     ("planning", "continuation"),
+    ("export",),
     ("inference",),
     ("run",),
     ("run_summary", "lifecycle"),
