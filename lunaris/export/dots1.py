@@ -63,9 +63,14 @@ def routing_fields(settings: Settings) -> dict[str, object]:
 
 def routed(settings: Settings, layer: int, *, bias: bool) -> Iterator[Weight]:
     """Yield the experts of a layer, with the bias of their choice if `bias`."""
+    yield from experts(settings, layer)
+    yield from without_listed_experts(settings, layer, bias=bias)
+
+
+def without_listed_experts(settings: Settings, layer: int, *, bias: bool) -> Iterator[Weight]:
+    """Yield what `routed` does after the router's matrix and the routed experts."""
     assert settings.moe is not None
     name, source = f"model.layers.{layer}.mlp", f"blocks.{layer}.feed_forward"
-    yield from experts(settings, layer)
     if bias:
         yield Weight(
             f"{name}.gate.e_score_correction_bias",

@@ -41,6 +41,15 @@ KINDS = {
     "mla_sigmoid": ("DeepseekV3", [*FINE, *MLA, "attention.q_lora_rank=8"]),
     "mla_softmax": ("DeepseekV2", ["moe=switch", "moe.n_shared_experts=1", *MLA]),
 }
+REORDER = "model.norm=qk_reorder"
+# The keys of runs that are written with a class of ours.
+OWN_KINDS = {
+    "reorder_dense": ["moe=none", REORDER, "model.tie_embeddings=false"],
+    "reorder_window": ["moe=top2", REORDER, *WINDOW, "attention.full_every=2"],
+    "reorder_sigmoid": [*FINE, REORDER, "moe.first_dense_layers=1"],
+    "softmax_bias": ["moe=top2", "moe.balancing=bias", "moe.bias_update_rate=0.05"],
+    "softmax_shared": ["moe=switch", "moe.n_shared_experts=1"],
+}
 
 
 def exported(tiny: Any, run_here: Any, keys: list[str], *flags: str) -> tuple[Any, RunDir]:
@@ -51,11 +60,11 @@ def exported(tiny: Any, run_here: Any, keys: list[str], *flags: str) -> tuple[An
     return cfg, run_dir
 
 
-def loaded(dtype: torch.dtype = torch.float32) -> Any:
+def loaded(dtype: torch.dtype = torch.float32, *, own_code: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     model, report = AutoModelForCausalLM.from_pretrained(
-        "out", dtype=dtype, output_loading_info=True
+        "out", dtype=dtype, output_loading_info=True, trust_remote_code=own_code
     )
     assert not any(report.values()), report
     return model.eval()
@@ -71,8 +80,25 @@ def test_transformers_computes_the_same_logits_and_text(
     cfg, run_dir = exported(tiny, run_here, keys, "--no-check")
     config = json.loads(Path("out/config.json").read_text())
     assert config["architectures"] == [f"{architecture}ForCausalLM"] and "auto_map" not in config
+    check_same(cfg, run_dir, loaded())
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("kind", OWN_KINDS)
+def test_what_no_stock_class_computes_is_written_with_its_code(
+    kind: str, tiny: Callable[..., Any], run_here: Callable[[Any], RunDir]
+) -> None:
+    cfg, run_dir = exported(tiny, run_here, OWN_KINDS[kind], "--no-check")
+    assert "auto_map" in json.loads(Path("out/config.json").read_text())
+    assert Path("out/modeling_lunaris.py").is_file()
+    assert "trust_remote_code=True" in Path("out/README.md").read_text()
+    check_same(cfg, run_dir, loaded(own_code=True))
+
+
+def check_same(cfg: Any, run_dir: RunDir, theirs: Any) -> None:
+    """Assert equal logits within 1e-5 of the largest, and equal greedy text from a cache."""
     ours, _ = load_trained(cfg, run_dir, None)
-    theirs = loaded()
     tokens = torch.randint(64, (5, 48), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected, found = ours.logits(tokens), theirs(input_ids=tokens).logits
@@ -191,14 +217,11 @@ def test_a_checkpoint_sharded_over_four_processes_is_exported(tiny: Callable[...
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        (["model.norm=qk_reorder"], "model.norm=qk_reorder: .*train with model.norm=pre"),
         (["model.activation=relu2"], "model.activation=relu2: .*swiglu or geglu"),
         (["objective.logit_soft_cap=30"], "objective.logit_soft_cap=30.0: "),
         (["attention.sinks=true"], "attention.sinks=true: "),
         (["attention.output_gate=true"], "attention.output_gate=true: "),
-        (["moe=switch", "moe.balancing=bias"], "moe.balancing=bias: .*moe/router=sigmoid"),
-        (["moe=switch", "moe.n_shared_experts=1"], "moe.n_shared_experts=1: .*moe/router=sigmoid"),
-        (["moe=switch", *WINDOW, "attention.full_every=2"], "attention.full_every=2: "),
+        (["moe=switch", "moe.balancing=bias", *MLA], "moe.balancing=bias: .*moe/router=sigmoid"),
         (["moe=top2", *MLA], "moe.normalize_gates=true: "),
         (
             [*FINE, "moe.n_experts_per_token=1", "moe.normalize_gates=false",
@@ -233,7 +256,7 @@ def test_bad_input_writes_nothing(
     folder, out = str(good.path), "out"
     for argv, message in (
         (["nowhere", "--to", out], "not a run's folder"),
-        ([str(finished.path), "--to", out], "model.norm=qk_reorder"),
+        ([str(finished.path), "--to", out, "--at", "3"], "no checkpoint of step 3"),
         ([folder, "--to", out], "no complete checkpoint"),
         ([folder, "--to", "full"], "--to full: exists already"),
         ([folder, "--to", out, "--max-shard-mb", "0"], "--max-shard-mb 0"),
