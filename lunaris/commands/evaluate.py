@@ -48,7 +48,14 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "overrides", nargs="*", metavar="KEY=VALUE", help=f"keys to override: {', '.join(_KEYS)}"
     )
-    parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest)")
+    parser.add_argument(
+        "--at",
+        "--step",
+        dest="step",
+        type=int,
+        metavar="STEP",
+        help="the checkpoint (default: the newest)",
+    )
     parser.add_argument(
         "--max-sequences", type=int, help="at most so many of each source (default: all)"
     )

@@ -69,7 +69,14 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="draft with the depths of objective=multi_token: the same text, in fewer forwards",
     )
-    parser.add_argument("--step", type=int, help="the checkpoint's step (default: the newest)")
+    parser.add_argument(
+        "--at",
+        "--step",
+        dest="step",
+        type=int,
+        metavar="STEP",
+        help="the checkpoint (default: the newest)",
+    )
     return parser
 
 

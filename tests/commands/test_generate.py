@@ -106,7 +106,7 @@ def test_nothing_is_printed_before_what_is_wrong(
 ) -> None:
     capsys.readouterr()
     with pytest.raises(UserError, match="no checkpoint of step 7"):
-        main([str(trained_on_text.path), "--prompt", "x", "--step", "7"])
+        main([str(trained_on_text.path), "--prompt", "x", "--at", "7"])
     with pytest.raises(UserError, match="--prompt: must be text in UTF-8"):
         main([str(trained_on_text.path), "--prompt", "\udcff"])
     assert capsys.readouterr().out == ""
