@@ -7,38 +7,43 @@ of every other file, so that a corrupt checkpoint is recognised and skipped.
 
 from __future__ import annotations
 
-import re
 import shutil
 import warnings
-import zlib
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
     get_state_dict,
-    set_model_state_dict,
-    set_state_dict,
 )
 
 from lunaris.atomic_files import read_json, sync_folder, write_json
+from lunaris.checkpoint_reader import OPTIONS, CannotLoad, processes_of, restore
 from lunaris.distributed import collectives, session
 from lunaris.errors import RunFailed, UserError
 from lunaris.model.layers import local_part
+from lunaris.runs.checkpoint_files import (
+    complete,
+    find_corruption,
+    remove,
+    remove_leftovers,
+    require_room,
+    save_failed,
+    set_damaged_aside,
+    sums_of,
+)
 from lunaris.runs.facts import NAME as FACTS
+from lunaris.runs.facts import checkpoint_folders
 
-_OPTIONS = StateDictOptions(flatten_optimizer_state_dict=True)
-_CHUNK = 1 << 22
-_NAME = re.compile(r"step_\d+")
 _WRITTEN_BY_RANK_0 = (".metadata", "train_state.json", FACTS)
 
 
@@ -73,11 +78,13 @@ class Checkpoints:
         facts: dict[str, Any] | None = None,
         save_interval: int | None = None,
         keep_step: int | None = None,
+        on_error: str = "stop",
     ) -> None:
         """facts: the content of every checkpoint's `run.json` (`lunaris.runs.facts`).
 
         save_interval: None: only what is asked for. keep_step: a step whose checkpoint is due, and
-        kept besides the newest `keep_last`.
+        kept besides the newest `keep_last`. on_error: stop, or continue without a checkpoint that
+        cannot be written.
         """
         self._folder = folder
         self._save_interval = save_interval
@@ -85,50 +92,64 @@ class Checkpoints:
         self._facts = facts or {}
         self._keep_last = keep_last
         self._async = async_save
-        self._pending: tuple[Path, Future[object]] | None = None
-        self._corrupt: list[Path] = []
+        self._pending: tuple[Path, Future[object], bool] | None = None
+        self._continue = on_error == "continue"
 
     def is_due(self, step: int) -> bool:
         """Return whether a run saves its step `step`, wherever it ends."""
         interval = self._save_interval
         return step == self._keep_step or (interval is not None and step % interval == 0)
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
+    def save(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        state: TrainState,
+        *,
+        last: bool = False,
+    ) -> None:
         """Write the checkpoint of `state.step`; every process calls this.
 
         With `async_save`, this returns once the state is copied; `wait_pending` completes it.
         Raises RunFailed, having written nothing, when a weight or the optimizer's state has a value
-        that is not finite.
+        that is not finite, and when the checkpoint cannot be written. With `on_error=continue` the
+        latter is a warning, unless it is the last checkpoint of this process.
         """
         self.wait_pending()
         _require_finite(model, optimizer, state.step)
-        target = self._folder / f"step_{state.step:08d}"
-        temporary = self._folder / f".tmp-{target.name}"
-        if session.rank() == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            write_json(temporary / "train_state.json", asdict(state))
-            write_json(temporary / FACTS, self._facts)
-        collectives.barrier()
-        model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
-        tree = {"model": model_state, "optimizer": optimizer_state}
-        if self._async:
-            # The thread that saves runs collectives, in a group that the main thread never uses.
-            group = session.background_group()
-            future = dcp.async_save(tree, checkpoint_id=temporary, **_processes(group))
-            assert isinstance(future, Future)
-            self._pending = (temporary, future)
-            return
-        dcp.save(tree, checkpoint_id=temporary, **_processes(session.cpu_group()))
-        self._commit(temporary)
+        temporary = self._folder / f".tmp-step_{state.step:08d}"
+        must = last or not self._continue
+        try:
+            model_state, optimizer_state = get_state_dict(model, optimizer, options=OPTIONS)
+            tree = {"model": model_state, "optimizer": optimizer_state}
+            size = sum(collectives.gather_objects(_local_bytes(tree)))
+            collectives.on_rank_0(lambda: self._begin(temporary, state, size))
+            if self._async:
+                # The thread that saves runs collectives, in a group that the main thread never
+                # uses.
+                group = session.background_group()
+                future = dcp.async_save(tree, checkpoint_id=temporary, **processes_of(group))
+                assert isinstance(future, Future)
+                self._pending = (temporary, future, must)
+                return
+            dcp.save(tree, checkpoint_id=temporary, **processes_of(session.cpu_group()))
+            self._commit(temporary)
+        except (OSError, RuntimeError, CheckpointException) as error:
+            self._give_up(temporary, error, must)
 
     def wait_pending(self) -> None:
-        """Wait for an asynchronous save and complete it; every process calls this."""
+        """Wait for an asynchronous save and complete it; every process calls this.
+
+        Raises RunFailed as `save` does.
+        """
         if self._pending is not None:
-            temporary, future = self._pending
+            temporary, future, must = self._pending
             self._pending = None
-            future.result()
-            self._commit(temporary)
+            try:
+                future.result()
+                self._commit(temporary)
+            except (OSError, RuntimeError, CheckpointException) as error:
+                self._give_up(temporary, error, must)
 
     def try_finalize(self) -> None:
         """Complete an asynchronous save if every process has written its part; all call this."""
@@ -138,22 +159,29 @@ class Checkpoints:
     def load_newest(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState | None:
         """Restore the newest complete checkpoint and return its state; None when there is none.
 
-        A corrupt one is skipped with a warning and the one before it is taken. Raises UserError
-        when all are corrupt, since a new start would overwrite them.
+        One that is damaged or cannot be loaded is skipped with a warning, the one before it is
+        taken, and what was skipped is renamed to `damaged-…`. Raises UserError when none can be
+        taken, since a new start would overwrite them, and when the disk gives no answer. The caller
+        holds the run's lock.
         """
-        found = collectives.from_rank_0([str(path) for path in complete(self._folder)])
-        for path in map(Path, found):
-            fault = find_corruption(path, session.rank(), session.world_size())
-            if collectives.any_rank(fault is not None):
-                self._corrupt.append(path)
-                if fault is not None:
-                    warnings.warn(f"checkpoint {path} is damaged, skipped: {fault}", stacklevel=2)
-                continue
-            _load(path, model, optimizer)
-            return TrainState(**read_json(path / "train_state.json"))
-        if found:
+        listed = collectives.on_rank_0(self._tidy)
+        skipped: list[Path] = []
+        reason = ""
+        for path in map(Path, collectives.from_rank_0(listed or [])):
+            parts = session.rank(), session.world_size()
+            fault = _agreed(partial(find_corruption, path, *parts))
+            fault = fault or _agreed(partial(_restored, path, model, optimizer))
+            if fault is None:
+                collectives.on_rank_0(lambda: set_damaged_aside(skipped))
+                return TrainState(**read_json(path / "train_state.json"))
+            skipped.append(path)
+            reason = f"{path}: {fault}"
+            if session.rank() == 0:
+                warnings.warn(f"checkpoint {path} is damaged, skipped: {fault}", stacklevel=2)
+        if skipped:
             raise UserError(
-                f"{self._folder}: every checkpoint is damaged; remove the folder to start again"
+                f"{self._folder}: every checkpoint is damaged; remove the folder to start again. "
+                f"The oldest is {reason}"
             )
         return None
 
@@ -168,36 +196,94 @@ class Checkpoints:
         full.replace(target)
         return target
 
+    def _tidy(self) -> list[str]:
+        """Remove leftovers; return all checkpoints, incomplete ones too, newest first."""
+        remove_leftovers(self._folder)
+        return [str(path) for path in checkpoint_folders(self._folder)]
+
+    def _begin(self, temporary: Path, state: TrainState, size: int) -> None:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        require_room(temporary, size)
+        write_json(temporary / "train_state.json", asdict(state))
+        write_json(temporary / FACTS, self._facts)
+
     def _commit(self, temporary: Path) -> None:
         # Each process sums its own files, so that the time does not grow with the world size.
         rank = session.rank()
-        mine = {p.name: _sums(p) for p in temporary.glob(f"__{rank}_*")}
-        if rank == 0:
-            mine |= {name: _sums(temporary / name) for name in _WRITTEN_BY_RANK_0}
+        names = [p.name for p in temporary.glob(f"__{rank}_*")]
+        names += _WRITTEN_BY_RANK_0 if rank == 0 else ()
+        mine: dict[str, list[int]] | str
+        try:
+            mine = {name: sums_of(temporary / name) for name in names}
+        except (OSError, UserError) as error:
+            mine = str(error)
         sums: dict[str, list[int]] = {}
         for part in collectives.gather_objects(mine):
+            if isinstance(part, str):
+                raise OSError(part)
             sums |= part
-        if rank == 0:
-            write_json(temporary / "files.json", sums)
-            sync_folder(temporary)
-            target = self._folder / temporary.name.removeprefix(".tmp-")
-            # A step that is saved again was corrupt, or the run would have resumed from it.
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
-            self._corrupt = [path for path in self._corrupt if path != target]
-            sync_folder(self._folder)
-            self._prune()
-        collectives.barrier()
+        collectives.on_rank_0(lambda: self._finish(temporary, sums))
 
-    def _prune(self) -> None:
-        # Corrupt checkpoints have later steps than the one that the run resumed from: counted by
-        # `keep_last`, they would be kept in place of the one just written.
-        while self._corrupt:
-            shutil.rmtree(self._corrupt.pop(), ignore_errors=True)
+    def _finish(self, temporary: Path, sums: dict[str, list[int]]) -> None:
+        write_json(temporary / "files.json", sums)
+        sync_folder(temporary)
+        target = self._folder / temporary.name.removeprefix(".tmp-")
+        if target.exists():
+            # A step that is saved again was damaged, or the run would have resumed from it.
+            remove(target)
+        temporary.rename(target)
+        sync_folder(self._folder)
         if self._keep_last is not None:
             for old in complete(self._folder)[self._keep_last :]:
                 if old.name != f"step_{self._keep_step or 0:08d}":
-                    shutil.rmtree(old)
+                    remove(old)
+
+    def _give_up(self, temporary: Path, error: BaseException, must: bool) -> None:
+        """Remove what was written, and raise RunFailed or warn. Every process comes here."""
+        if session.rank() == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]
+        failed = save_failed(self._folder / temporary.name.removeprefix(".tmp-"), error)
+        if must:
+            raise failed from error
+        if session.rank() == 0:
+            warnings.warn(f"{failed}", stacklevel=2)
+
+
+def _agreed(look: Callable[[], str | None]) -> str | None:
+    """Return the fault that `look` finds in any process; an error is raised in every one."""
+    try:
+        found: str | UserError | None = look()
+    except UserError as error:
+        found = error
+    for each in collectives.gather_objects(found):
+        if isinstance(each, UserError):
+            raise each
+        if each is not None:
+            return each
+    return None
+
+
+def _restored(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+    """Restore a checkpoint; return why that is not possible, or None."""
+    try:
+        restore(path, model, optimizer)
+        TrainState(**read_json(path / "train_state.json"))
+    except (CannotLoad, TypeError) as error:
+        return str(error)
+    return None
+
+
+def _local_bytes(tree: dict[str, Any]) -> int:
+    """Return the bytes of this process's part of all tensors of a state."""
+    return sum(
+        local_part(value).nbytes
+        for part in tree.values()
+        for value in part.values()
+        if isinstance(value, Tensor)
+    )
 
 
 @torch.no_grad()
@@ -224,107 +310,3 @@ def _require_finite(model: nn.Module, optimizer: torch.optim.Optimizer, step: in
             "written and the last one is kept. Lower optimizer.learning_rate or set "
             "trainer.grad_clip, by `lunaris resume DIR KEY=VALUE`"
         )
-
-
-def complete(folder: Path) -> list[Path]:
-    """Return the complete checkpoints in `folder`, newest first."""
-    found = (p for p in folder.glob("step_*") if _NAME.fullmatch(p.name))
-    return sorted((p for p in found if (p / "files.json").is_file()), reverse=True)
-
-
-def find_corruption(path: Path, part: int = 0, parts: int = 1) -> str | None:
-    """Return how a checkpoint's files differ from their recorded sizes and checksums, or None.
-
-    Checks every `parts`-th file, starting at `part`, so that processes share the reading.
-    """
-    sums = read_json(path / "files.json")
-    if not sums:
-        return "files.json cannot be read"
-    for name in sorted(sums)[part::parts]:
-        try:
-            found = _sums(path / name)
-        except OSError as error:
-            return f"{name}: {error.strerror}"
-        if found != sums[name]:
-            return f"{name}: size and checksum {found}, expected {sums[name]}"
-    return None
-
-
-def newest(folder: Path, step: int | None = None) -> Path:
-    """Return the newest intact checkpoint in `folder`, or that of `step`.
-
-    Raises UserError when there is none.
-    """
-    for path in complete(folder):
-        if step is None or path.name == f"step_{step:08d}":
-            fault = find_corruption(path)
-            if fault is None:
-                return path
-            warnings.warn(f"checkpoint {path} is damaged, skipped: {fault}", stacklevel=2)
-    steps = ", ".join(str(int(path.name.removeprefix("step_"))) for path in complete(folder))
-    wanted = "no complete checkpoint" if step is None else f"no checkpoint of step {step}"
-    raise UserError(f"{folder}: {wanted}" + (f"; there are {steps}" if steps else ""))
-
-
-def saved_vocab_size(path: Path) -> int:
-    """Return the vocabulary size of a checkpoint's model, from its metadata."""
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    return int(metadata["model.embedding.weight"].size[0])  # type: ignore[union-attr]
-
-
-def saved_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each tensor of a checkpoint's model by its name, from its metadata."""
-    metadata = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-    return {
-        name.removeprefix("model."): tuple(value.size)  # type: ignore[union-attr]
-        for name, value in metadata.items()
-        if name.startswith("model.")
-    }
-
-
-def load_tensors(path: Path, targets: dict[str, Tensor], *, alone: bool = False) -> None:
-    """Load some tensors of a checkpoint's model into `targets`, in place, in any sharding.
-
-    Every process calls this, unless `alone`: then each reads complete tensors by itself.
-    """
-    processes: dict[str, Any] = {"no_dist": True} if alone else _processes(session.cpu_group())
-    if targets or not alone:
-        dcp.load({"model": targets}, checkpoint_id=path, **processes)
-
-
-def load_weights(path: Path, model: nn.Module) -> None:
-    """Load the weights of one checkpoint into `model`, in any parallelism."""
-    state = {"model": get_model_state_dict(model)}
-    dcp.load(state, checkpoint_id=path, **_processes(session.cpu_group()))
-    set_model_state_dict(model, state["model"])
-
-
-def _load(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    model_state, optimizer_state = get_state_dict(model, optimizer, options=_OPTIONS)
-    tree: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(tree, checkpoint_id=path, **_processes(session.cpu_group()))
-    set_state_dict(
-        model,
-        optimizer,
-        model_state_dict=tree["model"],
-        optim_state_dict=tree["optimizer"],
-        options=_OPTIONS,
-    )
-
-
-def _processes(group: dist.ProcessGroup | None) -> dict[str, Any]:
-    """Return the arguments of DCP that say which processes take part."""
-    if dist.is_initialized():
-        return {"process_group": group}
-    # Without a group DCP warns, also from its own thread, that it assumes a single process.
-    warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-    return {"no_dist": True}
-
-
-def _sums(path: Path) -> list[int]:
-    crc = size = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            crc = zlib.crc32(chunk, crc)
-            size += len(chunk)
-    return [size, crc]

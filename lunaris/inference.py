@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from lunaris.checkpoint import load_weights, newest, saved_vocab_size
+from lunaris.checkpoint_reader import load_weights, saved_vocab_size
 from lunaris.config.instantiate import instantiate_component
 from lunaris.config.schema.root import Config
 from lunaris.data.prepare.build import make_ready
@@ -22,6 +22,7 @@ from lunaris.parallelism.base import unwrap
 from lunaris.parallelism.single import Single
 from lunaris.precision import Precision
 from lunaris.run import bare_model, evaluator_of
+from lunaris.runs.checkpoint_files import newest
 from lunaris.runs.data_fingerprint import check_tokenizer, intact_tokenizer
 from lunaris.runs.facts import newest_facts
 from lunaris.runs.run_dir import RunDir

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
 from lunaris.config.schema.root import Config
 from lunaris.distributed import collectives, session
-from lunaris.errors import Stopped, UserError
+from lunaris.errors import RunFailed, Stopped, UserError
+from lunaris.runs.checkpoint_files import full_disk
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import current_job_id
 
@@ -41,9 +42,25 @@ def track_status(run_dir: RunDir) -> Iterator[None]:
     except BaseException as error:
         # A run that was done stays done when it cannot start again, because its data moved say.
         state = "done" if was_done and isinstance(error, UserError) else "failed"
-        run_dir.write_status(state=state, last_error=f"{type(error).__name__}: {error}")
+        # The error that counts is the first one, also where a full disk takes no status.
+        with suppress(OSError):
+            run_dir.write_status(state=state, last_error=f"{type(error).__name__}: {error}")
         raise
     run_dir.write_status(state="done")
+
+
+@contextmanager
+def explain_full_disk(run_dir: RunDir) -> Iterator[None]:
+    """Raise RunFailed with advice where the disk of the run's folder is full."""
+    try:
+        yield
+    except OSError as error:
+        if not full_disk(error):
+            raise
+        raise RunFailed(
+            f"{run_dir.path}: {error.strerror}; the last checkpoint is kept. Make room, then start "
+            "the run again"
+        ) from error
 
 
 @contextmanager

@@ -20,7 +20,13 @@ from lunaris.distributed import collectives, session
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import UserError
 from lunaris.evaluate import Evaluator
-from lunaris.lifecycle import explain_out_of_memory, run_lock, step_advice, track_status
+from lunaris.lifecycle import (
+    explain_full_disk,
+    explain_out_of_memory,
+    run_lock,
+    step_advice,
+    track_status,
+)
 from lunaris.metrics.loggers import Loggers
 from lunaris.metrics.plot import plot_loss
 from lunaris.metrics.throughput import Meter, peak_flops
@@ -60,6 +66,7 @@ def execute(cfg: Config, path: str | Path) -> RunResult:
         stack.enter_context(session.join(cfg.trainer.device, cfg.launch.collective_timeout_s))
         stack.enter_context(run_lock(run_dir))
         stack.enter_context(track_status(run_dir))
+        stack.enter_context(explain_full_disk(run_dir))
         run = build(cfg, run_dir, stop)
         stack.callback(run.loader.close)
         stack.callback(run.logger.finish)
@@ -102,6 +109,7 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
         run_dir.checkpoints,
         keep_last=cfg.checkpoint.keep_last,
         async_save=cfg.checkpoint.async_save,
+        on_error=cfg.checkpoint.on_error,
         facts=facts_of(cfg, run_dir) if session.rank() == 0 else None,
         save_interval=cfg.checkpoint.save_interval,
         # The last one from which a longer run can continue (WSD).

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from shlex import quote
 
-from lunaris.checkpoint import complete
 from lunaris.metrics.records import read_rows
 from lunaris.parallelism.base import unwrap
+from lunaris.runs.checkpoint_files import complete
 from lunaris.train import Run
 
 

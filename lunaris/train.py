@@ -108,7 +108,7 @@ def train(run: Run) -> None:
             if row and state.unfinished is None:
                 run.logger.log({"step": state.step} | row)
             if last or stop or run.checkpoints.is_due(state.step):
-                save(run)
+                save(run, last=last or stop)
             run.checkpoints.try_finalize()
         if state.unfinished is not None or (stop and not last):
             run.checkpoints.wait_pending()
@@ -272,13 +272,16 @@ def evaluate(run: Run) -> Row:
     return row
 
 
-def save(run: Run) -> None:
-    """Save a checkpoint of the step just taken. Raises RunFailed when a weight is not finite."""
+def save(run: Run, *, last: bool) -> None:
+    """Save a checkpoint of the step just taken; last: the process ends after it.
+
+    Raises RunFailed as `Checkpoints.save` does.
+    """
     report_skips(run)
     run.logger.flush()
     run.state.scaler = run.precision.scaler.state_dict()
     run.state.guard = run.guard.state_dict()
-    run.checkpoints.save(run.model, run.optimizer, run.state)
+    run.checkpoints.save(run.model, run.optimizer, run.state, last=last)
     write_progress(run)
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
-from lunaris.checkpoint import Checkpoints, TrainState, complete, find_corruption, newest
+from lunaris.checkpoint import Checkpoints, TrainState
 from lunaris.errors import UserError
+from lunaris.runs.checkpoint_files import complete, find_corruption, newest
 from lunaris.runs.run_dir import RunDir
 
 
@@ -48,7 +49,7 @@ def test_a_damaged_checkpoint_is_skipped_with_a_warning_for_the_one_before(
     assert find_corruption(run_dir.checkpoints / "step_00000008") is None
 
 
-def test_a_damaged_newer_checkpoint_is_not_kept_in_place_of_the_one_just_saved(
+def test_a_damaged_newer_checkpoint_is_set_aside_and_not_counted(
     tmp_path: Path,
 ) -> None:
     model = torch.nn.Linear(2, 2)
@@ -63,10 +64,9 @@ def test_a_damaged_newer_checkpoint_is_not_kept_in_place_of_the_one_just_saved(
     with pytest.warns(UserWarning, match="step_00000030 is damaged"):
         state = again.load_newest(model, optimizer)
     assert state is not None and state.step == 20
-    assert (tmp_path / "step_00000030").is_dir()  # until there is a better one
     again.save(model, optimizer, TrainState(step=25))
     left = sorted(path.name for path in tmp_path.iterdir())
-    assert left == ["step_00000020.bak", "step_00000025"]
+    assert left == ["damaged-step_00000030", "step_00000020.bak", "step_00000025"]
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_is_refused(

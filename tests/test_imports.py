@@ -31,7 +31,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("warm_start",),
     ("moe", "objective", "data", "optim", "parallelism", "metrics", "checkpoint"),
     ("model",),
-    ("precision",),
+    ("precision", "checkpoint_reader"),
     ("runs", "scaffold"),
     ("distributed",),
     ("config",),

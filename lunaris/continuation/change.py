@@ -151,7 +151,7 @@ def _start(
 
 
 def _refuse_damaged(run_dir: RunDir, step: int) -> None:
-    from lunaris.checkpoint import find_corruption
+    from lunaris.runs.checkpoint_files import find_corruption
 
     path = _checkpoint(run_dir, step)
     fault = find_corruption(path)
@@ -173,7 +173,7 @@ def _other_data(run_dir: RunDir, cfg: Config, step: int) -> tuple[dict[str, str]
     data.ensure_ready()
     check_tokenizer(data.tokenizer_path, run_dir)
     if step:
-        from lunaris.checkpoint import saved_vocab_size
+        from lunaris.checkpoint_reader import saved_vocab_size
 
         size, found = saved_vocab_size(_checkpoint(run_dir, step)), data.vocab_size
         if (cfg.model.vocab_size or found) != size or found > size:

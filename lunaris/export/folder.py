@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lunaris.atomic_files import write_json
-from lunaris.checkpoint import newest, saved_vocab_size
+from lunaris.checkpoint_reader import saved_vocab_size
 from lunaris.data.tokenizer import TextTokenizer
 from lunaris.errors import RunFailed, UserError, need
 from lunaris.export.card import model_card
@@ -29,6 +29,7 @@ from lunaris.export.verify import (
     sample_tokens,
 )
 from lunaris.export.writer import DTYPES, write_weights
+from lunaris.runs.checkpoint_files import newest
 from lunaris.runs.data_fingerprint import intact_tokenizer
 from lunaris.runs.facts import newest_facts
 from lunaris.runs.run_dir import RunDir

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from lunaris.checkpoint_reader import load_tensors, read_metadata
 
 _MODEL = "model."
 
@@ -18,7 +18,7 @@ class CheckpointSource:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        found = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
+        found = read_metadata(path).state_dict_metadata
         self._saved = {
             name.removeprefix(_MODEL): entry
             for name, entry in found.items()
@@ -40,9 +40,6 @@ class CheckpointSource:
         if self._last is None or self._last[0] != name:
             self._last = None  # Freed before the next is read.
             tensor = torch.empty_like(self.empty(name), device="cpu")
-            # Without a process group DCP warns that it assumes a single process.
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-                dcp.load({_MODEL + name: tensor}, checkpoint_id=self._path, no_dist=True)
+            load_tensors(self._path, {name: tensor}, alone=True)
             self._last = (name, tensor)
         return self._last[1]

@@ -11,11 +11,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from lunaris.checkpoint import complete, find_corruption, load_tensors, saved_shapes
+from lunaris.checkpoint_reader import load_tensors, saved_shapes
 from lunaris.config.identity import every_key
 from lunaris.config.schema.root import Config
 from lunaris.errors import UserError
 from lunaris.model.init import copy_to_shard
+from lunaris.runs.checkpoint_files import complete, find_corruption
 from lunaris.runs.discovery import is_run
 from lunaris.runs.facts import step_of
 from lunaris.runs.run_dir import RunDir

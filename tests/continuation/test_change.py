@@ -12,9 +12,9 @@ import pytest
 import torch
 
 from lunaris.__main__ import main
-from lunaris.checkpoint import complete
 from lunaris.metrics.records import read_rows
 from lunaris.runs.changes import NAME, read_changes
+from lunaris.runs.checkpoint_files import complete
 from lunaris.runs.run_dir import RunDir
 
 WSD = ("schedule=wsd", "schedule.decay_fraction=0.25", "schedule.warmup_steps=2")

@@ -19,13 +19,13 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
-from lunaris.checkpoint import newest
 from lunaris.data.prepare.build import build_shards
 from lunaris.data.shards import ShardsData
 from lunaris.data.text import TextData
 from lunaris.errors import RunFailed, Stopped
 from lunaris.metrics.records import read_rows
 from lunaris.run import bare_model
+from lunaris.runs.checkpoint_files import newest
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
 from lunaris.train import Run

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 
-from lunaris.checkpoint import complete
 from lunaris.errors import RunFailed
 from lunaris.metrics.records import read_rows
+from lunaris.runs.checkpoint_files import complete
 from lunaris.runs.run_dir import RunDir
 
 HOW = ("nan", "inf", "-inf", "gradient", "loss nan")

@@ -21,9 +21,9 @@ import pytest
 
 import lunaris.evaluate
 import lunaris.run
-from lunaris.checkpoint import complete
 from lunaris.errors import Stopped
 from lunaris.metrics.records import read_rows
+from lunaris.runs.checkpoint_files import complete
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
 

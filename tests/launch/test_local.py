@@ -17,9 +17,9 @@ import psutil
 import pytest
 import torch
 
-from lunaris.checkpoint import find_corruption
 from lunaris.launch.elastic import exit_code
 from lunaris.launch.local import Local
+from lunaris.runs.checkpoint_files import find_corruption
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 

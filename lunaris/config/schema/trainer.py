@@ -49,5 +49,8 @@ class CheckpointConfig(Schema):
     # Newest checkpoints kept; null: all.
     keep_last: int | None = key(3, low=1)
     async_save: bool = False
+    # What a run does when a checkpoint cannot be written, because the disk is full say. The last
+    # one always stops it.
+    on_error: str = free("stop", allowed=("stop", "continue"))
     # At the end, also write the weights as one `model.pt`.
     consolidated: bool = False
