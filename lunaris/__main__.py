@@ -32,7 +32,11 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = sys.argv[1:] if argv is None else argv
     try:
-        return _run(args)
+        # Imported here: the help needs nothing of it.
+        from lunaris.config.trust import restricted
+
+        with restricted():
+            return _run(args)
     except (UserError, RunFailed) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from lunaris.config.compose import Source, checked
 from lunaris.config.compose import compose as _compose
 from lunaris.config.schema.root import Config
+from lunaris.config.trust import restricted
 from lunaris.errors import UserError
 
 if TYPE_CHECKING:
@@ -73,11 +74,19 @@ def train(cfg: Config | DictConfig | Sequence[str]) -> RunResult:
     return RunResult(int(status.get("step", 0)), status.get("best_val_loss"))
 
 
-def load(folder: str | Path, *, step: int | None = None, device: str | None = None) -> Loaded:
+def load(
+    folder: str | Path,
+    *,
+    step: int | None = None,
+    device: str | None = None,
+    trust: Sequence[str] = (),
+) -> Loaded:
     """Return the model of a run in eval mode, with its tokenizer and config.
 
     step: of the checkpoint; None: the newest. device: "cpu" or "cuda"; None: cuda where there is
-    one. Raises UserError where the folder is no run, or has no such checkpoint.
+    one. trust: packages, modules or classes, besides those of this package, that the folder's
+    config may name. Raises UserError where the folder is no run, has no such checkpoint, or names
+    another class.
     """
     from lunaris.data.tokenizer import TextTokenizer
     from lunaris.distributed import session
@@ -85,7 +94,8 @@ def load(folder: str | Path, *, step: int | None = None, device: str | None = No
     from lunaris.runs.run_dir import RunDir
 
     run_dir = RunDir(folder)
-    cfg = run_dir.read_config()
+    with restricted(trust):
+        cfg = run_dir.read_config()
     if device not in (None, "cpu", "cuda"):
         raise UserError(f"device={device}: must be cpu, cuda or None")
     with session.join(device, cfg.launch.collective_timeout_s):

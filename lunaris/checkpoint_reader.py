@@ -126,6 +126,8 @@ def load(tree: dict[str, Any], path: Path, processes: dict[str, Any]) -> None:
     processes: the arguments of `dcp.load` that say which processes take part. Raises UntrustedFile,
     and CannotLoad for whatever else torch.distributed.checkpoint cannot do.
     """
+    # Before torch.distributed.checkpoint reads it, which words every error in its own way.
+    read_metadata(path)
     with plain_errors(path):
         dcp.load(tree, storage_reader=SafeReader(path), planner=SafePlanner(), **processes)
 

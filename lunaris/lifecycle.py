@@ -16,6 +16,13 @@ from lunaris.runs.slurm_client import current_job_id
 
 
 @contextmanager
+def supervise(run_dir: RunDir) -> Iterator[None]:
+    """Lock a run's folder, keep its state in status.json and say plainly when its disk is full."""
+    with run_lock(run_dir), track_status(run_dir), explain_full_disk(run_dir):
+        yield
+
+
+@contextmanager
 def run_lock(run_dir: RunDir) -> Iterator[None]:
     """Lock the folder on rank 0. Every process raises UserError when another job has the lock."""
     with ExitStack() as stack:

@@ -20,13 +20,7 @@ from lunaris.distributed import collectives, session
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import UserError
 from lunaris.evaluate import Evaluator
-from lunaris.lifecycle import (
-    explain_full_disk,
-    explain_out_of_memory,
-    run_lock,
-    step_advice,
-    track_status,
-)
+from lunaris.lifecycle import explain_out_of_memory, step_advice, supervise
 from lunaris.metrics.loggers import Loggers
 from lunaris.metrics.plot import plot_loss
 from lunaris.metrics.throughput import Meter, peak_flops
@@ -64,9 +58,7 @@ def execute(cfg: Config, path: str | Path) -> RunResult:
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
         stack.enter_context(session.join(cfg.trainer.device, cfg.launch.collective_timeout_s))
-        stack.enter_context(run_lock(run_dir))
-        stack.enter_context(track_status(run_dir))
-        stack.enter_context(explain_full_disk(run_dir))
+        stack.enter_context(supervise(run_dir))
         run = build(cfg, run_dir, stop)
         stack.callback(run.loader.close)
         stack.callback(run.logger.finish)

@@ -174,7 +174,7 @@ def test_the_examples_of_extending_run(
             assert main([*given, *small, "name=y", bad]) == 2
             assert message in capsys.readouterr().err
         assert not Path("runs/y").exists()
-        assert main(["evaluate", "runs/x"]) == 0
+        assert main(["evaluate", "runs/x", "--trust", "mine"]) == 0
 
 
 def test_every_joint_has_its_example() -> None:

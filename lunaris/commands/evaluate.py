@@ -10,6 +10,7 @@ from typing import Any
 from lunaris.config.overrides import parse
 from lunaris.config.schema.data import ShardsDataConfig
 from lunaris.config.schema.root import Config
+from lunaris.config.trust import add_flag, allow
 from lunaris.errors import UserError, did_you_mean
 from lunaris.runs.run_dir import RunDir
 
@@ -19,6 +20,7 @@ _KEYS = ("data.dir", "trainer.batch_size", "trainer.precision", "trainer.device"
 def main(argv: list[str]) -> int:
     """Print validation loss (nats a token) and perplexity, per source; return the exit code."""
     args = _parser().parse_args(argv)
+    allow(args.trust)
     if args.max_sequences is not None and args.max_sequences < 1:
         raise UserError(f"--max-sequences {args.max_sequences}: must be at least 1")
     cfg: Config = RunDir(args.dir).read_config()
@@ -60,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max-sequences", type=int, help="at most so many of each source (default: all)"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object")
+    add_flag(parser)
     return parser
 
 

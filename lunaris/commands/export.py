@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lunaris.config.trust import add_flag, allow
 from lunaris.errors import UserError
 from lunaris.runs.run_dir import RunDir
 
@@ -12,6 +13,7 @@ from lunaris.runs.run_dir import RunDir
 def main(argv: list[str]) -> int:
     """Write the folder, compare its logits with the run's, and print both; return the exit code."""
     args = _parser().parse_args(argv)
+    allow(args.trust)
     if args.max_shard_mb < 1:
         raise UserError(f"--max-shard-mb {args.max_shard_mb}: must be at least 1")
     text = _read(args.text)
@@ -77,4 +79,5 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--no-check", action="store_true", help="load no model, whose memory may not suffice"
     )
+    add_flag(parser)
     return parser

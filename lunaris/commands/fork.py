@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 from lunaris.config.compose import Source
+from lunaris.config.trust import add_flag, allow, allow_named
 from lunaris.errors import UserError
 from lunaris.runs.create import create
 from lunaris.runs.discovery import is_run, is_sweep
@@ -20,6 +21,8 @@ def main(argv: list[str]) -> int:
     from lunaris.continuation.weights import check_weights
 
     args = _parser().parse_intermixed_args(argv)
+    allow(args.trust)
+    allow_named(args.overrides)
     folder = Path(args.dir)
     if args.best:
         folder = best_point(folder)
@@ -65,4 +68,5 @@ def _parser() -> argparse.ArgumentParser:
         "--at", type=int, metavar="STEP", help="with --weights: from the checkpoint of this step"
     )
     parser.add_argument("-cd", "--config-dir", metavar="DIR", help="a folder with more options")
+    add_flag(parser)
     return parser

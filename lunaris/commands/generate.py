@@ -6,6 +6,7 @@ import argparse
 import math
 import sys
 
+from lunaris.config.trust import add_flag, allow
 from lunaris.errors import UserError
 from lunaris.runs.run_dir import RunDir
 
@@ -13,6 +14,7 @@ from lunaris.runs.run_dir import RunDir
 def main(argv: list[str]) -> int:
     """Print the prompt and its continuations as they are sampled; return the exit code."""
     args = _parser().parse_args(argv)
+    allow(args.trust)
     _check(args)
     run_dir = RunDir(args.dir)
     cfg = run_dir.read_config()
@@ -77,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="STEP",
         help="the checkpoint (default: the newest)",
     )
+    add_flag(parser)
     return parser
 
 

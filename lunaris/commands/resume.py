@@ -15,6 +15,7 @@ from lunaris.config.cli import Flags, parse_flags
 from lunaris.config.compose import Composer, Source, compose
 from lunaris.config.identity import differing, identity
 from lunaris.config.schema.root import Config
+from lunaris.config.trust import add_flag, allow, allow_named, check_overrides
 from lunaris.config.validate import validate
 from lunaris.errors import UserError, did_you_mean
 from lunaris.runs.changes import read_changes
@@ -34,6 +35,8 @@ _UNDONE = tuple(state for state in STATES if state not in ("done", *ACTIVE))
 def main(argv: list[str]) -> int:
     """Start or send again what is not done; return the exit code, as `lunaris train` does."""
     args = _parser().parse_intermixed_args(argv)
+    allow(args.trust)
+    allow_named(args.overrides)
     folder = Path(args.dir)
     wanted = _states(args.only)
     skipped = _sequences(args.skip_sequences)
@@ -88,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
         help="of a run, do not train on the sequences A to B of its data, as the message of a run "
         "that stopped at them names them",
     )
+    add_flag(parser)
     return parser
 
 
@@ -205,6 +209,7 @@ def _resume_sweep(folder: Path, wanted: tuple[str, ...]) -> int:
 
     manifest = read_manifest(folder)
     flags = parse_flags(shlex.split(manifest.command)[2:])
+    check_overrides(flags.overrides, folder)
     sweep = Sweep(folder, manifest.command, set(flags.overrides), Composer(flags.source))
     rows = [row for row in manifest.points if row.name in chosen]
     points = []
@@ -231,6 +236,7 @@ def _point(
         cfg = _config_of(path)
         _check_data(cfg, path, checked)
     else:
+        check_overrides(row.overrides, folder)
         cfg = compose(row.overrides, source=flags.source)
         cfg.name, cfg.out_dir = row.name, str(path)
     # Keys that only one version of the code has are left out.

@@ -33,6 +33,7 @@ def main(argv: list[str]) -> int:
     """Compose, check and launch; return the exit code."""
     from lunaris.config.cli import help_text, parse_flags
     from lunaris.config.compose import compose, config_dirs
+    from lunaris.config.trust import allow
 
     flags = parse_flags(argv)
     if flags.help:
@@ -40,6 +41,7 @@ def main(argv: list[str]) -> int:
         return 0
     if flags.cfg == "job":
         return _show(flags)
+    allow(flags.trust)
     command = shlex.join(["lunaris", "train", *argv])
     if flags.multirun:
         from lunaris.launch.sweep.start import sweep

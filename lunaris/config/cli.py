@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from lunaris.config.compose import Source
 from lunaris.config.keys import group_names, options
+from lunaris.config.trust import add_flag
 from lunaris.errors import UserError, did_you_mean
 
 # Width of an option's name in the help.
@@ -31,6 +32,7 @@ class Flags:
     config_name: str = "train"
     config_path: str | None = None
     config_dir: str | None = None
+    trust: list[str] = field(default_factory=list)
 
     @property
     def source(self) -> Source:
@@ -74,6 +76,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         choices=("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
         help="how Hydra composes the config",
     )  # fmt: skip
+    add_flag(flags)
     add("--hydra-help", action="store_true", help="Hydra's own help")
     add_one("-sc", "--shell-completion", action="store_true", help="with install=SHELL: completion")
     return made

@@ -11,6 +11,7 @@ from yaml import YAMLError
 
 from lunaris.config.migrations import VERSION, VERSION_KEY, migrate
 from lunaris.config.schema.root import Config
+from lunaris.config.trust import check_tree
 from lunaris.config.typed import complete_tree, give_schemas, to_config, to_plain
 from lunaris.config.validate import check_values
 from lunaris.errors import UserError
@@ -46,11 +47,13 @@ def read_config(path: Path) -> Config:
 def from_tree(tree: Any, path: Path) -> Config:
     """Return the config in the content of a file, which is changed; path: of the file.
 
-    Raises UserError for what is incomplete or not allowed by today's schemas.
+    Raises UserError for what is incomplete or not allowed by today's schemas, and for a class that
+    is not trusted (`lunaris.config.trust`).
     """
     absent = [key for key in _ALWAYS if not isinstance(tree, dict) or key not in tree]
     if absent:
         raise UserError(f"{path}: is incomplete: it lacks {', '.join(absent)}")
+    check_tree(tree, path)
     try:
         cfg = complete_tree(migrate(tree))
         give_schemas(cfg)

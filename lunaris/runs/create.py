@@ -6,7 +6,7 @@ import os
 import shlex
 
 from lunaris.atomic_files import replace_file, write_json
-from lunaris.config.frozen import to_yaml
+from lunaris.config.frozen import to_tree, to_yaml
 from lunaris.config.identity import (
     GLOBAL_BATCH,
     differing,
@@ -16,6 +16,7 @@ from lunaris.config.identity import (
 )
 from lunaris.config.schema.launch import LocalLaunchConfig
 from lunaris.config.schema.root import Config
+from lunaris.config.trust import allow_tree
 from lunaris.errors import UserError
 from lunaris.runs import provenance
 from lunaris.runs.changes import changed_keys
@@ -38,6 +39,7 @@ def create(cfg: Config, command: str, overrides: list[str]) -> RunDir:
     """
     run_dir = RunDir(cfg.out_dir)
     take_world_size(cfg)
+    allow_tree(to_tree(cfg))
     refuse_other_config(run_dir, cfg, overrides)
     try:
         run_dir.logs.mkdir(parents=True, exist_ok=True)

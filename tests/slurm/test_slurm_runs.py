@@ -182,7 +182,7 @@ def test_cancel_ends_a_waiting_and_a_running_job(site: Any) -> None:
     site.train("waiting", "launch.additional_parameters.hold=true")
     site.train("running", "trainer.max_steps=1000", on(site, 3), PACE=str(pace))
     assert site.rows("runs/waiting")[0]["state"] == "queued"
-    refused = site.lunaris("resume", "runs/waiting", code=2)
+    refused = site.lunaris("resume", "runs/waiting", "--trust", "paced", code=2)
     assert "is already queued" in refused
     site.wait_for(lambda: site.status("runs/running").get("step", 0) >= 1)
     for run in ("runs/waiting", "runs/running"):
@@ -197,7 +197,7 @@ def test_what_slurm_refuses_is_said_and_nothing_is_queued(site: Any) -> None:
     text = site.train("refused", "launch.partition=nosuch", code=2)
     assert "nosuch" not in before and "invalid partition" in text
     assert site.rows("runs/refused")[0]["state"] == "missing"
-    site.lunaris("resume", "runs/refused", code=2)
+    site.lunaris("resume", "runs/refused", "--trust", "paced", code=2)
 
 
 def test_waiting_for_the_end_returns_the_run_s_exit_code(site: Any) -> None:
@@ -222,7 +222,7 @@ def test_run_into_its_time_limit_twice_a_run_repeats_and_loses_nothing(
 
 @pytest.mark.usefixtures("states_without_node")
 def test_after_a_lost_node_the_requeued_job_and_the_resumed_run_go_on(site: Any) -> None:
-    site.lunaris("resume", "runs/resumed")
+    site.lunaris("resume", "runs/resumed", "--trust", "paced")
     # SLURM 22.05 goes on sending a dead node the signals that ended the first attempt's step, once
     # a minute, and they end the second's, which has the same number.
     site.wait_for(lambda: re.search(r"Agent queue size: +0\b", site.cluster.client("sdiag")))

@@ -62,12 +62,14 @@ def test_six_points_are_one_array_watched_to_its_end_and_mended(site: Any) -> No
 
     (site.dir / "mended").touch()
     before = {row["name"]: row["attempts"] for row in site.rows("sweeps/six")}
-    assert "(1 points)" in site.lunaris("resume", "sweeps/six", "--only", "failed")
+    assert "(1 points)" in site.lunaris(
+        "resume", "sweeps/six", "--trust", "paced", "--only", "failed"
+    )
     site.wait_for_state("sweeps/six/data.seed=13", "done")
     after = {row["name"]: row["attempts"] for row in site.rows("sweeps/six")}
     (site.dir / "mended").unlink()
     assert {name for name in after if after[name] != before[name]} == {"data.seed=13"}
-    assert "nothing to do" in site.lunaris("resume", "sweeps/six")
+    assert "nothing to do" in site.lunaris("resume", "sweeps/six", "--trust", "paced")
 
 
 def test_an_invalid_point_sends_nothing_and_is_named(site: Any) -> None:
