@@ -62,6 +62,18 @@ def test_text_names_what_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert fitting(again, int(80e9), gpu=True) == []
 
 
+@pytest.mark.parametrize(
+    ("preset", "gpus"),
+    [("moe_ladder_l", 1), ("dense_ladder_l", 1), ("moe_1b", 1), ("moe_4b", 8), ("moe_15b", 64)],
+)
+def test_presets_fit_the_gpus_of_80_gb_that_they_are_for(preset: str, gpus: int) -> None:
+    data = _DATA if "ladder" in preset else []
+    cfg = compose([f"experiment={preset}", *data], check_data=False)
+    assert cfg.launch.world_size() == gpus
+    plan = make_plan(cfg, gpu=True)
+    assert 30e9 < plan.needed(gpu=True) < 80e9
+
+
 def test_a_sweep_is_a_table_with_its_sum(capsys: pytest.CaptureFixture[str]) -> None:
     argv = [*_DATA, "-m", "moe.n_experts=4,8", "seed=1,2", "--device", "A100"]
     assert command.main(argv) == 0
