@@ -14,6 +14,7 @@ from lunaris.metrics.records import read_rows
 from lunaris.runs.run_dir import RunDir
 
 
+@pytest.mark.slow
 def test_the_loss_of_the_last_checkpoint_is_the_one_that_training_saw(
     tiny: Callable[..., Any],
     run_here: Callable[[Any], RunDir],

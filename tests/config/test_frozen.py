@@ -52,6 +52,7 @@ def test_a_written_config_is_read_back_as_it_was(tmp_path: Path, command: list[s
     assert to_yaml(again) == to_yaml(cfg)
 
 
+@pytest.mark.slow
 def test_each_key_that_a_file_lacks_takes_its_default(tmp_path: Path) -> None:
     cfg = compose(["moe=top2", "moe.normalize_gates=false", "data=synthetic"])
     tree: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(cfg).decode()))

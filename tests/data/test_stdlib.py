@@ -161,6 +161,7 @@ def test_two_at_once_make_it_once(tmp_path: Path) -> None:
     assert sum("prepare: " in err for _, err in said) == 1
 
 
+@pytest.mark.slow
 def test_default_is_ready_for_training() -> None:
     """The whole library, as `lunaris train` uses it."""
     data = StdlibData()

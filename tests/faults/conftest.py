@@ -47,6 +47,14 @@ def counted(record_property: Callable[[str, object], None]) -> Callable[[str, in
     return lambda kind, tries: record_property("faults", (kind, tries))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test of this folder as slow: each of them trains."""
+    here = Path(__file__).parent
+    for item in items:
+        if here in item.path.parents:
+            item.add_marker(pytest.mark.slow)
+
+
 def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print how many tries of each kind the tests made, those of xdist's workers too."""
     totals: dict[str, int] = {}

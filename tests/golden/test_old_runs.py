@@ -111,6 +111,7 @@ def test_a_checkpoint_writes_the_same_text(
     assert capsys.readouterr().out == expected("runs/text")["generate"]
 
 
+@pytest.mark.slow
 def test_a_sweep_trains_only_its_stopped_point(
     assert_same: Callable[[Any, Any], None], capsys: pytest.CaptureFixture[str]
 ) -> None:

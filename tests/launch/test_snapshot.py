@@ -62,6 +62,7 @@ def test_the_same_code_is_copied_once_and_other_code_beside_it(
     assert (first / "lunaris/conf/train.yaml").read_text() == "a: 1\n"
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_installed_package_is_what_python_imports(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

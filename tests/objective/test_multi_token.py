@@ -233,6 +233,7 @@ def test_each_unit_is_one_graph_of_the_grouped_path_that_is_never_compiled_again
     torch.compiler.reset()
 
 
+@pytest.mark.slow
 def test_every_depth_trains_is_logged_and_does_not_depend_on_the_accumulation(
     tiny: Callable[..., Any], run_here: Callable[[Any], RunDir]
 ) -> None:

@@ -41,6 +41,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 def test_a_process_holds_what_the_parallelism_gives_it() -> None:
     """An odd vocabulary is padded; norms and routers are not sharded in half precision."""
     configs = [[*BASE, *case] for case in CASES]

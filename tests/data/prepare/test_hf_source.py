@@ -129,7 +129,8 @@ BAD: list[tuple[Any, str]] = [
     ({"a": {"name": "x"}}, r"data\.datasets\.a: needs a path"),
     ({"a": {"path": "a", "splitt": "x"}}, r"data\.datasets\.a\.splitt: .*did you mean split\?"),
     ({"a": {"path": "a", "text_key": "txt"}}, r"data\.text_key=txt: .*did you mean text\?"),
-    ("nowhere", "nowhere cannot be loaded"),
+    # The library asks the network several times.
+    pytest.param("nowhere", "nowhere cannot be loaded", marks=pytest.mark.slow),
     (5, r"data\.datasets=5: must be a path"),
     ({"a": 5}, r"data\.datasets\.a=5: must be a path"),
     ({"a": {"path": "a", "split": "test"}}, "a cannot be loaded"),

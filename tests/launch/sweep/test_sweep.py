@@ -252,6 +252,7 @@ def test_another_sweeper_gets_each_points_validation_loss(
     assert seen[1][0] == "FAILED" and "exit code 1" in str(seen[1][1])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick")
 def test_hydras_own_launcher_can_run_the_points() -> None:
     argv = ["train", "-m", *TINY, "name=s", "seed=1,2", "hydra/launcher=basic"]
