@@ -31,6 +31,11 @@ def describe(run: Run) -> str:
             f"note       this processor only emulates trainer.precision={trainer.precision}; "
             "fp32 is many times as fast here"
         )
+    if not run.evaluator.sources:
+        lines.append(
+            "note       the data has no validation part of one sequence, so there is no val/loss; "
+            "prepare more text, or set data.val_dir or data.val_fraction"
+        )
     if run.state.step:
         lines.append(f"resumed    after step {run.state.step}")
     return "\n".join(lines)

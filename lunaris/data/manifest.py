@@ -17,6 +17,8 @@ UNFINISHED = ".prepare"
 # What the names of the shards of loss masks begin with.
 MASK = "mask_"
 _FORMAT = 1
+# The types of tokens that `lunaris prepare` writes.
+_TYPES = ("uint16", "uint32")
 
 
 @dataclass
@@ -97,9 +99,54 @@ def read(folder: Path) -> Manifest | None:
         ):
             raise TypeError("a shard has a mask without its sha256, or the other way round")
         raw["sources"] = [SourceEntry(**e) for e in raw.get("sources", [])]
-        return Manifest(**raw)
+        found = Manifest(**raw)
     except (KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{path}: not a manifest of shards ({error!r})") from error
+    fault = _fault(found)
+    if fault is not None:
+        raise UserError(f"{path}: {fault}")
+    return found
+
+
+def _fault(found: Manifest) -> str | None:
+    """Return which field of a manifest has a value that no preparation writes, or None."""
+    size, eot, tokenizer = found.vocab_size, found.eot_id, found.tokenizer_hash
+    if type(size) is not int or not 1 <= size <= 2**32:
+        return f"vocab_size={size!r}: must be a whole number, 1 to {2**32}"
+    if eot is not None and (type(eot) is not int or not 0 <= eot < size):
+        return f"eot_id={eot!r}: must be an id of the vocabulary, 0 to {size - 1}, or null"
+    if not isinstance(tokenizer, str | None):
+        return f"tokenizer_hash={tokenizer!r}: must be a sha256 in hex, or null"
+    if found.dtype not in _TYPES:
+        return f"dtype={found.dtype!r}: allowed are {', '.join(_TYPES)}"
+    if unknown := found.shards.keys() - {"train", "val"}:
+        return f"shards.{min(unknown)}: no such part; allowed are train, val"
+    if not isinstance(found.settings, dict):
+        return f"settings={found.settings!r}: must be keys with values"
+    seen: set[str] = set()
+    for part, entries in found.shards.items():
+        for i, entry in enumerate(entries):
+            fault = _entry_fault(entry, seen)
+            if fault is not None:
+                return f"shards.{part}[{i}].{fault}"
+    return None
+
+
+def _entry_fault(entry: ShardEntry, seen: set[str]) -> str | None:
+    """Return the fault of one shard's entry, or None; seen: the files so far, which it joins."""
+    if type(entry.tokens) is not int or entry.tokens < 1:
+        return f"tokens={entry.tokens!r}: must be a whole number, at least 1"
+    files = {"file": entry.file} | ({} if entry.mask is None else {"mask": entry.mask})
+    for key, file in files.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".npy"):
+            return f"{key}={file!r}: must be the name of a .npy file in the folder"
+        if file in seen:
+            return f"{key}={file}: is listed twice"
+        seen.add(file)
+    for key, value in (("sha256", entry.sha256), ("mask_sha256", entry.mask_sha256)):
+        if not isinstance(value, str) and (key == "sha256" or value is not None):
+            return f"{key}={value!r}: must be a sha256 in hex"
+    return None
 
 
 def require_same(folder: Path, made: dict[str, object], asked: dict[str, object]) -> None:

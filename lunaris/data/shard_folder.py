@@ -16,6 +16,8 @@ from lunaris.errors import UserError
 _ALLOWED = "one-dimensional .npy files of uint16 or uint32 token ids"
 # How many bytes of a folder without a manifest are read to find its largest id.
 _SCAN_BYTES = 256 * 2**20
+# Of a folder without a manifest: a vocabulary of more has too many weights for any model here.
+_LARGEST_ID = 2**24 - 1
 # How many bytes at either end of each shard enter the digest of a folder without a manifest.
 _ENDS = 4096
 
@@ -158,12 +160,16 @@ def read_header(path: Path) -> Shard:
     if dtype.kind not in "ui":
         raise UserError(f"{path}: holds {dtype}; allowed are {_ALLOWED}")
     (tokens,) = shape
+    if isinstance(tokens, bool) or tokens < 0:
+        raise UserError(f"{path}: its header says {tokens} tokens; allowed are {_ALLOWED}")
     if tokens == 0:
         raise UserError(f"{path}: holds no tokens")
-    if size < offset + tokens * dtype.itemsize:
+    expected = offset + tokens * dtype.itemsize
+    if size != expected:
+        fault = "truncated" if size < expected else "has more than its tokens"
         raise UserError(
-            f"{path}: truncated: its header says {tokens} tokens of {dtype}, "
-            f"{offset + tokens * dtype.itemsize} bytes, and it has {size}"
+            f"{path}: {fault}: its header says {tokens} tokens of {dtype}, {expected} bytes, and "
+            f"it has {size}"
         )
     return Shard(path, offset, tokens, dtype)
 
@@ -218,5 +224,11 @@ def _largest_id(shards: list[Shard]) -> tuple[int, bool]:
         tokens = np.memmap(shard.path, shard.dtype, "r", shard.offset, (shard.tokens,))[:count]
         if shard.dtype.kind == "i" and (least := int(tokens.min())) < 0:
             raise UserError(f"{shard.path}: holds the negative id {least}; allowed are {_ALLOWED}")
-        largest = max(largest, int(tokens.max()))
+        found = int(tokens.max())
+        if found > _LARGEST_ID:
+            raise UserError(
+                f"{shard.path}: holds the id {found} at position {int(tokens.argmax())}; without a "
+                f"{manifests.NAME} the largest id is that of the vocabulary, at most {_LARGEST_ID}"
+            )
+        largest = max(largest, found)
     return largest, exact

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import mmap
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from lunaris.data.shuffle import permute
+from lunaris.errors import UserError
 
 # A memory map takes a file descriptor; beyond this many, the least recently used one is closed.
 _MOST_OPEN = 256
@@ -40,13 +42,16 @@ class TokenStream:
         self._start = start
         self._stop = total if stop is None else stop
         assert 0 <= self._start <= self._stop <= total
-        self._open: OrderedDict[int, np.ndarray] = OrderedDict()
+        self._open: OrderedDict[int, tuple[mmap.mmap, np.ndarray]] = OrderedDict()
 
     def __len__(self) -> int:
         return self._stop - self._start
 
     def read(self, position: int, out: np.ndarray) -> None:
-        """Write the tokens from `position` on to out ([n], any integer type)."""
+        """Write the tokens from `position` on to out ([n], any integer type).
+
+        Raises UserError where a shard was cut short after it was opened.
+        """
         at = position + self._start
         assert 0 <= position and at + len(out) <= self._stop
         i = bisect.bisect_right(self._ends, at)
@@ -69,16 +74,32 @@ class TokenStream:
         return self._shards[bisect.bisect_right(self._ends, position + self._start)].path
 
     def _map(self, i: int) -> np.ndarray:
-        tokens = self._open.get(i)
-        if tokens is not None:
+        shard, opened = self._shards[i], self._open.get(i)
+        if opened is not None:
             self._open.move_to_end(i)
-            return tokens
-        shard = self._shards[i]
-        mapped = np.memmap(shard.path, shard.dtype, "r", shard.offset, (shard.tokens,))
-        tokens = self._open[i] = mapped.view(np.ndarray)
-        if len(self._open) > _MOST_OPEN:
-            self._open.popitem(last=False)
-        return tokens
+        else:
+            try:
+                with shard.path.open("rb") as file:
+                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except (OSError, ValueError) as error:
+                raise UserError(f"{shard.path}: cannot be read: {error}") from error
+            self._require_whole(shard, mapped)
+            tokens = np.frombuffer(mapped, shard.dtype, shard.tokens, shard.offset)
+            opened = self._open[i] = mapped, tokens
+            if len(self._open) > _MOST_OPEN:
+                self._open.popitem(last=False)
+        self._require_whole(shard, opened[0])
+        return opened[1]
+
+    @staticmethod
+    def _require_whole(shard: Shard, mapped: mmap.mmap) -> None:
+        # Reading a map past the end of its file kills the process (SIGBUS).
+        expected = shard.offset + shard.tokens * shard.dtype.itemsize
+        if mapped.size() < expected:
+            raise UserError(
+                f"{shard.path}: was cut to {mapped.size()} bytes of {expected} after training "
+                "started; put it back, then start the run again"
+            )
 
 
 class StreamSequences:
