@@ -53,6 +53,18 @@ TABLE: list[tuple[str, str]] = [
     ("moo=switch", "moo: no such key or group; did you mean moe?"),
     ("+moe@data=none", "a group has one place; write moe=OPTION"),
     ("hydra/launcher=foo", "hydra/launcher=foo: no such option; allowed are basic, local, slurm"),
+    # sizes whose products no integer or float holds
+    (
+        "model.ffn_hidden_multiplier=1e308",
+        "model.ffn_hidden_multiplier=1e+308: must be at most 1024",
+    ),
+    ("moe.expert_hidden_multiplier=1e308", "multiplier=1e+308: must be at most 1024"),
+    ("moe.n_experts=9000000000000000000", "n_experts=9000000000000000000: must be at most 65536"),
+    ("moe.n_shared_experts=9000000000", "n_shared_experts=9000000000: must be at most 65536"),
+    ("model.n_layers=9000000000", "model.n_layers=9000000000: must be at most 65536"),
+    ("model.d_model=9000000000", "model.d_model=9000000000: must be at most 1048576"),
+    ("model.multiple_of=9000000000", "model.multiple_of=9000000000: must be at most 1048576"),
+    ("attention=mla attention.kv_lora_rank=9000000000", "rank=9000000000: must be at most 1048576"),
     # types
     ("moe.n_experts=four", "moe.n_experts=four: must be a whole number"),
     ("moe.n_experts=4.5", "moe.n_experts=4.5: must be a whole number"),

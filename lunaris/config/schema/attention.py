@@ -46,15 +46,15 @@ class MLAConfig(AttentionConfig):
 
     _target_: str = "lunaris.model.attention.mla.MLAFactory"
     # The latent of the queries; null: a plain projection.
-    q_lora_rank: int | None = key(None, low=1)
+    q_lora_rank: int | None = key(None, low=1, at_most=2**20)
     # The latent of keys and values; null: 2d.
-    kv_lora_rank: int | None = key(None, low=1)
+    kv_lora_rank: int | None = key(None, low=1, at_most=2**20)
     # The part of a head's queries and keys without positions; null: d.
-    qk_nope_head_dim: int | None = key(None, low=1)
+    qk_nope_head_dim: int | None = key(None, low=1, at_most=2**20)
     # The rotary part, of which the key is one for all heads; null: d/2, rounded up to even.
-    qk_rope_head_dim: int | None = key(None, low=1)
+    qk_rope_head_dim: int | None = key(None, low=1, at_most=2**20)
     # The value of a head; null: d.
-    v_head_dim: int | None = key(None, low=1)
+    v_head_dim: int | None = key(None, low=1, at_most=2**20)
     output_gate: bool = False
     sinks: bool = False
 

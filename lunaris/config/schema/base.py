@@ -24,8 +24,9 @@ def key(
 ) -> Any:
     """Return a dataclass field whose value is checked when a schema of the package is built.
 
-    limits: `low` and `high` (inclusive), `above`, or `allowed`, a tuple of texts; None (an unset
-    optional value) always passes. identity: whether the key is part of a run's identity.
+    limits: `low` and `high` (inclusive), `above`, `at_most` (far beyond any use, so that products
+    of such sizes do not overflow), or `allowed`, a tuple of texts; None (an unset optional value)
+    always passes. identity: whether the key is part of a run's identity.
     changeable: whether it may nevertheless change in the middle of a run.
     """
     metadata = {"identity": identity, "changeable": changeable, "limits": limits}
@@ -82,6 +83,7 @@ def check_limits(
     low: float | None = None,
     high: float | None = None,
     above: float | None = None,
+    at_most: float | None = None,
     allowed: tuple[str, ...] = (),
 ) -> None:
     """Raise UserError for a value outside the limits (see `key`) of the dotted key `name`."""
@@ -93,6 +95,8 @@ def check_limits(
         fault = "must be a finite number"
     elif above is not None and value <= above:
         fault = f"must be greater than {above}"
+    elif at_most is not None and value > at_most:
+        fault = f"must be at most {at_most}"
     elif (low is not None and value < low) or (high is not None and value > high):
         fault = f"must be at least {low}" if high is None else f"must be between {low} and {high}"
     else:

@@ -14,8 +14,8 @@ class ModelConfig(Schema):
 
     _group_ = "model"
     vocab_size: int | None = key(None, low=1)
-    d_model: int = key(128, low=1)
-    n_layers: int = key(4, low=1)
+    d_model: int = key(128, low=1, at_most=2**20)
+    n_layers: int = key(4, low=1, at_most=2**16)
     n_heads: int = key(4, low=1)
     n_kv_heads: int = key(2, low=1)
     max_seq_len: int = key(256, low=1)
@@ -25,8 +25,8 @@ class ModelConfig(Schema):
     activation: str = key("swiglu", allowed=("swiglu", "geglu", "relu2"))
     # Hidden width with a gate: 2/3 · multiplier · d_model, rounded up to `multiple_of`; without one
     # 3/2 of that, which has as many parameters.
-    ffn_hidden_multiplier: float = key(4.0, above=0)
-    multiple_of: int = key(32, low=1)
+    ffn_hidden_multiplier: float = key(4.0, above=0, at_most=2**10)
+    multiple_of: int = key(32, low=1, at_most=2**20)
     tie_embeddings: bool = True
     norm: str = key("qk_reorder", allowed=("qk_reorder", "pre"))
 

@@ -64,9 +64,9 @@ class MoEConfig(FeedForwardConfig):
     """A Mixture-of-Experts feed-forward in every layer from `first_dense_layers` on."""
 
     _target_: str = "lunaris.moe.factory.MoEFactory"
-    n_experts: int = key(8, low=1)
+    n_experts: int = key(8, low=1, at_most=2**16)
     n_experts_per_token: int = key(1, low=1)
-    n_shared_experts: int = key(0, low=0)
+    n_shared_experts: int = key(0, low=0, at_most=2**16)
     # Tokens an expert takes of L tokens: ceil(factor · L · k / n_experts); null: dropless.
     capacity_factor: float | None = key(None, above=0)
     # Whose tokens share that: a document's (without data.document_masking, a sequence's), or a
@@ -83,7 +83,7 @@ class MoEConfig(FeedForwardConfig):
     # Divide the chosen gate probabilities by their sum; needs k > 1.
     normalize_gates: bool = False
     # Null: the model's ffn_hidden_multiplier.
-    expert_hidden_multiplier: float | None = key(None, above=0)
+    expert_hidden_multiplier: float | None = key(None, above=0, at_most=2**10)
     first_dense_layers: int = key(0, low=0)
     router: Any = component(RouterConfig, SoftmaxRouterConfig)
 
