@@ -71,9 +71,11 @@ MODELS = {
         "moe.router.sequence_loss_weight=0.01",
         "model.activation=relu2",
     ],
+    # Balanced within each sequence.
     "window": [
         "moe=switch",
         "moe.n_experts=4",
+        "moe.balance_scope=sequence",
         "attention=sliding_window",
         "attention.window=5",
         "attention.full_every=2",
@@ -85,6 +87,7 @@ MODELS = {
         "moe.n_experts=4",
         "model.norm=pre",
         "model.n_kv_heads=2",
+        "model.activation=geglu",
         "attention=mla",
         "attention.q_lora_rank=6",
         "attention.sinks=true",
