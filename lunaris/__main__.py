@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import importlib
 import os
 import sys
@@ -99,8 +98,8 @@ def _overview() -> str:
 
 
 def _help_line(name: str) -> str:
-    # Parsed, not imported: a command may import torch, the list of commands must not.
-    text = ast.get_docstring(ast.parse((_FOLDER / f"{name}.py").read_text(encoding="utf-8"))) or ""
+    # Read, not imported: a command may import torch, the list of commands must not.
+    _, text, _ = (_FOLDER / f"{name}.py").read_text(encoding="utf-8").split('"""', 2)
     what = text.partition("\n\n")[0].removeprefix(f"`lunaris {name}`: ").removesuffix(".")
     return " ".join(what.split())
 
