@@ -160,7 +160,7 @@ class RunDir:
                 raise UserError(f"{path}: is a {kinds[0]}, must be a {kinds[1]}; move it away")
 
     def set_aside_damaged(self) -> None:
-        """Rename what cannot be read of status.json and provenance.json, to be written anew.
+        """Rename what cannot be read of status.json and provenance.json, to be written again.
 
         Only the holder of the lock may call this.
         """
@@ -169,7 +169,7 @@ class RunDir:
             fault = self.fault_of(name)
             if fault is not None:
                 path.replace(path.with_name(f"{name}.damaged"))
-                _log.warning("%s: %s; kept as %s.damaged and written anew", path, fault, name)
+                _log.warning("%s: %s; kept as %s.damaged and written again", path, fault, name)
 
     def fault_of(self, name: str) -> str | None:
         """Return what is wrong with status.json or provenance.json, or None; absent is not."""
