@@ -20,6 +20,7 @@ from lunaris.config.keys import CONFIG_MODULE
 from lunaris.config.messages import explain
 from lunaris.config.overrides import check, open_maps, parse
 from lunaris.config.run_names import sweep_name
+from lunaris.config.trust import allow_tree
 from lunaris.errors import UserError
 from lunaris.launch.sweep.points import Sweep
 
@@ -84,7 +85,12 @@ class SweepRequest:
             for o in self.parsed
             if not o.is_sweep_override() and o.key_or_group != "hydra.searchpath"
         ]
-        config: DictConfig = composer.compose_raw(fixed, with_hydra=True).hydra
+        from omegaconf import OmegaConf
+
+        composed = composer.compose_raw(fixed, with_hydra=True)
+        # Points that tasks of another launcher freeze are read from their folders.
+        allow_tree(OmegaConf.to_container(composed))
+        config: DictConfig = composed.hydra
         for override in self.parsed:
             if override.is_sweep_override() and override.is_hydra_override():
                 raise UserError(f"{_text(override)}: a key of Hydra's own cannot be swept")

@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 from lunaris.config.cli import Flags, parse_flags
 from lunaris.config.compose import Composer, Source, compose
+from lunaris.config.frozen import to_tree
 from lunaris.config.identity import differing, identity
 from lunaris.config.schema.root import Config
-from lunaris.config.trust import add_flag, allow, allow_named, check_overrides
+from lunaris.config.trust import add_flag, allow, allow_named, check_overrides, check_tree
 from lunaris.config.validate import validate
 from lunaris.errors import UserError, did_you_mean
 from lunaris.runs.changes import read_changes
@@ -238,6 +239,8 @@ def _point(
     else:
         check_overrides(row.overrides, folder)
         cfg = compose(row.overrides, source=flags.source)
+        # The manifest also says where its options are read from.
+        check_tree(to_tree(cfg), folder)
         cfg.name, cfg.out_dir = row.name, str(path)
     # Keys that only one version of the code has are left out.
     found = identity(cfg)

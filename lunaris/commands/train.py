@@ -33,7 +33,7 @@ def main(argv: list[str]) -> int:
     """Compose, check and launch; return the exit code."""
     from lunaris.config.cli import help_text, parse_flags
     from lunaris.config.compose import compose, config_dirs
-    from lunaris.config.trust import allow
+    from lunaris.config.trust import allow, allow_named
 
     flags = parse_flags(argv)
     if flags.help:
@@ -42,6 +42,7 @@ def main(argv: list[str]) -> int:
     if flags.cfg == "job":
         return _show(flags)
     allow(flags.trust)
+    allow_named(flags.overrides)
     command = shlex.join(["lunaris", "train", *argv])
     if flags.multirun:
         from lunaris.launch.sweep.start import sweep
