@@ -12,6 +12,10 @@ from lunaris.errors import Stopped
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
 
 
+class _Leave(BaseException):
+    """Raised by the handler within `at_once`: no `except Exception` on its way may swallow it."""
+
+
 class StopSignal:
     """Records SIGTERM, SIGINT and SIGUSR2 while its context is open.
 
@@ -49,6 +53,9 @@ class StopSignal:
         try:
             self._obey()
             yield
+            self._phase = None
+        except _Leave as left:
+            raise Stopped(str(left)) from None
         finally:
             self._phase = None
 
@@ -60,4 +67,5 @@ class StopSignal:
 
     def _obey(self) -> None:
         if self._phase is not None and self.received is not None:
-            raise Stopped(f"stopped by {self.received.name} while {self._phase}")
+            phase, self._phase = self._phase, None
+            raise _Leave(f"stopped by {self.received.name} while {phase}")

@@ -6,6 +6,7 @@ import signal
 import pytest
 
 from lunaris.distributed.signals import StopSignal
+from lunaris.errors import Stopped
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
@@ -22,3 +23,18 @@ def test_a_second_interrupt_does_not_wait() -> None:
     with StopSignal(), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_no_handler_of_errors_swallows_a_signal_that_is_obeyed_at_once() -> None:
+    """A custom class that is imported while the model is built may catch what it meets."""
+    with StopSignal() as stop:
+        with pytest.raises(Stopped, match="^stopped by SIGINT while building$"):
+            with stop.at_once("building"):
+                try:
+                    signal.raise_signal(signal.SIGINT)
+                except Exception as error:
+                    raise ValueError from error
+        # A signal that came before is obeyed too, and after the context it is only recorded.
+        with pytest.raises(Stopped), stop.at_once("building again"):
+            pass
+        signal.raise_signal(signal.SIGTERM)

@@ -159,16 +159,17 @@ def test_what_the_person_names_is_trusted(
     stopped: Callable[[], RunDir], keys: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """By --trust, or on the command line that composes the run."""
-    (tmp_path / "mine.py").write_text(LOGGER)
+    # A name of its own: another test has imported its module `mine` in this process.
+    (tmp_path / "trusted_logger.py").write_text(LOGGER)
     monkeypatch.syspath_prepend(str(tmp_path))
     run_dir = stopped()
-    edit_config(run_dir, "logger.local._target_", "mine.Mine")
+    edit_config(run_dir, "logger.local._target_", "trusted_logger.Mine")
     assert main(["resume", "runs/run"]) == 2 and not Path("ran").exists()
-    assert main(["resume", "runs/run", "--trust", "other", "--trust", "mine"]) == 0
+    assert main(["resume", "runs/run", "--trust", "other", "--trust", "trusted_logger"]) == 0
     assert Path("ran").exists()
     shutil.rmtree(run_dir.path)
     Path("ran").unlink()
-    own = [*keys, "logger.local._target_=mine.Mine"]
+    own = [*keys, "logger.local._target_=trusted_logger.Mine"]
     assert main(["train", *own]) == 0 and Path("ran").exists()
     assert main(["train", *own]) == 0
     assert read_rows(run_dir.metrics_path)[-1]["step"] == 8
