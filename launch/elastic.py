@@ -44,6 +44,8 @@ def run_group(path: Path, processes: int, max_restarts: int, timeout_s: float) -
         try:
             result = agent.run()
         finally:
+            # Its thread, within C++ code when the interpreter ends, would abort the process.
+            agent.rendezvous.shutdown()
             for number, handler in before.items():
                 signal.signal(number, handler)
     if not result.is_failed():
@@ -93,20 +95,22 @@ class _Agent(ElasticAgent):
     def __init__(
         self, path: Path, processes: int, max_restarts: int, timeout_s: float, errors: str
     ) -> None:
-        rendezvous = RendezvousParameters(
-            backend="c10d",
-            endpoint="localhost:0",
-            run_id=uuid.uuid4().hex,
-            min_nodes=1,
-            max_nodes=1,
-            local_addr="localhost",
+        self.rendezvous = get_rendezvous_handler(
+            RendezvousParameters(
+                backend="c10d",
+                endpoint="localhost:0",
+                run_id=uuid.uuid4().hex,
+                min_nodes=1,
+                max_nodes=1,
+                local_addr="localhost",
+            )
         )
         spec = WorkerSpec(
             role="lunaris",
             local_world_size=processes,
             entrypoint=sys.executable,
             args=("-u", "-m", "lunaris.launch.worker", str(path)),
-            rdzv_handler=get_rendezvous_handler(rendezvous),
+            rdzv_handler=self.rendezvous,
             max_restarts=max_restarts,
             monitor_interval=0.1,
             local_addr="localhost",

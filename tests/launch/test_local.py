@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ import psutil
 import pytest
 import torch
 
-from lunaris.launch.elastic import exit_code
+from lunaris.launch.elastic import exit_code, run_group
 from lunaris.launch.local import Local
 from lunaris.runs.checkpoint_files import find_corruption
 
@@ -251,6 +252,13 @@ def test_wrong_input_is_one_message(tiny: Callable[..., Any], tmp_path: Path) ->
     assert launcher.returncode == 2, out + err
     assert err.count("error:") == 1 and str(shards) in err
     assert "Traceback" not in out + err
+
+
+def test_a_group_leaves_no_thread_behind(tmp_path: Path) -> None:
+    """One that is within C++ code of the rendezvous when the interpreter ends would abort it."""
+    before = threading.active_count()
+    assert run_group(tmp_path / "none", 2, max_restarts=0, timeout_s=60) == 2
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize(
