@@ -53,7 +53,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def commands() -> list[str]:
     """Return the names of all commands, in the order in which a run needs them."""
-    names = {path.stem for path in _FOLDER.glob("*.py") if not path.stem.startswith("_")}
+    files = (path.stem for path in _FOLDER.glob("*.py") if not path.stem.startswith("_"))
+    names = {stem.replace("_", "-") for stem in files}
     return [name for name in _ORDER if name in names] + sorted(names - set(_ORDER))
 
 
@@ -72,7 +73,8 @@ def _run(args: list[str]) -> int:
             f"{args[0]}: no such command; allowed are {', '.join(names)}"
             f"{did_you_mean(args[0], names)}"
         )
-    return int(importlib.import_module(f"lunaris.commands.{args[0]}").main(args[1:]) or 0)
+    module = f"lunaris.commands.{args[0].replace('-', '_')}"
+    return int(importlib.import_module(module).main(args[1:]) or 0)
 
 
 def _complete(args: list[str]) -> int:
@@ -99,7 +101,8 @@ def _overview() -> str:
 
 def _help_line(name: str) -> str:
     # Read, not imported: a command may import torch, the list of commands must not.
-    _, text, _ = (_FOLDER / f"{name}.py").read_text(encoding="utf-8").split('"""', 2)
+    file = _FOLDER / f"{name.replace('-', '_')}.py"
+    _, text, _ = file.read_text(encoding="utf-8").split('"""', 2)
     what = text.partition("\n\n")[0].removeprefix(f"`lunaris {name}`: ").removesuffix(".")
     return " ".join(what.split())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -126,7 +127,8 @@ class Sweep:
         cfg.name = name
         cfg.out_dir = str(self.dir / name)
         for logger in cfg.logger.values():
-            if isinstance(logger, WandbLoggerConfig) and logger.group is None:
+            named = isinstance(logger, WandbLoggerConfig) and logger.group is None
+            if named and not os.environ.get("WANDB_RUN_GROUP"):
                 logger.group = self.name
         return Point(name, overrides, cfg, self.dir / name)
 

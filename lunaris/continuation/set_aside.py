@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 from lunaris.atomic_files import sync_folder, write_durably
 from lunaris.metrics.records import read_rows
+from lunaris.metrics.wandb_feed import STATE
 from lunaris.runs.facts import checkpoint_folders, step_of
 from lunaris.runs.run_dir import RunDir
 
@@ -32,5 +34,8 @@ def set_aside(run_dir: RunDir, step: int) -> Path | None:
     for path in later:
         path.rename(target / path.name)
         sync_folder(run_dir.checkpoints)
+    # W&B takes no second row for a step: what follows is another W&B run.
+    with suppress(FileNotFoundError):
+        (run_dir.path / STATE).rename(target / STATE)
     sync_folder(target)
     return target

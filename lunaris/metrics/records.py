@@ -41,6 +41,21 @@ def _read(path: Path) -> tuple[list[Row], list[tuple[int, bytes]]]:
     return rows, damaged
 
 
+def rows_from(path: Path, offset: int) -> tuple[list[Row], int]:
+    """Return the rows of a metrics file from byte `offset` on, and the offset after the last one.
+
+    A line that is still being written is left for the next call.
+    """
+    if not path.is_file():
+        return [], offset
+    with path.open("rb") as file:
+        file.seek(offset)
+        content = file.read()
+    whole = content[: content.rfind(b"\n") + 1]
+    found = (_row(line) for line in whole.splitlines())
+    return [row for row in found if row is not None], offset + len(whole)
+
+
 def _row(line: bytes) -> Row | None:
     try:
         row = json.loads(line)

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _FILES = ("config.yaml", "provenance.json", "status.json", "metrics.jsonl", "tokenizer.json",
-          "changes.jsonl", "loss.png", "model.pt", "wandb_id", ".lock",
+          "changes.jsonl", "loss.png", "model.pt", "wandb.json", ".lock",
           ".status.lock")  # fmt: skip
 _FOLDERS = ("checkpoints", "logs", "set_aside")
 

@@ -33,6 +33,12 @@ TABLE: list[tuple[str, str]] = [
         "logger=wandb logger.wandb.tag=[a]",
         "tag: no such key; did you mean logger.wandb.t",
     ),
+    (f"logger=wandb logger.wandb.tags=[{'a' * 65}]", "aaa: a tag must have 1 to 64 characters"),
+    ("logger=wandb logger.wandb.tags=['']", "logger.wandb.tags=: a tag must have 1 to 64 char"),
+    (f"logger=wandb logger.wandb.group={'a' * 129}", "aaa: must have 1 to 128 characters"),
+    ("logger=wandb logger.wandb.mode=onlin", "did you mean online?"),
+    ("logger=wandb logger.wandb.init_timeout_s=0", "init_timeout_s=0.0: must be greater than 0"),
+    ("logger=wandb logger.wandb.finish_timeout_s=-1", "finish_timeout_s=-1.0: must be at least 0"),
     (
         "logger=trackio logger.trackio.projct=x",
         "projct: no such key; did you mean logger.trackio.pr",

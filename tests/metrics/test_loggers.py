@@ -7,7 +7,6 @@ import pytest
 from lunaris.config.compose import compose
 from lunaris.metrics.loggers import LocalLogger, Logger, Loggers
 from lunaris.metrics.records import Row, read_rows
-from lunaris.metrics.wandb_logger import WandbLogger
 from lunaris.runs.run_dir import RunDir
 
 CFG = compose(["name=x", "trainer.max_steps=4"])
@@ -25,72 +24,6 @@ def test_local_logger_writes_the_row_and_shows_it(
     assert read_rows(tmp_path / "metrics.jsonl") == [ROW]
     out = capsys.readouterr().out
     assert "step 2/4" in out and "loss 5.0000" in out and "tokens/s 1,234" in out and "ETA" in out
-
-
-def wandb_logger(mode: str) -> WandbLogger:
-    return WandbLogger(project="p", entity=None, group=None, tags=[], mode=mode)
-
-
-def with_local(logger: Logger) -> Loggers:
-    return Loggers({"local": LocalLogger(), "other": logger})
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")
-def test_wandb_offline_keeps_its_run_id_and_draws_every_layer(tmp_path: Path) -> None:
-    for step in (0, 2):
-        wandb = wandb_logger("offline")
-        logger = with_local(wandb)
-        logger.start(RunDir(tmp_path), CFG, step=step)
-        assert wandb._run.config["trainer"]["max_steps"] == 4
-        charts: dict[str, object] = {}
-        real_log = wandb._run.log
-        wandb._run.log = lambda row, into=charts, log=real_log: (into.update(row), log(row))
-        logger.log(ROW | {"step": step + 1, "val/loss": 4.0})
-        logger.finish()
-        assert "moe/layer_00/load_chart" in charts
-    run_id = (tmp_path / "wandb_id").read_text()
-    folders = list((tmp_path / "wandb").glob("offline-run-*"))
-    assert folders and all(run_id in folder.name for folder in folders)
-    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 3]
-
-
-def test_wandb_failing_at_start_or_later_leaves_local_logging(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    import wandb
-
-    class Broken:
-        def define_metric(self, *names: str, **keys: str) -> None:
-            pass
-
-        def log(self, row: object) -> None:
-            raise wandb.errors.CommError("connection reset")
-
-    modes: list[str] = []
-
-    def init(*, mode: str, **settings: object) -> Broken:
-        modes.append(mode)
-        if mode in unreachable:
-            raise wandb.errors.CommError(f"no route to host ({mode})")
-        return Broken()
-
-    monkeypatch.setattr(wandb, "init", init)
-    for i, unreachable in enumerate((("online", "offline"), ("online",), ())):
-        run_dir = RunDir(tmp_path / str(i))
-        run_dir.path.mkdir()
-        logger = with_local(wandb_logger("online"))
-        logger.start(run_dir, CFG, step=0)
-        logger.log(ROW)
-        logger.log(ROW | {"step": 4})
-        logger.finish()
-        assert [row["step"] for row in read_rows(run_dir.metrics_path)] == [2, 4]
-        out = capsys.readouterr().out
-        assert ("W&B (online) did not start: no route to host" in out) is bool(unreachable)
-        assert ("no route to host (offline)" in out) is (len(unreachable) == 2)
-        assert ("connection reset" in out) is (len(unreachable) < 2)
-        assert out.count("logger.other failed and is dropped") == 1
-    assert modes == ["online", "offline"] * 2 + ["online"]
 
 
 class Calls(Logger):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from lunaris.config.schema.base import Component, key
+from lunaris.errors import UserError
 
 
 @dataclass
@@ -30,11 +31,25 @@ class WandbLoggerConfig(LoggerConfig):
 
     _group_ = "logger.wandb"
     _target_: str = "lunaris.metrics.wandb_logger.WandbLogger"
-    project: str = "lunaris"
+    # Where these are not set, W&B's environment variables count (WANDB_PROJECT, WANDB_MODE, …).
+    project: str | None = None
     entity: str | None = None
     group: str | None = None
     tags: list[str] = field(default_factory=list)
-    mode: str = key("online", allowed=("online", "offline", "disabled"))
+    mode: str | None = key(None, allowed=("online", "offline", "disabled"))
+    # Seconds in which W&B must have started, in the background, and finished, at the run's end.
+    init_timeout_s: float = key(60.0, above=0, at_most=3600)
+    finish_timeout_s: float = key(60.0, low=0, at_most=86400)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for tag in self.tags:
+            if not 1 <= len(str(tag)) <= 64:
+                raise UserError(f"logger.wandb.tags={tag}: a tag must have 1 to 64 characters")
+        for name in ("project", "entity", "group"):
+            value = getattr(self, name)
+            if value is not None and not 1 <= len(value) <= 128:
+                raise UserError(f"logger.wandb.{name}={value}: must have 1 to 128 characters")
 
 
 @dataclass

@@ -1,0 +1,190 @@
+"""Feeds the rows of a run's `metrics.jsonl` to Weights & Biases, in a process of its own. No torch.
+
+`python -m lunaris.metrics.wandb_feed RUN_DIR KEYS`, with KEYS as JSON, sends the rows of the file
+and those that follow, until its standard input is closed or a byte arrives there. Training never
+waits for W&B. Each start sends all rows: W&B drops the steps that it has, so that what a signal, a
+crash or a broken connection cost is sent when the run continues, or by `lunaris wandb-sync`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import uuid
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lunaris.atomic_files import read_json, write_json
+from lunaris.metrics.records import Row, expert_shares, rows_from
+from lunaris.runs.run_dir import RunDir
+
+_POLL_S = 0.5
+# After its end is asked for, a process that nobody waits for ends within this time.
+_END_S = 600
+# W&B draws no histogram of more bins.
+_MOST_BINS = 512
+STATE = "wandb.json"
+
+
+@dataclass
+class FeedState:
+    """What `wandb.json` in a run's folder says.
+
+    mode: online or offline, once W&B has started. rows: rows of `metrics.jsonl` given to W&B;
+    finished: whether W&B has confirmed them all. error: why it did not, or why it is offline.
+    """
+
+    id: str
+    project: str
+    entity: str | None
+    mode: str | None = None
+    url: str | None = None
+    rows: int = 0
+    finished: bool = False
+    error: str | None = None
+
+
+def read_state(run_dir: RunDir) -> FeedState | None:
+    """Return the state of a run's feed, or None where there is none that can be read."""
+    try:
+        return FeedState(**read_json(run_dir.path / STATE))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def start_state(run_dir: RunDir, keys: dict[str, Any]) -> FeedState:
+    """Write and return the state of a feed that starts.
+
+    The id, the project and the entity stay as they were, so that every attempt of a run continues
+    the same W&B run, whatever the environment says by then.
+    """
+    project = keys.get("project") or os.environ.get("WANDB_PROJECT") or "lunaris"
+    before = read_state(run_dir)
+    state = FeedState(uuid.uuid4().hex[:12], project, keys.get("entity"))
+    if before is not None:
+        state = FeedState(before.id, before.project, before.entity)
+    write_json(run_dir.path / STATE, asdict(state))
+    return state
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Feed a run's rows; return 0 once W&B has them all, else 1, with the reason in wandb.json."""
+    args = sys.argv[1:] if argv is None else argv
+    run_dir, keys = RunDir(args[0]), json.loads(args[1])
+    # What ends a job goes to all its processes. The end of this one is its standard input.
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+        signal.signal(number, signal.SIG_IGN)
+    ended = threading.Event()
+    threading.Thread(target=_wait_for_the_end, args=(ended,), daemon=True).start()
+    state = read_state(run_dir) or start_state(run_dir, keys)
+    modes = [keys["mode"], *(["offline"] if keys["fallback"] else [])]
+    for mode in modes:
+        state.mode, state.rows = None, 0
+        try:
+            _Feed(run_dir, keys, state).follow(mode, ended)
+            return 0
+        except Exception as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            state.error = state.error or f"{type(error).__name__}: {reason}"
+            write_json(run_dir.path / STATE, asdict(state))
+            _tear_down()
+    return 1
+
+
+def _wait_for_the_end(ended: threading.Event) -> None:
+    os.read(0, 1)
+    signal.alarm(_END_S)
+    ended.set()
+
+
+def _tear_down() -> None:
+    """End W&B's service, which may be dead: the next try starts a fresh one."""
+    import wandb
+
+    with suppress(Exception):
+        wandb.teardown()
+
+
+class _Feed:
+    """One W&B run in this process."""
+
+    def __init__(self, run_dir: RunDir, keys: dict[str, Any], state: FeedState) -> None:
+        self._dir, self._keys, self._state = run_dir, keys, state
+        self._offset = 0
+
+    def follow(self, mode: str, ended: threading.Event) -> None:
+        """Start W&B in `mode`, send rows until the end and finish. Raises what W&B raises."""
+        import wandb
+
+        self._start(wandb, mode)
+        last = False
+        while not last:
+            last = ended.wait(_POLL_S)
+            self._send(wandb)
+        self._run.finish(exit_code=0)
+        self._state.finished = True
+        self._save()
+
+    def _start(self, wandb: Any, mode: str) -> None:
+        keys, state = self._keys, self._state
+        self._run = wandb.init(
+            id=state.id,
+            resume="allow",
+            project=state.project,
+            entity=state.entity,
+            group=keys.get("group"),
+            tags=keys.get("tags") or None,
+            name=os.environ.get("WANDB_NAME") or keys["name"],
+            dir=os.environ.get("WANDB_DIR") or str(self._dir.path),
+            config=_config(self._dir),
+            mode=mode,
+            settings=wandb.Settings(init_timeout=keys["init_timeout_s"], silent=True),
+        )
+        for name, summary in (("*", None), ("train/loss", "min"), ("val/loss", "min")):
+            self._run.define_metric(name, step_metric="step", summary=summary)
+        state.mode, state.url = mode, None if mode == "offline" else self._run.url
+        self._save()
+
+    def _send(self, wandb: Any) -> None:
+        rows, self._offset = rows_from(self._dir.metrics_path, self._offset)
+        for row in rows:
+            self._run.log(_entries(wandb, row), step=row["step"])
+        if rows:
+            self._state.rows += len(rows)
+            self._save()
+
+    def _save(self) -> None:
+        write_json(self._dir.path / STATE, asdict(self._state))
+
+
+def _entries(wandb: Any, row: Row) -> dict[str, Any]:
+    """Return what W&B logs of a row: its numbers, and expert use as a heat map over time.
+
+    A histogram whose bins are the experts is one small entry a layer, and W&B draws those of all
+    steps as a heat map.
+    """
+    entries = {k: v for k, v in row.items() if isinstance(v, int | float)}
+    for name, shares in expert_shares(row).items():
+        if len(shares) <= _MOST_BINS:
+            edges = list(range(len(shares) + 1))
+            entries[name] = wandb.Histogram(np_histogram=(shares, edges))
+    return entries
+
+
+def _config(run_dir: RunDir) -> dict[str, Any]:
+    """Return the run's config as plain dicts, with its provenance."""
+    from omegaconf import OmegaConf
+
+    if not run_dir.config_path.is_file():
+        return {}
+    config = OmegaConf.to_container(OmegaConf.load(run_dir.config_path))
+    found = config if isinstance(config, dict) else {}
+    return {str(k): v for k, v in found.items()} | {"provenance": run_dir.read_provenance()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
