@@ -83,6 +83,21 @@ def explain_out_of_memory(advice: str) -> Iterator[None]:
         raise UserError(f"out of memory {advice} ({reason})") from error
 
 
+def weights_advice(cfg: Config) -> str:
+    """Return the keys that made a model as large as it is, after "out of memory"."""
+    sizes = {
+        "model.d_model": cfg.model.d_model,
+        "model.n_layers": cfg.model.n_layers,
+        "model.vocab_size": cfg.model.vocab_size,
+        "moe.n_experts": getattr(cfg.moe, "n_experts", None),
+    }
+    shown = ", ".join(f"{name}={value}" for name, value in sizes.items() if value is not None)
+    return (
+        f"for the weights with {shown}; `lunaris plan` shows what each part takes. Smaller values, "
+        "or parallelism=fsdp over more processes, take less"
+    )
+
+
 def step_advice(cfg: Config) -> str:
     """Return what takes less memory in a step, after "out of memory"."""
     return (

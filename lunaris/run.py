@@ -20,7 +20,7 @@ from lunaris.distributed import collectives, session
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import UserError
 from lunaris.evaluate import Evaluator
-from lunaris.lifecycle import explain_out_of_memory, step_advice, supervise
+from lunaris.lifecycle import explain_out_of_memory, step_advice, supervise, weights_advice
 from lunaris.metrics.loggers import Loggers
 from lunaris.metrics.plot import plot_loss
 from lunaris.metrics.throughput import Meter, peak_flops
@@ -80,12 +80,7 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
     precision = Precision(cfg.trainer.precision, parallelism.device)
     # A process alone may leave at once: of a large model on a laptop this takes minutes.
     early = stop.at_once("building the model") if session.world_size() == 1 else nullcontext()
-    with (
-        early,
-        explain_out_of_memory(
-            "for the weights; a smaller model, or parallelism=fsdp over more processes, takes less"
-        ),
-    ):
+    with early, explain_out_of_memory(weights_advice(cfg)):
         model = parallelism.wrap(
             bare_model(cfg, data.vocab_size),
             precision=precision,

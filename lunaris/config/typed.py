@@ -110,6 +110,10 @@ def to_config(cfg: DictConfig) -> Config:
             values[name] = OmegaConf.to_object(node) if OmegaConf.is_config(node) else node
         except UserError:
             raise
+        except OmegaConfBaseException as error:
+            # An interpolation may stand where the schema wants a list, say.
+            said = str(error).splitlines()[0]
+            raise UserError(f"{error.full_key or name}: {said}") from error
         except ValueError as error:
             # The check of a custom schema, which need not know our UserError.
             raise UserError(f"{name}: {error}") from error
@@ -167,6 +171,16 @@ def _chosen(parent: Any, name: str, group: str, path: str) -> Any:
 
 
 def _target_of(node: Any, path: str) -> str:
+    try:
+        return _target(node, path)
+    except OmegaConfBaseException as error:
+        raw = OmegaConf.to_container(node, resolve=False)
+        target = raw.get("_target_") if isinstance(raw, dict) else None
+        said = str(error).splitlines()[0]
+        raise UserError(f"{path}._target_={target}: cannot be resolved: {said}") from error
+
+
+def _target(node: Any, path: str) -> str:
     target = "" if OmegaConf.is_missing(node, "_target_") else str(node.get("_target_") or "")
     if not target and SCHEMA in node:
         target = str(getattr(locate(f"{path}.{SCHEMA}", node[SCHEMA]), "_target_", ""))

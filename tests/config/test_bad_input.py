@@ -82,6 +82,12 @@ TABLE: list[tuple[str, str]] = [
     ("trainer.compile_model=3", "trainer.compile_model=3: must be true or false"),
     ("optimizer.betas=0.9", "optimizer.betas=0.9: must be a list of 2 numbers"),
     ("optimizer.betas=[a,b]", "optimizer.betas=[a,b]: must be a list of 2 numbers"),
+    ("optimizer.betas=${seed}", "optimizer.betas=1337: must be a list of 2 numbers"),
+    ("optimizer._target_=${nope}", "optimizer._target_=${nope}: cannot be resolved: Interpol"),
+    ("data._target_=${nope}", "data._target_=${nope}: cannot be resolved: Interpolation key"),
+    ("logger=wandb logger.wandb.tags=${seed}", "logger.wandb: "),
+    ("model.vocab_size=9223372036854775807", "model.vocab_size=9223372036854775807: must be be"),
+    ("moe.bias_update_rate=1e308", "moe.bias_update_rate=1e+308: must be at most 1000000.0"),
     ("optimizer.betas=[0.9]", "optimizer.betas=[0.9]: must be a list of 2 numbers"),
     # syntax
     ("moe.n_experts", "moe.n_experts: not an override; write moe.n_experts=VALUE"),

@@ -43,7 +43,7 @@ class ShardsDataConfig(DataConfig):
     weights: list[float] | None = None
     val_fraction: float = key(0.01, low=0.0, high=0.9)
     # Null: the manifest's, else the largest id + 1.
-    vocab_size: int | None = key(None, low=1)
+    vocab_size: int | None = key(None, low=1, high=2**32)
     # Null: the manifest's; without one, needed for document_masking.
     eot_id: int | None = key(None, low=0)
     verify: bool = free(False)

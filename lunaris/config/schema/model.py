@@ -13,7 +13,7 @@ class ModelConfig(Schema):
     """The decoder. `vocab_size: null` takes the vocabulary of the data's manifest."""
 
     _group_ = "model"
-    vocab_size: int | None = key(None, low=1)
+    vocab_size: int | None = key(None, low=1, high=2**32)
     d_model: int = key(128, low=1, at_most=2**20)
     n_layers: int = key(4, low=1, at_most=2**16)
     n_heads: int = key(4, low=1)

@@ -78,7 +78,7 @@ class MoEConfig(FeedForwardConfig):
     balance_scope: str = key("global", allowed=("global", "sequence"))
     aux_loss_weight: float = changeable(0.01, low=0)
     router_z_loss_weight: float = changeable(0.001, low=0)
-    bias_update_rate: float = changeable(0.001, above=0)
+    bias_update_rate: float = changeable(0.001, above=0, at_most=1e6)
     router_lr_scale: float = changeable(1.0, above=0)
     # Divide the chosen gate probabilities by their sum; needs k > 1.
     normalize_gates: bool = False

@@ -27,8 +27,10 @@ class AdamWConfig(OptimizerConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if len(self.betas) != 2:
-            raise UserError(f"optimizer.betas={list(self.betas)}: must be a list of 2 numbers")
+        # An interpolation may give anything.
+        given = list(self.betas) if isinstance(self.betas, list | tuple) else self.betas
+        if not isinstance(given, list) or len(given) != 2:
+            raise UserError(f"optimizer.betas={given}: must be a list of 2 numbers")
         self.betas = (self.betas[0], self.betas[1])  # A list where a file gave it.
         for beta in self.betas:
             if not 0 <= beta < 1:
