@@ -104,6 +104,18 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_taken(
     assert losses(run_dir) == losses(RunDir("whole"))
 
 
+def test_a_flipped_bit_is_damage(stopped: Callable[[], RunDir]) -> None:
+    """In the middle of the weights, where loading sees nothing."""
+    run_dir = stopped()
+    path = run_dir.checkpoints / "step_00000004/__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    with pytest.warns(UserWarning, match="step_00000004 is damaged, skipped"):
+        assert main(["resume", "runs/run"]) == 0
+    assert losses(run_dir) == losses(RunDir("whole"))
+
+
 def test_a_checkpoint_that_cannot_be_loaded_is_skipped_too(
     stopped: Callable[[], RunDir], monkeypatch: pytest.MonkeyPatch
 ) -> None:

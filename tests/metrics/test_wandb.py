@@ -264,7 +264,7 @@ def test_a_stopped_run_does_not_wait(
 ) -> None:
     with serving("hole") as server:
         use(monkeypatch, server.env)
-        loggers = begin(tmp_path, None, last=100, finish_timeout_s=600.0)
+        loggers = begin(tmp_path, None, last=100, init_timeout_s=600.0, finish_timeout_s=600.0)
         log(loggers, range(9))
         began = time.monotonic()
         loggers.finish()
