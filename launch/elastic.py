@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
-from lunaris.errors import Stopped, UserError
+from lunaris.errors import Stopped, UserError, ending
 from lunaris.torch_internals import ElasticAgent
 
 _WRONG_INPUT, _STOPPED = UserError.exit_code, Stopped.exit_code
@@ -68,7 +68,8 @@ def describe(failures: list[ProcessFailure], path: Path) -> str:
     expected = [f for f in failures if f.exitcode in (_WRONG_INPUT, _STOPPED)]
     first = min(expected or failures, key=_time)
     if first.exitcode in (_WRONG_INPUT, _STOPPED):
-        return f"{'error' if first.exitcode == _WRONG_INPUT else 'stopped'}: {_reason(first)}"
+        kind = "error" if first.exitcode == _WRONG_INPUT else "stopped"
+        return ending(kind, _reason(first))
     # All workers are on this machine, so that the local rank is the rank.
     rank = first.local_rank
     return f"rank {rank} failed: {_reason(first)}; see {path / 'logs' / f'rank_{rank}.log'}"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from lunaris.config.schema.root import Config
 from lunaris.distributed.signals import StopSignal
-from lunaris.errors import EXPECTED, Stopped, UserError
+from lunaris.errors import EXPECTED, Stopped, UserError, ending
 from lunaris.launch.local import Local, exit_code_here
 from lunaris.runs.run_dir import RunDir
 
@@ -35,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         # Under torch's elastic agent the launcher prints it, once for all processes.
         if "TORCHELASTIC_ERROR_FILE" not in os.environ:
             kind = "stopped" if isinstance(error, Stopped) else "error"
-            print(f"{kind}: {error}", file=sys.stderr)
+            print(ending(kind, str(error)), file=sys.stderr)
         return error.exit_code
 
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from lunaris import __version__
-from lunaris.errors import RunFailed, Stopped, UserError, did_you_mean
+from lunaris.errors import RunFailed, Stopped, UserError, did_you_mean, ending
 
 _FOLDER = Path(__file__).parent / "commands"
 _ORDER = (
@@ -40,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except Stopped as stopped:
-        print(f"stopped: {stopped}", file=sys.stderr)
+        print(ending("stopped", str(stopped)), file=sys.stderr)
         return Stopped.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -30,6 +30,11 @@ class Stopped(Exception):
 EXPECTED = (UserError, RunFailed, Stopped)
 
 
+def ending(kind: str, message: str) -> str:
+    """Return the line that says how a command ended, "error: …" or "stopped: …"."""
+    return message if message.startswith(f"{kind} ") else f"{kind}: {message}"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean X?" for the known name nearest to `name`, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

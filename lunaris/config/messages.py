@@ -23,10 +23,17 @@ def no_such_key(key: str, known: list[str], choice: str | None = None) -> str:
         return f"{key}: {chosen} has no such key; {choices} {have} it"
     last = key.rpartition(".")[2]
     outer = key.removesuffix(last)
-    near = did_you_mean(last, known).replace("you mean ", f"you mean {outer}") or nearest(key)
+    meant = _abbreviated(last, known) or did_you_mean(last, known)
+    near = meant.replace("you mean ", f"you mean {outer}") or nearest(key)
     keys = ", ".join(f"{outer}{name}" for name in known if name != "_target_")
     allowed = f"; allowed are {keys}" if keys else "; the chosen option has no keys"
     return f"{key}: no such key{near or allowed}"
+
+
+def _abbreviated(name: str, known: list[str]) -> str:
+    """Return "; did you mean learning_rate?" for lr, the initials of one known name."""
+    meant = [k for k in known if "_" in k and "".join(part[:1] for part in k.split("_")) == name]
+    return f"; did you mean {meant[0]}?" if len(meant) == 1 else ""
 
 
 def wrong_value(schema: type | None, key: str, value: Any) -> str:

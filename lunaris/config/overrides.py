@@ -127,8 +127,12 @@ def apply(cfg: DictConfig, override: Override, choice: str | None = None) -> Non
         if not added:
             _check_key(cfg, name, choice)
         schema, number = _schema_of_parent(cfg, name), type(part) in (int, float)
+        wanted = type_of(schema, name.rpartition(".")[2])
+        if wanted in (int, int | None) and isinstance(part, float) and part.is_integer():
+            # Hydra reads 1e3 as a float; one of 2**53 or more is not exact.
+            part = int(part) if abs(part) < 2**53 else part
         try:
-            if number and type_of(schema, name.rpartition(".")[2]) is bool:
+            if number and wanted is bool:
                 raise ValidationError("OmegaConf takes any number for true")
             with open_dict(cfg):
                 OmegaConf.update(cfg, name, part, merge=True, force_add=True)

@@ -231,3 +231,9 @@ def test_a_custom_class_is_imported_before_anything_starts(monkeypatch: pytest.M
     ):
         with pytest.raises(UserError, match=message):
             compose([f"moe._target_={target}"])
+
+
+def test_a_whole_number_may_be_written_with_an_exponent() -> None:
+    cfg = compose(["trainer.max_steps=1e3", "trainer.eval_steps=2e0"])
+    assert (cfg.trainer.max_steps, cfg.trainer.eval_steps) == (1000, 2)
+    assert type(cfg.trainer.max_steps) is int and type(cfg.trainer.eval_steps) is int
