@@ -12,6 +12,9 @@ from lunaris.errors import RunFailed, UserError
 from lunaris.runs.discovery import find_runs, is_run, is_sweep
 from lunaris.runs.run_dir import RunDir
 
+# A day.
+_MOST_S = 86400
+
 
 def main(argv: list[str]) -> int:
     """Send every row of each run. Raises RunFailed where W&B does not take one of them."""
@@ -20,8 +23,8 @@ def main(argv: list[str]) -> int:
     for folder in folders:
         if not is_run(folder) and not is_sweep(folder):
             raise UserError(f"{folder}: not a run's folder and not a sweep's")
-    if not args.timeout > 0:
-        raise UserError(f"--timeout {args.timeout:g}: must be greater than 0")
+    if not 0 < args.timeout <= _MOST_S:
+        raise UserError(f"--timeout {args.timeout:g}: must be greater than 0, at most {_MOST_S}")
     runs = [RunDir(run.path) for folder in folders for run in find_runs(folder)]
     failed = [run.path for run in runs if not _send(run, args)]
     if failed:
@@ -59,6 +62,7 @@ def _keys(run_dir: RunDir, args: argparse.Namespace) -> dict[str, Any]:
         "name": cfg.name,
         "mode": "online",
         "fallback": False,
+        "finish_timeout_s": args.timeout,
         # Within the timeout, so that what W&B says about its start is shown.
         "init_timeout_s": min(found.init_timeout_s, args.timeout / 2),
     }

@@ -23,8 +23,8 @@ from lunaris.metrics.records import Row, expert_shares, rows_from
 from lunaris.runs.run_dir import RunDir
 
 _POLL_S = 0.5
-# After its end is asked for, a process that nobody waits for ends within this time.
-_END_S = 600
+# Where whoever started this process is gone, it outlives `finish_timeout_s` by this at most.
+_SPARE_S = 60
 # W&B draws no histogram of more bins.
 _MOST_BINS = 512
 STATE = "wandb.json"
@@ -79,7 +79,8 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     ended = threading.Event()
-    threading.Thread(target=_wait_for_the_end, args=(ended,), daemon=True).start()
+    most_s = int(keys["finish_timeout_s"]) + _SPARE_S
+    threading.Thread(target=_wait_for_the_end, args=(ended, most_s), daemon=True).start()
     state = read_state(run_dir) or start_state(run_dir, keys)
     modes = [keys["mode"], *(["offline"] if keys["fallback"] else [])]
     for mode in modes:
@@ -95,9 +96,9 @@ def main(argv: list[str] | None = None) -> int:
     return 1
 
 
-def _wait_for_the_end(ended: threading.Event) -> None:
+def _wait_for_the_end(ended: threading.Event, most_s: int) -> None:
     os.read(0, 1)
-    signal.alarm(_END_S)
+    signal.alarm(most_s)
     ended.set()
 
 

@@ -40,8 +40,11 @@ class WandbLogger(Logger):
         self._mode = {"dryrun": "offline", "shared": "online"}.get(chosen, chosen)
         self._finish_timeout_s = finish_timeout_s
         self._keys = keys | {
-            "mode": self._mode, "init_timeout_s": init_timeout_s, "fallback": True
-        }  # fmt: skip
+            "mode": self._mode,
+            "init_timeout_s": init_timeout_s,
+            "finish_timeout_s": finish_timeout_s,
+            "fallback": True,
+        }
         self._process: subprocess.Popen[bytes] | None = None
         self._step, self._told = 0, False
 
