@@ -1,4 +1,4 @@
-"""Feeds the rows of a run's `metrics.jsonl` to Weights & Biases, in a process of its own. No torch.
+"""Feeds the rows of a run's `metrics.jsonl` to Weights & Biases, in a separate process. No torch.
 
 `python -m lunaris.metrics.wandb_feed RUN_DIR KEYS`, with KEYS as JSON, sends the rows of the file
 and those that follow, until its standard input is closed or a byte arrives there. Training never

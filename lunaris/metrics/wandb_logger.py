@@ -1,4 +1,4 @@
-"""Weights & Biases, fed by a process of its own from the run's `metrics.jsonl`."""
+"""Weights & Biases, fed by a separate process from the run's `metrics.jsonl`."""
 
 from __future__ import annotations
 
