@@ -19,6 +19,7 @@ def test_every_option_is_here_or_trained_elsewhere(script: Callable[[str], Modul
     assert set(options.options()) == GOLDEN.keys() | options.ELSEWHERE
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*wandb.*", "ignore::DeprecationWarning:wandb")
 @pytest.mark.parametrize("option", GOLDEN)
 def test_every_option_trains(script: Callable[[str], ModuleType], option: str) -> None:
