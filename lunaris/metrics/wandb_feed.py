@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lunaris.atomic_files import read_json, write_json
-from lunaris.metrics.records import Row, expert_shares, rows_from
+from lunaris.metrics.records import Row, expert_shares, rows_from, scalars
 from lunaris.runs.run_dir import RunDir
 
 _POLL_S = 0.5
@@ -168,7 +168,7 @@ def _entries(wandb: Any, row: Row) -> dict[str, Any]:
     A histogram whose bins are the experts is one small entry a layer, and W&B draws those of all
     steps as a heat map.
     """
-    entries = {k: v for k, v in row.items() if isinstance(v, int | float)}
+    entries: dict[str, Any] = {"step": row["step"], **scalars(row)}
     for name, shares in expert_shares(row).items():
         if len(shares) <= _MOST_BINS:
             edges = list(range(len(shares) + 1))
