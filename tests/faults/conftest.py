@@ -5,12 +5,15 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +108,62 @@ def group() -> Callable[..., tuple[list[int], str]]:
             return codes, log.read()
 
     return run
+
+
+class Fork:
+    """A process that the fork server started."""
+
+    def __init__(self, server: subprocess.Popen[str], pid: int) -> None:
+        self._server, self.pid = server, pid
+
+    def running(self) -> bool:
+        """Return whether the process has not ended."""
+        return Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+
+    def wait(self, timeout_s: float = 250) -> int:
+        """Return the exit code; kill the process after `timeout_s` seconds and raise."""
+        end = time.monotonic() + timeout_s
+        while self.running():
+            if time.monotonic() > end:
+                os.kill(self.pid, signal.SIGKILL)
+                raise TimeoutError(f"process {self.pid} still ran after {timeout_s} s")
+            time.sleep(0.005)
+        return ask(self._server, {"wait": self.pid})
+
+
+def ask(server: subprocess.Popen[str], order: dict[str, Any]) -> int:
+    """Send an order to the fork server and return its answer."""
+    assert server.stdin is not None and server.stdout is not None
+    server.stdin.write(json.dumps(order) + "\n")
+    server.stdin.flush()
+    return int(server.stdout.readline())
+
+
+@pytest.fixture(scope="session")
+def _fork_server() -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("fork_server.py"))],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as server:
+        yield server
+
+
+@pytest.fixture
+def fork(_fork_server: subprocess.Popen[str]) -> Callable[..., Fork]:
+    """Return a function that starts `python -m MODULE ARGS` in this folder, with torch imported.
+
+    Its output goes to `forks.log`. Keyword arguments are environment variables.
+    """
+
+    def start(module: str, *args: str, **env: str) -> Fork:
+        order = {"module": module, "args": args, "env": env, "cwd": str(Path.cwd())}
+        log = str(Path("forks.log").absolute())
+        return Fork(_fork_server, ask(_fork_server, order | {"log": log}))
+
+    return start
 
 
 @pytest.fixture(scope="session")

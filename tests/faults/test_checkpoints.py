@@ -7,8 +7,7 @@ import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +19,11 @@ import torch
 import lunaris.checkpoint
 from lunaris.__main__ import main
 from lunaris.checkpoint import Checkpoints, TrainState
+from lunaris.config.compose import compose
 from lunaris.metrics.records import read_rows
 from lunaris.runs import checkpoint_files
 from lunaris.runs.checkpoint_files import complete, find_corruption
+from lunaris.runs.create import create
 from lunaris.runs.facts import step_of
 from lunaris.runs.run_dir import RunDir
 
@@ -267,38 +268,106 @@ def fill_disk(patch: pytest.MonkeyPatch, when: str, times: int = 99) -> None:
     patch.setattr(owner, name, failing)
 
 
-@pytest.mark.slow
+@pytest.mark.timeout(0)
 def test_killed_inside_saves_with_pruning(
     stopped: Callable[[], RunDir],
+    fork: Callable[..., Any],
     keys: list[str],
     long: bool,
     counted: Callable[[str, int], None],
 ) -> None:
     """SIGKILL at random moments while it saves each step and keeps two checkpoints."""
-    run_dir = stopped()
-    shutil.rmtree(run_dir.path)
+    stopped()
+    shutil.rmtree("runs")
     more = ["trainer.max_steps=24", "checkpoint.save_interval=1", "checkpoint.keep_last=2"]
-    command = [sys.executable, "-m", "lunaris", "train", *keys, *more]
-    draw, kills, inside = random.Random(0), 1000 if long else 3, 0
+    worker = "lunaris.launch.worker"
+    whole = create(compose([*keys, *more, "name=undisturbed"]), "test", [])
+    assert fork(worker, str(whole.path)).wait() == 0
+    run_dir = create(compose([*keys, *more]), "test", [])
+    draw, kills, inside = random.Random(0), 1000 if long else 10, 0
     for _ in range(kills):
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as run:
-            began = len(read_rows(run_dir.metrics_path))
-            while run.poll() is None and len(read_rows(run_dir.metrics_path)) < began + 2:
-                time.sleep(0.01)
-            # Half of the kills fall while a checkpoint is written.
-            while run.poll() is None and draw.random() < 0.98:
-                if any(run_dir.checkpoints.glob(".tmp-*")) and draw.random() < 0.3:
-                    break
-                time.sleep(0.001)
-            run.send_signal(signal.SIGKILL)
-        inside += any(run_dir.checkpoints.glob(".tmp-*"))
+        run = fork(worker, str(run_dir.path))
+        wait_for_rows(run_dir, run.running)
+        # Half of the kills fall while a checkpoint is written.
+        while run.running() and draw.random() < 0.98:
+            if saving(run_dir) and draw.random() < 0.3:
+                break
+            time.sleep(0.001)
+        os.kill(run.pid, signal.SIGKILL)
+        assert run.wait() in (0, -signal.SIGKILL), Path("forks.log").read_text()[-2000:]
+        inside += saving(run_dir)
         for path in run_dir.checkpoints.glob("step_*"):
             assert find_corruption(path) is None
         if read_rows(run_dir.metrics_path)[-1]["step"] >= 20:
+            assert fork(worker, str(run_dir.path)).wait() == 0
+            assert losses(run_dir) == losses(whole)
             shutil.rmtree(run_dir.path)
+            run_dir = create(compose([*keys, *more]), "test", [])
     counted("kills while checkpoints were saved and pruned", kills)
     counted("of them inside a save", inside)
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
-    whole = [*keys, *more, "name=undisturbed"]
-    assert main(["train", *whole]) == 0
-    assert losses(run_dir) == losses(RunDir("runs/undisturbed"))
+    assert fork(worker, str(run_dir.path)).wait() == 0
+    assert losses(run_dir) == losses(whole)
+
+
+@pytest.mark.timeout(0)
+def test_one_of_two_sharded_ranks_is_killed(
+    stopped: Callable[[], RunDir],
+    fork: Callable[..., Any],
+    keys: list[str],
+    long: bool,
+    counted: Callable[[str, int], None],
+) -> None:
+    """SIGKILL to one rank or both of an FSDP run; where one is left, it ends by itself."""
+    stopped()
+    shutil.rmtree("runs")
+    more = [
+        "parallelism=fsdp", "launch.processes=2", "trainer.batch_size=2", "trainer.max_steps=24",
+        "checkpoint.save_interval=1", "checkpoint.keep_last=2", "launch.collective_timeout_s=20",
+    ]  # fmt: skip
+    whole = create(compose([*keys, *more, "name=undisturbed"]), "test", [])
+    run_dir = create(compose([*keys, *more]), "test", [])
+
+    def start(folder: RunDir) -> list[Any]:
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = str(free.getsockname()[1])
+        group = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+        path, worker = str(folder.path), "lunaris.launch.worker"
+        return [fork(worker, path, RANK=rank, LOCAL_RANK=rank, **group) for rank in "01"]
+
+    assert [rank.wait() for rank in start(whole)] == [0, 0]
+    draw, kills, inside = random.Random(0), 100 if long else 3, 0
+    for _ in range(kills):
+        ranks = start(run_dir)
+        wait_for_rows(run_dir, ranks[0].running)
+        while ranks[0].running() and draw.random() < 0.98:
+            if saving(run_dir) and draw.random() < 0.3:
+                break
+            time.sleep(0.001)
+        for rank in draw.choice([ranks[:1], ranks[1:], ranks]):
+            os.kill(rank.pid, signal.SIGKILL)
+        assert all(rank.wait() in (0, 1, -signal.SIGKILL) for rank in ranks)
+        inside += saving(run_dir)
+        for path in run_dir.checkpoints.glob("step_*"):
+            assert find_corruption(path) is None
+        if read_rows(run_dir.metrics_path)[-1]["step"] >= 20:
+            assert [rank.wait() for rank in start(run_dir)] == [0, 0]
+            assert losses(run_dir) == losses(whole)
+            shutil.rmtree(run_dir.path)
+            run_dir = create(compose([*keys, *more]), "test", [])
+    counted("kills of one or both of two FSDP processes", kills)
+    counted("of them inside a sharded save", inside)
+    assert [rank.wait() for rank in start(run_dir)] == [0, 0]
+    assert losses(run_dir) == losses(whole)
+
+
+def saving(run_dir: RunDir) -> bool:
+    """Return whether a checkpoint is being written or removed."""
+    return any(run_dir.checkpoints.glob(".tmp-*"))
+
+
+def wait_for_rows(run_dir: RunDir, running: Callable[[], bool]) -> None:
+    """Wait until the run that has just been started has logged two steps more, or has ended."""
+    began = len(read_rows(run_dir.metrics_path))
+    while running() and len(read_rows(run_dir.metrics_path)) < began + 2:
+        time.sleep(0.01)
