@@ -90,6 +90,11 @@ def _report(made: Manifest, folder: str, seconds: float) -> None:
         f"validation, {shards} shards of {made.dtype}, vocabulary {made.vocab_size:,} "
         f"({seconds:.1f} s)"
     )
+    if not tokens.get("val"):
+        print(
+            "note: no document fell into the validation part, so training will have no val/loss; "
+            "raise data.val_fraction (in another data.dir) or give more text"
+        )
     print(f"next: lunaris train data=shards {quote(f'data.dir={folder}')}")
 
 

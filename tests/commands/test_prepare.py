@@ -159,3 +159,10 @@ def test_a_line_of_a_hundred_megabytes(name: str) -> None:
     decoded = TextTokenizer(Path("out/tokenizer.json")).decode_bytes(tokens)
     assert decoded == text
     assert np.count_nonzero(tokens == 0) == 1
+
+
+def test_a_missing_validation_part_is_said(capfd: pytest.CaptureFixture[str]) -> None:
+    write_corpus()
+    assert main([*COMMAND, "data.files=[a.jsonl]", "data.val_fraction=0"]) == 0
+    out = capfd.readouterr().out
+    assert "0 for validation" in out and "training will have no val/loss" in out
