@@ -18,7 +18,8 @@ class FakeWandb(ThreadingHTTPServer):
     """Keeps the rows that clients send. `mode` may change while it runs.
 
     good; slow: each answer takes 0.4 s; hole: takes requests and never answers; hang_rows:
-    starts a run but never answers its rows; broken: HTTP 500 to everything.
+    starts a run but never answers its rows; broken: HTTP 500 to everything; dead: cuts each
+    connection.
     """
 
     daemon_threads = True
@@ -69,7 +70,10 @@ class _Handler(BaseHTTPRequestHandler):
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
         mode, rows = self.server.mode, "file_stream" in self.path
         if mode == "hole" or (mode == "hang_rows" and rows):
-            self.server.closing.wait()
+            while self.server.mode == mode and not self.server.closing.wait(0.1):
+                pass
+            return
+        if mode == "dead":
             return
         if mode == "slow":
             time.sleep(0.4)

@@ -130,6 +130,27 @@ def test_whatever_the_server_does(
     assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == list(range(9))
 
 
+@pytest.mark.parametrize("mode", ["hang_rows", "dead"])
+def test_a_server_that_comes_back_gets_every_row(
+    mode: str, serving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """It fails half-way through the run and answers again before the end."""
+    with serving() as server:
+        use(monkeypatch, server.env)
+        loggers = begin(tmp_path, None, last=12, init_timeout_s=30.0, finish_timeout_s=90.0)
+        log(loggers, range(4))
+        wait_for(lambda: server.rows, tmp_path)
+        server.mode = mode
+        log(loggers, range(4, 8))
+        time.sleep(3)
+        server.mode = "good"
+        log(loggers, range(8, 13))
+        loggers.finish()
+        assert sorted(server.rows) == list(range(13))
+        assert "wandb-sync" not in capsys.readouterr().out
+
+
 def test_expert_use_is_one_histogram_a_layer(
     serving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
