@@ -18,6 +18,7 @@ from lunaris.errors import EXPECTED, Stopped
 from lunaris.launch.allocator import keep_freed_memory
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
+from lunaris.runs.status import refuse_active
 
 if TYPE_CHECKING:
     from lunaris.run import RunResult
@@ -39,8 +40,10 @@ class Local:
     def submit(self, cfg: Config, command: str, overrides: list[str]) -> int:
         """Freeze the folder of a run and train it; return the exit code.
 
-        Raises UserError, and Stopped after a signal, when the run trains in this process.
+        Raises UserError while a job of the run is queued or running, and when the run trains in
+        this process also Stopped after a signal.
         """
+        refuse_active(Path(cfg.out_dir))
         return self.start(create(cfg, command, overrides).path)
 
     def start(self, path: Path) -> int:

@@ -25,7 +25,7 @@ from lunaris.launch.submitit_internals import sbatch_script
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import LOCAL
-from lunaris.runs.status import RunState, resolve_states
+from lunaris.runs.status import RunState, refuse_active, resolve_states
 
 _POLL_S = 2.0
 
@@ -61,7 +61,10 @@ class Slurm:
         if run_dir.read_status().get("state") == "done":
             print(f"{cfg.out_dir}: already done; nothing was sent")
             return 0
-        (job_id,) = self.send([run_dir.path], folder=run_dir.path, name=str(cfg.name))
+        # Two commands that send one run at the same time: the second sees the job of the first.
+        with run_dir.submission_lock():
+            refuse_active(path)
+            (job_id,) = self.send([run_dir.path], folder=run_dir.path, name=str(cfg.name))
         print(_sent(job_id, self.keys, cfg.out_dir), flush=True)
         if not self.keys.wait:
             return 0
@@ -165,16 +168,6 @@ class Slurm:
             # The jobs outlive this process; Python warns about the running child.
             warnings.simplefilter("ignore", ResourceWarning)
             return executor.submit_array(tasks)
-
-
-def refuse_active(path: Path) -> None:
-    """Raise UserError while the run in `path` is queued or running as a job."""
-    (state,) = resolve_states([path])
-    if state.active and state.job_id:
-        raise UserError(
-            f"{path}: is already {state.state}, as job {state.job_id}; `lunaris cancel {path}` "
-            "cancels it"
-        )
 
 
 def wait_until_ended(paths: Sequence[Path]) -> list[RunState]:

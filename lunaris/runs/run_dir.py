@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 _FILES = ("config.yaml", "provenance.json", "status.json", "metrics.jsonl", "tokenizer.json",
           "changes.jsonl", "loss.png", "model.pt", "wandb.json", ".lock",
-          ".status.lock")  # fmt: skip
+          ".status.lock", ".submission.lock")  # fmt: skip
 _FOLDERS = ("checkpoints", "logs", "set_aside")
 
 
@@ -237,6 +237,10 @@ class RunDir:
     def _read(self, name: str) -> dict[str, Any]:
         content = read_json(self.path / name)
         return {key: value for key, value in content.items() if _fits(name, key, value)}
+
+    def submission_lock(self) -> TextIO:
+        """Wait until no other command submits this run; closing the returned file lets others."""
+        return file_lock(self.path / ".submission.lock")
 
     def lock(self) -> TextIO:
         """Lock the folder for this job, until the returned file is closed or the process ends.

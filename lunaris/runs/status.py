@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lunaris.errors import UserError
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import LOCAL, JobState, ask_slurm, is_process
 
@@ -83,6 +84,16 @@ def resolve_states(paths: Sequence[Path]) -> list[RunState]:
         resolve_state(path, status, jobs.get(status.get("job_id") or ""))
         for path, status in zip(paths, statuses, strict=True)
     ]
+
+
+def refuse_active(path: Path) -> None:
+    """Raise UserError while the run in `path` is queued or running as a job."""
+    (state,) = resolve_states([path])
+    if state.active and state.job_id:
+        raise UserError(
+            f"{path}: is already {state.state}, as job {state.job_id}; `lunaris cancel {path}` "
+            "cancels it"
+        )
 
 
 def resolve_state(path: Path, status: dict[str, Any], job: JobState | None) -> RunState:

@@ -62,8 +62,11 @@ class Site:
 
     def train(self, name: str, *overrides: str, code: int = 0, **env: str) -> str:
         """Send a tiny run (with `launch=local`, train it here) and return what is printed."""
-        args = ("train", *TINY, "launch=slurm", f"name={name}", *overrides)
-        return self.lunaris(*args, code=code, **env)
+        return self.lunaris(*self.train_args(name), *overrides, code=code, **env)
+
+    def train_args(self, name: str) -> list[str]:
+        """Return the arguments of the command that sends a tiny run."""
+        return ["train", *TINY, "launch=slurm", f"name={name}"]
 
     def rows(self, folder: str, **env: str) -> list[dict[str, Any]]:
         """Return what `lunaris runs` shows of a folder."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 import shutil
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -190,6 +192,42 @@ def test_cancel_ends_a_waiting_and_a_running_job(site: Any) -> None:
         site.wait_for_state(run, "cancelled")
     site.wait_for(lambda: site.status("runs/running")["state"] == "stopped")
     assert list((site.dir / "runs/running/checkpoints").glob("step_*"))
+
+
+def test_two_that_send_one_run_at_once_send_one_job(site: Any) -> None:
+    """Each pair is a new run; the second command begins 0 to 0.6 s after the first."""
+    for i in range(3):
+        run, started = f"runs/pair{i}", []
+        command = [sys.executable, "-m", "lunaris", *site.train_args(f"pair{i}")]
+        for wait_s in (0.0, 0.3 * i):
+            time.sleep(wait_s)
+            started.append(
+                subprocess.Popen(
+                    command, cwd=site.dir, env=site.env, text=True, stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                )
+            )  # fmt: skip
+        said = [process.communicate(timeout=120)[0] for process in started]
+        assert sorted(process.returncode for process in started) == [0, 2], said
+        refused = next(text for text, p in zip(said, started, strict=True) if p.returncode)
+        assert "is already" in refused or "in use by process" in refused
+        jobs = site.cluster.client("squeue", "-h", "-t", "all", "-n", f"pair{i}", "-o", "%A")
+        assert len(set(jobs.split())) == 1
+        site.wait_for_state(run, "done", "failed")
+        assert site.status(run)["state"] == "done" and not site.status(run).get("last_error")
+        assert [row["step"] for row in site.metrics(run)] == list(range(7))
+
+
+def test_a_run_that_is_queued_does_not_train_here(site: Any) -> None:
+    site.train("elsewhere", "launch.additional_parameters.hold=true")
+    job_id = site.status("runs/elsewhere")["job_id"]
+    text = site.train("elsewhere", "launch=local", code=2)
+    assert f"is already queued, as job {job_id}" in text
+    assert site.status("runs/elsewhere")["job_id"] == job_id
+    site.cluster.client("scontrol", "release", job_id)
+    site.wait_for_state("runs/elsewhere", "done", "failed")
+    assert site.status("runs/elsewhere")["state"] == "done"
+    assert not site.status("runs/elsewhere").get("last_error")
 
 
 def test_what_slurm_refuses_is_said_and_nothing_is_queued(site: Any) -> None:
