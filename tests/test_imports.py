@@ -23,6 +23,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("launch",),
     ("planning", "continuation"),
     ("export",),
+    ("sampling", "scoring"),
     ("inference",),
     ("run",),
     ("run_summary", "lifecycle"),

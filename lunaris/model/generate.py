@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -12,45 +12,84 @@ from lunaris.model.transformer import Head, Transformer, vocabulary_logits
 
 
 @torch.no_grad()
+def stream_rows(
+    model: Transformer,
+    prompts: Sequence[Tensor],
+    max_new_tokens: int,
+    *,
+    generators: Sequence[torch.Generator],
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    eot_id: int | None = None,
+    head: Head = vocabulary_logits,
+    ended: set[int] | None = None,
+) -> Iterator[dict[int, int]]:
+    """Yield the next token of each row that has one, until every row has ended.
+
+    A row ends at `eot_id`, which is not yielded, after `max_new_tokens`, or when the caller adds it
+    to `ended`. The rows begin at one position without padding, and a row whose prompt is longer
+    reads the rest of it while the others are sampled. So, but for rounding, a row's tokens are
+    those that it has alone. Past the model's length, the model reads the later half of the context
+    again.
+
+    model: in eval mode. prompts: [P] int64 each, P ≥ 1. generators: one a row. temperature: 0 takes
+    the likeliest token. head: what gives the `logits` (`Objective.logits`).
+    """
+    assert not model.training, "generation needs model.eval()"
+    ended = set() if ended is None else ended
+    given = [prompt[-model.max_seq_len :].tolist() for prompt in prompts]
+    counts, position = [0] * len(given), min(map(len, given))
+    device = prompts[0].device
+    new = context = torch.tensor([ids[:position] for ids in given], device=device)
+    cache = model.new_cache(len(given))
+    while len(ended) < len(given):
+        if cache.length + new.size(1) > model.max_seq_len:
+            cache = model.new_cache(len(given))
+            new = context = context[:, -max(1, model.max_seq_len // 2) :]
+        logits = model.logits(new, head=head, cache=cache)[:, -1]
+        sampling = [i for i, ids in enumerate(given) if position >= len(ids) and i not in ended]
+        tokens = [
+            sample(logits[i : i + 1], temperature, top_k, top_p, generators[i]) for i in sampling
+        ]
+        drawn = dict(zip(sampling, torch.cat(tokens).tolist() if tokens else [], strict=True))
+        ended |= {row for row, token in drawn.items() if token == eot_id}
+        found = {row: token for row, token in drawn.items() if token != eot_id}
+        for row in found:
+            counts[row] += 1
+        ended |= {row for row in found if counts[row] == max_new_tokens}
+        if found:
+            yield found
+        following = [
+            ids[position] if position < len(ids) else found.get(row, ids[-1])
+            for row, ids in enumerate(given)
+        ]
+        new = torch.tensor(following, device=device)[:, None]
+        context = torch.cat((context, new), dim=1)[:, -model.max_seq_len :]
+        position += 1
+
+
 def stream(
     model: Transformer,
     prompt: Tensor,
     max_new_tokens: int,
     *,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
     seed: int = 0,
     eot_id: int | None = None,
-    head: Head = vocabulary_logits,
+    **sampling: Any,
 ) -> Iterator[Tensor]:
     """Yield the next token of each sequence ([B] int64), up to `max_new_tokens` times.
 
-    model: in eval mode. prompt: [B, P] int64, P ≥ 1. temperature: 0 takes the likeliest token.
-    After `eot_id` a sequence repeats it; the iterator ends once all sequences have, without a row
-    of `eot_id` only. head: what gives the `logits` (`Objective.logits`). Past the model's length,
-    the model reads the later half of the context again.
+    prompt: [B, P] int64; the other arguments are those of `stream_rows`. The sequences share one
+    generator. After `eot_id` a sequence repeats it.
     """
-    assert not model.training, "generation needs model.eval()"
     generator = torch.Generator(prompt.device).manual_seed(seed)
-    context = prompt[:, -model.max_seq_len :]
-    cache = model.new_cache(prompt.size(0))
-    new = context
-    done = torch.zeros(prompt.size(0), dtype=torch.bool, device=prompt.device)
-    for _ in range(max_new_tokens):
-        if cache.length + new.size(1) > model.max_seq_len:
-            cache = model.new_cache(prompt.size(0))
-            new = context = context[:, -max(1, model.max_seq_len // 2) :]
-        logits = model.logits(new, head=head, cache=cache)[:, -1]
-        token = sample(logits, temperature, top_k, top_p, generator)
-        if eot_id is not None:
-            token = token.masked_fill(done, eot_id)
-            done |= token == eot_id
-            if done.all():
-                return
-        yield token
-        new = token[:, None]
-        context = torch.cat((context, new), dim=1)[:, -model.max_seq_len :]
+    rows = stream_rows(
+        model, list(prompt), max_new_tokens, eot_id=eot_id,
+        generators=[generator] * len(prompt), **sampling,
+    )  # fmt: skip
+    for found in rows:
+        yield torch.tensor([found.get(row, eot_id) for row in range(len(prompt))]).to(prompt.device)
 
 
 def generate(model: Transformer, prompt: Tensor, max_new_tokens: int, **sampling: Any) -> Tensor:

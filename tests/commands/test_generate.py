@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import io
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -58,7 +60,7 @@ def test_drafts_change_no_text(
         return capsys.readouterr().out
 
     for flags in (["--temperature", "0"], ["--temperature", "1", "--top-k", "9"]):
-        assert sample("--speculative", *flags) == sample(*flags)
+        assert sample("--speculative", *flags) == sample("--batch-size", "1", *flags)
     capsys.readouterr()
     with pytest.raises(UserError, match="--speculative: .*objective=multi_token"):
         main([plain, "--prompt", "one", "--speculative"])
@@ -110,6 +112,88 @@ def test_nothing_is_printed_before_what_is_wrong(
     with pytest.raises(UserError, match="--prompt: must be text in UTF-8"):
         main([str(trained_on_text.path), "--prompt", "\udcff"])
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.slow
+def test_prompts_of_a_file_are_sampled_in_batches(
+    trained_on_text: RunDir, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A text depends neither on its batch nor on where its prompt comes from."""
+    prompts = ["def main(", "import", "class A(B):\n    x = 1"]
+    Path("lines.txt").write_text("def main(\n\nimport\n")
+    Path("some.jsonl").write_text("".join(json.dumps({"prompt": p}) + "\n" for p in prompts))
+    folder = str(trained_on_text.path)
+
+    def rows(*flags: str) -> list[dict[str, Any]]:
+        capsys.readouterr()
+        assert main([folder, "--max-new-tokens", "12", "--json", *flags]) == 0
+        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+    both = ["--samples", "2", "--seed", "5"]
+    all_at_once = rows("--prompts", "some.jsonl", *both)
+    assert [(row["prompt"], row["seed"]) for row in all_at_once] == [
+        (prompt, seed) for prompt in prompts for seed in (5, 6)
+    ]
+    assert all(row["tokens"] == 12 and row["ended"] == "length" for row in all_at_once)
+    for size in ("1", "4"):
+        assert rows("--prompts", "some.jsonl", "--batch-size", size, *both) == all_at_once
+    assert rows("--prompts", "lines.txt", *both) == all_at_once[:4]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"import\n")))
+    assert rows("--prompt", "def main(", "--prompts", "-", *both) == all_at_once[:4]
+
+    capsys.readouterr()
+    assert main([folder, "--prompts", "lines.txt", "--max-new-tokens", "12", *both]) == 0
+    want = [
+        f"--- prompt {i // 2 + 1}, sample {i % 2 + 1} (seed {row['seed']})\n"
+        f"{row['prompt']}{row['text']}\n"
+        for i, row in enumerate(all_at_once[:4])
+    ]
+    assert capsys.readouterr().out == "".join(want)
+
+
+@pytest.mark.slow
+def test_a_text_ends_before_a_stop_string(
+    trained_on_text: RunDir, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = str(trained_on_text.path)
+
+    def row(*flags: str) -> dict[str, Any]:
+        capsys.readouterr()
+        keys = ["--prompt", "def main(", "--max-new-tokens", "40", "--json"]
+        assert main([folder, *keys, *flags]) == 0
+        return dict(json.loads(capsys.readouterr().out))
+
+    free = row()
+    for stop in (free["text"][9:12], free["text"][-1]):
+        cut = row("--stop", stop, "--stop", "no such text")
+        assert cut["text"] == free["text"][: free["text"].index(stop)]
+        assert cut["ended"] == "stop" and cut["tokens"] <= free["tokens"]
+    # What a stop string could have begun with is not lost at the end.
+    assert row("--stop", free["text"][-1] + "!")["text"] == free["text"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ([], "generate: needs --prompt TEXT, or --prompts FILE"),
+        (["--prompts", "absent.txt"], "--prompts absent.txt: cannot be read"),
+        (["--prompts", "blank.txt"], "--prompts blank.txt: holds no prompt"),
+        (["--prompts", "binary.txt"], "--prompts binary.txt: must be text in UTF-8"),
+        (["--prompts", "bad.jsonl"], "--prompts bad.jsonl, line 2: not JSON"),
+        (["--prompts", "other.jsonl"], "--prompts other.jsonl, line 1: must be "),
+        (["--prompt", "x", "--stop", ""], "--stop '': must be a text"),
+        (["--prompt", "x", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
+        (["--prompt", "x", "--samples", "0"], "--samples 0: must be at least 1"),
+    ],
+)
+def test_bad_prompts_are_one_message(tmp_path: Path, flags: list[str], message: str) -> None:
+    Path("blank.txt").write_text("\n\n")
+    Path("binary.txt").write_bytes(b"\xff")
+    Path("bad.jsonl").write_text('{"prompt": "x"}\n{')
+    Path("other.jsonl").write_text('{"text": "x"}')
+    with pytest.raises(UserError) as found:
+        main([str(tmp_path), *flags])
+    assert message in str(found.value)
 
 
 def test_a_run_without_a_tokenizer_is_refused(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from lunaris.model.generate import generate, sample, stream
+from lunaris.model.generate import generate, sample, stream, stream_rows
 from lunaris.model.transformer import Transformer
 from lunaris.model.transformer import vocabulary_logits as plain
 from lunaris.objective.next_token import NextToken
@@ -89,6 +90,45 @@ def test_an_ended_sequence_waits_for_the_others(model: Transformer) -> None:
     begin = free[0].tolist().index(eot)
     assert (rows[0, begin:] == eot).all()
     assert rows.size(1) > begin
+
+
+def rows_of(model: Transformer, prompts: list[list[int]], seeds: list[int], **keys: Any) -> Any:
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    found: list[list[int]] = [[] for _ in prompts]
+    tensors = [torch.tensor(prompt) for prompt in prompts]
+    for step in stream_rows(model, tensors, 30, generators=generators, **keys):
+        for row, token in step.items():
+            found[row].append(token)
+    return found
+
+
+@pytest.mark.parametrize("keys", [{"temperature": 0}, {"top_k": 9}, {"temperature": 2.0}])
+def test_a_row_is_the_text_that_it_is_alone(model: Transformer, keys: dict[str, Any]) -> None:
+    """Prompts of other lengths, one beyond the model's, do not change it; nor its place."""
+    prompts = [[1, 2, 3], [7], list(range(30)), [9] * 20, [7]]
+    seeds = [3, 4, 5, 6, 9]
+    alone = [rows_of(model, [p], [s], **keys)[0] for p, s in zip(prompts, seeds, strict=True)]
+    assert rows_of(model, prompts, seeds, **keys) == alone
+    assert rows_of(model, prompts[::-1], seeds[::-1], **keys) == alone[::-1]
+    assert [len(text) for text in alone] == [30] * 5
+    assert keys == {"temperature": 0} or alone[1] != alone[4]
+
+
+def test_a_row_that_ended_leaves_the_others_as_they_are(model: Transformer) -> None:
+    prompts, seeds = [[1, 2, 3], [7, 8], [9]], [3, 4, 5]
+    free = rows_of(model, prompts, seeds)
+    eot = free[0][7]
+    cut = [text[: text.index(eot)] if eot in text else text for text in free]
+    assert rows_of(model, prompts, seeds, eot_id=eot) == cut
+    ended, found = {1}, [[], [], []]  # type: ignore[var-annotated]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    tensors = [torch.tensor(prompt) for prompt in prompts]
+    for step in stream_rows(model, tensors, 30, generators=generators, ended=ended):
+        for row, token in step.items():
+            found[row].append(token)
+        if len(found[0]) == 4:
+            ended.add(0)
+    assert found == [free[0][:4], [], free[2]]
 
 
 def test_a_model_in_training_is_refused(model: Transformer) -> None:
