@@ -22,6 +22,7 @@ from lunaris.errors import UserError
 from lunaris.evaluate import Evaluator
 from lunaris.lifecycle import explain_out_of_memory, step_advice, supervise, weights_advice
 from lunaris.metrics.loggers import Loggers
+from lunaris.metrics.loss_means import LossMeans
 from lunaris.metrics.plot import plot_loss
 from lunaris.metrics.throughput import Meter, peak_flops
 from lunaris.model.layers import ModelShape
@@ -140,6 +141,7 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
         ),
         checkpoints=checkpoints,
         logger=loggers_of(cfg) if parallelism.is_writer else Loggers({}),
+        losses=LossMeans(parallelism.device, state.losses),
         meter=Meter(
             tokens_per_step=global_batch * seq_len,
             flops_per_token=unwrap(model).flops_per_token(seq_len),

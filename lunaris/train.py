@@ -19,6 +19,7 @@ from lunaris.distributed.signals import StopSignal
 from lunaris.errors import RunFailed, Stopped
 from lunaris.evaluate import EvaluationStopped, Evaluator
 from lunaris.metrics.loggers import Logger
+from lunaris.metrics.loss_means import LossMeans
 from lunaris.metrics.records import Row
 from lunaris.metrics.throughput import Meter, peak_memory_gb
 from lunaris.model.transformer import Transformer
@@ -50,6 +51,7 @@ class Run:
     evaluator: Evaluator
     checkpoints: Checkpoints
     logger: Logger
+    losses: LossMeans
     meter: Meter
     stop: StopSignal
     state: TrainState
@@ -73,7 +75,7 @@ class StepStats:
 
     def loss(self) -> Tensor:
         """Return the loss that is minimised, [] float64."""
-        return torch.stack([self.weights[name] * self.losses[name] for name in self.losses]).sum()
+        return sum((w * self.losses[name] for name, w in self.weights.items()), torch.tensor(0.0))
 
 
 def train(run: Run) -> None:
@@ -172,7 +174,9 @@ def train_step(run: Run, batch: Batch) -> StepStats:
         totals["dropped"],
     )
     at = StepRange(run.state.step + 1, *sequences_of_step(run))
-    skip = run.guard.judge(at, stats.loss(), totals["grad_norm"] / world)
+    loss = stats.loss()
+    skip = run.guard.judge(at, loss, totals["grad_norm"] / world)
+    run.losses.add({"loss": loss, **{f"{n}_loss": x for n, x in stats.losses.items()}}, skip)
     take_step(run.optimizer, skip)
     run.precision.scaler.update()
     run.optimizer.zero_grad()
@@ -216,14 +220,11 @@ def micro_step_weights(run: Run, batch: Batch) -> Tensor | list[float]:
 def step_row(run: Run, stats: StepStats) -> Row:
     """Return the `train/`, `moe/` and `perf/` metrics of a step; waits for the device.
 
-    Of a step that was skipped, the losses are those of the weights that it did not change.
+    The losses are means over the steps since the last row that were not skipped.
     """
     report_skips(run)
-    losses = {name: loss.item() for name, loss in stats.losses.items()}
     row: Row = {
-        "train/loss": sum(stats.weights[name] * loss for name, loss in losses.items()),
-        **{f"train/{name}_loss": loss for name, loss in losses.items()},
-        "train/perplexity": math.exp(min(losses["main"], 700.0)),
+        **run.losses.row(begin_again=run.state.step % run.cfg.trainer.log_interval == 0),
         "train/skipped_steps": run.guard.skipped,
         "train/spikes": run.guard.spikes,
         "train/lr": run.optimizer.param_groups[0]["lr"],
@@ -281,6 +282,7 @@ def save(run: Run, *, last: bool) -> None:
     run.logger.flush()
     run.state.scaler = run.precision.scaler.state_dict()
     run.state.guard = run.guard.state_dict()
+    run.state.losses = run.losses.state_dict()
     run.checkpoints.save(run.model, run.optimizer, run.state, last=last)
     write_progress(run)
 

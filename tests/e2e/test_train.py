@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,13 +20,14 @@ import pytest
 import torch
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 
+from lunaris.__main__ import main
 from lunaris.data.prepare.build import build_shards
 from lunaris.data.shards import ShardsData
 from lunaris.data.text import TextData
 from lunaris.errors import RunFailed, Stopped
 from lunaris.metrics.records import read_rows
 from lunaris.run import bare_model
-from lunaris.runs.checkpoint_files import newest
+from lunaris.runs.checkpoint_files import newest, sums_of
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
 from lunaris.train import Run
@@ -266,6 +268,65 @@ def test_a_row_holds_what_the_design_names_and_the_loss_falls(
     status = run_dir.read_status()
     assert status["state"] == "done" and status["step"] == 60
     assert status["best_val_loss"] == min(r["val/loss"] for r in rows if "val/loss" in r)
+
+
+@pytest.mark.parametrize("moe", ["moe=none", "moe=switch"])
+def test_a_row_holds_the_mean_losses_of_its_interval_wherever_the_run_stopped(
+    tiny: Callable[..., Any],
+    run_here: Callable[[Any], RunDir],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    moe: str,
+) -> None:
+    """Rows stand at steps 3, 6 and 8; the run stops within an interval, and is extended at 8."""
+    keys = [moe, "trainer.log_interval=3", "schedule=constant"]
+    single = exact_rows(run_here(tiny(*keys[::2], "trainer.max_steps=12", name="single")))
+    every = {row["step"]: row for row in single}
+    import lunaris.train
+
+    real_step = lunaris.train.train_step
+
+    def interrupted(run: Run, batch: Any) -> Any:
+        if run.state.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real_step(run, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lunaris.train, "train_step", interrupted)
+        with pytest.raises(Stopped, match="SIGTERM at step 5"):
+            run_here(tiny(*keys, name="parts"))
+    parts = run_here(tiny(*keys, name="parts"))
+    assert_same_run(run_here(tiny(*keys, name="whole")), parts, tmp_path)
+
+    assert main(["resume", str(parts.path), "trainer.max_steps=12"]) == 0
+    rows = {row["step"]: row for row in exact_rows(parts) if "train/loss" in row}
+    straight = exact_rows(run_here(tiny(*keys, "trainer.max_steps=12", name="straight")))
+    assert list(rows) == [3, 6, 8, 9, 12]
+    for step, first in ((3, 1), (6, 4), (8, 7), (9, 7), (12, 10)):
+        for key in ("train/loss", "train/main_loss"):
+            mean = sum(every[n][key] for n in range(first, step + 1)) / (step + 1 - first)
+            assert rows[step][key] == pytest.approx(mean, rel=1e-12)
+        if step != 8:
+            assert rows[step] == next(row for row in straight if row["step"] == step)
+
+
+def test_a_checkpoint_without_loss_sums_resumes(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir]
+) -> None:
+    keys = ["trainer.log_interval=3", "trainer.eval_interval=null"]
+    single = exact_rows(run_here(tiny(*keys[1:], name="single")))
+    run_dir = run_here(tiny(*keys))
+    shutil.rmtree(run_dir.checkpoints / "step_00000008")
+    folder = run_dir.checkpoints / "step_00000004"
+    path = folder / "train_state.json"
+    state = json.loads(path.read_text())
+    assert state.pop("losses")["steps"] == 1
+    path.write_text(json.dumps(state))
+    sums = json.loads((folder / "files.json").read_text())
+    (folder / "files.json").write_text(json.dumps(sums | {path.name: sums_of(path)}))
+    rows = {row["step"]: row for row in exact_rows(run_here(tiny(*keys)))}
+    losses = [row["train/loss"] for row in single if row["step"] in (5, 6)]
+    assert rows[6]["train/loss"] == pytest.approx(sum(losses) / 2, rel=1e-12)
 
 
 def test_a_last_step_that_diverges_is_not_done(

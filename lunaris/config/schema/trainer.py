@@ -23,6 +23,7 @@ class TrainerConfig(Schema):
     precision: str = changeable("fp32", allowed=("bf16", "fp16", "fp32"))
     compile_model: bool = free(False)
     activation_checkpointing: bool = free(False)
+    # Steps between rows of metrics; a row's losses are means over these steps.
     log_interval: int = free(10, low=1)
     # Null: evaluate at the last step only.
     eval_interval: int | None = free(100, low=1)
