@@ -9,6 +9,7 @@ import tempfile
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
+from threading import Thread
 from types import FrameType
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from lunaris.console import say
+from lunaris.distributed.signals import saving
 from lunaris.errors import Stopped, UserError, ending
 from lunaris.torch_internals import ElasticAgent
 
@@ -145,4 +148,6 @@ class _Agent(ElasticAgent):
         """Pass the signal on, so that the workers save and stop; a second SIGINT kills them."""
         self._signals += 1
         again = number == signal.SIGINT and self._signals > 1
+        if number == signal.SIGINT and not again:
+            Thread(target=say, args=(saving(signal.SIGINT),), daemon=True).start()
         self.send(signal.SIGKILL if again else signal.SIGTERM)

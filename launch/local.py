@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, TextIO
 
 from lunaris.config.schema.base import component_keys
 from lunaris.config.schema.root import Config
+from lunaris.console import Tee, phase
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import EXPECTED, Stopped
 from lunaris.launch.allocator import keep_freed_memory
@@ -74,7 +75,8 @@ def train_here(cfg: Config, path: Path) -> RunResult:
     send = _console_and if rank == "0" else output_to
     with log_path.open("a", buffering=1) as log, send(log), StopSignal():
         try:
-            from lunaris.run import execute
+            with phase("starting", log=False):
+                from lunaris.run import execute
 
             return execute(cfg, path)
         except BaseException as error:
@@ -84,7 +86,9 @@ def train_here(cfg: Config, path: Path) -> RunResult:
             if isinstance(error, EXPECTED):
                 print(f"{type(error).__name__}: {error}", file=log)
             else:
-                traceback.print_exc(file=sys.stderr)
+                # Who interrupts a run knows why it ends: the console needs no traceback.
+                interrupted = isinstance(error, KeyboardInterrupt)
+                traceback.print_exc(file=log if interrupted else sys.stderr)
             raise
 
 
@@ -123,41 +127,6 @@ def output_to(log: IO[Any]) -> Iterator[None]:
 
 @contextmanager
 def _console_and(log: TextIO) -> Iterator[None]:
-    out, err = _Tee(sys.stdout, log), _Tee(sys.stderr, log)
+    out, err = Tee(sys.stdout, log), Tee(sys.stderr, log)
     with redirect_stdout(out), redirect_stderr(err):  # type: ignore[type-var]
         yield
-
-
-class _Tee:
-    """A text stream that writes to the console and to a log, and otherwise is the console.
-
-    A progress line that is overwritten (it contains a carriage return) is not logged. When the
-    reader of the console has left, as `head` does, training continues with the log alone.
-    """
-
-    def __init__(self, console: TextIO, log: TextIO) -> None:
-        self._console = console
-        self._log = log
-
-    def write(self, text: str) -> int:
-        if "\r" not in text:
-            self._log.write(text)
-        try:
-            return self._console.write(text)
-        except BrokenPipeError:
-            self._discard_console()
-            return len(text)
-
-    def flush(self) -> None:
-        try:
-            self._console.flush()
-        except BrokenPipeError:
-            self._discard_console()
-
-    def _discard_console(self) -> None:
-        null = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(null, self._console.fileno())
-        os.close(null)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._console, name)

@@ -13,6 +13,7 @@ import torch
 from lunaris.checkpoint import Checkpoints, TrainState
 from lunaris.config.instantiate import instantiate_component
 from lunaris.config.schema.root import Config
+from lunaris.console import phase, say
 from lunaris.data.loader import Loader
 from lunaris.data.order import SequenceOrder
 from lunaris.data.prepare.build import make_ready
@@ -57,7 +58,7 @@ def execute(cfg: Config, path: str | Path) -> RunResult:
     """
     run_dir = RunDir(path)
     with ExitStack() as stack:
-        stop = stack.enter_context(StopSignal())
+        stop = stack.enter_context(StopSignal(announce=say))
         stack.enter_context(session.join(cfg.trainer.device, cfg.launch.collective_timeout_s))
         stack.enter_context(supervise(run_dir))
         run = build(cfg, run_dir, stop)
@@ -81,7 +82,7 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
     precision = Precision(cfg.trainer.precision, parallelism.device)
     # A process alone may leave at once: of a large model on a laptop this takes minutes.
     early = stop.at_once("building the model") if session.world_size() == 1 else nullcontext()
-    with early, explain_out_of_memory(weights_advice(cfg)):
+    with phase("building the model"), early, explain_out_of_memory(weights_advice(cfg)):
         model = parallelism.wrap(
             bare_model(cfg, data.vocab_size),
             precision=precision,

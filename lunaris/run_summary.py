@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from shlex import quote
 
+from lunaris.console import labelled
 from lunaris.metrics.records import read_rows
 from lunaris.parallelism.base import unwrap
 from lunaris.runs.checkpoint_files import complete
@@ -16,28 +17,32 @@ def describe(run: Run) -> str:
     count = unwrap(run.model).count_parameters()
     trainer = run.cfg.trainer
     seq_len = run.cfg.model.max_seq_len
+    world = run.parallelism.data_world_size
+    micro_steps, tokens = trainer.gradient_accumulation_steps, run.global_batch * seq_len
     lines = [
-        f"run        {run.dir.path}",
-        f"model      {count.total:,} parameters, {count.active:,} active a token",
-        f"batch      {run.global_batch} sequences of {seq_len} = {run.global_batch * seq_len:,} "
-        f"tokens a step ({trainer.batch_size} a process × {trainer.gradient_accumulation_steps} "
-        f"micro-steps × {run.parallelism.data_world_size} processes)",
-        f"training   {trainer.max_steps:,} steps = "
-        f"{trainer.max_steps * run.global_batch * seq_len:,} tokens, {trainer.precision} on "
-        f"{run.parallelism.device.type}",
+        labelled("run", str(run.dir.path)),
+        labelled("model", f"{count.total:,} parameters, {count.active:,} active a token"),
+        labelled(
+            "batch",
+            f"{run.global_batch:,} sequences of {seq_len:,} = {tokens:,} tokens a step",
+        ),
+        labelled(
+            "", f"{trainer.batch_size} a process × {micro_steps} micro-steps × {world} processes"
+        ),
+        labelled(
+            "training",
+            f"{trainer.max_steps:,} steps = {trainer.max_steps * tokens:,} tokens, "
+            f"{trainer.precision} on {run.parallelism.device.type}",
+        ),
     ]
     if run.precision.emulated:
-        lines.append(
-            f"note       this processor only emulates trainer.precision={trainer.precision}; "
-            "fp32 is many times as fast here"
-        )
+        text = f"this processor only emulates trainer.precision={trainer.precision}; fp32 is many "
+        lines.append(labelled("note", f"{text}times as fast here"))
     if not run.evaluator.sources:
-        lines.append(
-            "note       the data has no validation part of one sequence, so there is no val/loss; "
-            "prepare more text, or set data.val_dir or data.val_fraction"
-        )
+        text = "the data has no validation part of one sequence, so there is no val/loss; prepare "
+        lines.append(labelled("note", f"{text}more text, or set data.val_dir or data.val_fraction"))
     if run.state.step:
-        lines.append(f"resumed    after step {run.state.step}")
+        lines.append(labelled("resumed", f"after step {run.state.step:,}"))
     return "\n".join(lines)
 
 
@@ -47,10 +52,8 @@ def conclude(run: Run) -> str:
     losses = [row["val/loss"] for row in read_rows(run.dir.metrics_path) if row.get("val/loss")]
     lines = []
     if losses:
-        lines.append(
-            f"validation {losses[-1]:.4f} nats a token (perplexity {math.exp(losses[-1]):.1f}), "
-            f"from {losses[0]:.4f} at the start"
-        )
+        last = f"{losses[-1]:.4f} nats a token (perplexity {math.exp(losses[-1]):.1f})"
+        lines.append(labelled("validation", f"{last}, from {losses[0]:.4f} at the start"))
     lines += [
         f"checkpoint {complete(run.dir.checkpoints)[0]}",
         f"plot       {folder / 'loss.png'}",

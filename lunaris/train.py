@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lunaris.checkpoint import Checkpoints, TrainState
 from lunaris.config.schema.root import Config
+from lunaris.console import phase
 from lunaris.data.loader import Loader
 from lunaris.data.order import SequenceOrder
 from lunaris.distributed.signals import StopSignal
@@ -114,9 +115,7 @@ def train(run: Run) -> None:
             run.checkpoints.try_finalize()
         if state.unfinished is not None or (stop and not last):
             run.checkpoints.wait_pending()
-            raise Stopped(
-                f"stopped by {signal_name(run)} at step {state.step}; a checkpoint is saved"
-            )
+            raise Stopped(f"stopped by {run.stop.name} at step {state.step}; a checkpoint is saved")
     run.checkpoints.wait_pending()
 
 
@@ -130,16 +129,11 @@ def log_missing_row(run: Run) -> None:
         try:
             row = (state.unfinished or {}) | evaluate(run)
         except EvaluationStopped:
-            at = f"stopped by {signal_name(run)} while evaluating at step {state.step}"
+            at = f"stopped by {run.stop.name} while evaluating at step {state.step}"
             raise Stopped(f"{at}; the same command continues there") from None
         run.logger.log({"step": state.step} | row)
     state.unfinished = None
     write_progress(run)
-
-
-def signal_name(run: Run) -> str:
-    """Return the name of the signal that stops the run."""
-    return run.stop.received.name if run.stop.received else "a signal to another process"
 
 
 def train_step(run: Run, batch: Batch) -> StepStats:
@@ -259,7 +253,7 @@ def moe_row(layers: list[int], stats: StepStats) -> Row:
 
 def evaluate(run: Run) -> Row:
     """Return the `val/` metrics of the model as it is; every process calls this."""
-    with run.precision.autocast():
+    with phase("evaluating", log=run.state.step == 0), run.precision.autocast():
         row = run.evaluator(run.model)
     loss = row.get("val/loss")
     if loss is not None:

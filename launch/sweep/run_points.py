@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType
 
 from lunaris.config.hydra_internals import PLUGIN_PACKAGE
-from lunaris.distributed.signals import StopSignal
+from lunaris.distributed.signals import StopSignal, saving
 from lunaris.errors import Stopped
 from lunaris.launch.sweep.points import Outcome, Point, PointLauncher, Sweep, outcome_of
 from lunaris.runs.run_dir import RunDir
@@ -97,8 +97,8 @@ def _run_worker(point: Point, run_dir: RunDir, show: Callable[[str], None]) -> t
             try:
                 return worker.wait(_POLL_S), signals.received is not None
             except subprocess.TimeoutExpired:
-                status = run_dir.read_status()
-                show(f"step {status.get('step', 0)}/{point.cfg.trainer.max_steps}")
+                step = f"step {run_dir.read_status().get('step', 0)}/{point.cfg.trainer.max_steps}"
+                show(step if signals.received is None else f"{step}, {saving(signals.received)}")
 
 
 def worker_command(path: Path) -> list[str]:

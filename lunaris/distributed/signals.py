@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from threading import Thread
 from types import FrameType
 
 from lunaris.errors import Stopped
@@ -16,6 +17,13 @@ class _Leave(BaseException):
     """Raised by the handler within `at_once`: no `except Exception` on its way may swallow it."""
 
 
+def saving(received: signal.Signals) -> str:
+    """Return what a run does at its first signal, in words."""
+    if received is signal.SIGINT:
+        return "saving after this step; again to stop at once"
+    return f"{received.name}: saving after this step"
+
+
 class StopSignal:
     """Records SIGTERM, SIGINT and SIGUSR2 while its context is open.
 
@@ -24,8 +32,10 @@ class StopSignal:
     that the outer one has received.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, announce: Callable[[str], None] | None = None) -> None:
+        """announce: is called with words for the person when the first signal arrives."""
         self.received: signal.Signals | None = None
+        self._announce = announce
         self._before: dict[signal.Signals, object] = {}
         # What goes on where a signal ends the process at once, or None.
         self._phase: str | None = None
@@ -41,6 +51,11 @@ class StopSignal:
     def __exit__(self, *error: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)  # type: ignore[arg-type]
+
+    @property
+    def name(self) -> str:
+        """The name of the signal, or words for one that only another process received."""
+        return self.received.name if self.received else "a signal to another process"
 
     @contextmanager
     def at_once(self, phase: str) -> Iterator[None]:
@@ -62,8 +77,12 @@ class StopSignal:
     def _record(self, number: int, frame: FrameType | None) -> None:
         if self.received is signal.SIGINT and number == signal.SIGINT:
             raise KeyboardInterrupt
+        first = self.received is None
         self.received = signal.Signals(number)
         self._obey()
+        if first and self._announce is not None:
+            # A thread, because this handler may have interrupted a write to the same stream.
+            Thread(target=self._announce, args=(saving(self.received),), daemon=True).start()
 
     def _obey(self) -> None:
         if self._phase is not None and self.received is not None:

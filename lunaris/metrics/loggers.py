@@ -5,13 +5,18 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Protocol
 
-from tqdm import tqdm
-
 from lunaris.config.schema.root import Config
+from lunaris.console import Below, is_terminal, phase, say
+from lunaris.metrics.progress import Progress
 from lunaris.metrics.records import MetricsFile, Row
+from lunaris.metrics.time_left import TimeLeft, in_words
 from lunaris.runs.run_dir import RunDir
+
+# The progress on a terminal is drawn again at most this often, in seconds.
+_DRAW_S = 0.25
 
 
 class Logger(Protocol):
@@ -78,59 +83,65 @@ class Loggers:
 
 
 class LocalLogger:
-    """A progress bar on a terminal, plain lines in a log file, and `metrics.jsonl`."""
+    """`metrics.jsonl`, and the progress of the run: a line a row, or on a terminal one with a bar.
+
+    On a terminal, only rows with a validation loss leave a line.
+    """
 
     def start(self, run_dir: RunDir, cfg: Config, step: int) -> None:
-        """Open the metrics file after cutting rows past `step`, and show the bar."""
+        """Open the metrics file after cutting rows past `step`, and show the progress."""
+        trainer = cfg.trainer
         self._file = MetricsFile(run_dir.metrics_path, step)
-        self._max_steps = cfg.trainer.max_steps
-        self._first = (step, time.monotonic())
-        self._shown: dict[str, str] = {}
-        self._bar = tqdm(
-            total=self._max_steps,
-            initial=step,
-            unit="step",
-            disable=not sys.stderr.isatty(),
-            dynamic_ncols=True,
+        self._time = TimeLeft(
+            trainer.max_steps, trainer.eval_interval, cfg.checkpoint.save_interval
         )
+        self._extras: set[str] = set()
+        self._began, self._drawn = time.monotonic(), 0.0
+        self._progress = Progress(step, trainer.max_steps)
+        self._below = Below(self._progress) if is_terminal(sys.stdout) else None
+        if self._below is not None:
+            self._below.start()
+        self._first = ExitStack()
+        if trainer.compile_model:
+            self._first.enter_context(phase("compiling: the first step takes longer"))
 
     def tick(self, step: int) -> None:
-        self._bar.update(step - self._bar.n)
+        """Show that a step is done, and how long the others will take."""
+        self._first.close()
+        now = time.monotonic()
+        self._time.step(now, self._extras)
+        self._extras = set()
+        self._progress.step = step
+        seconds = self._time.seconds(step)
+        self._progress.left = f"{in_words(seconds)} left" if seconds else ""
+        if self._below is not None and now - self._drawn >= _DRAW_S:
+            self._drawn = now
+            self._below.refresh()
 
     def log(self, row: Row) -> None:
         """Write the row and show its losses and its speed."""
         self._file.append(row)
-        for key, name, form in (
-            ("train/loss", "loss", "{:.4f}"),
-            ("val/loss", "val", "{:.4f}"),
-            ("perf/tokens_per_s", "tokens/s", "{:,.0f}"),
-        ):
-            if row.get(key) is not None:
-                self._shown[name] = form.format(row[key])
-        if not self._bar.disable:
-            self._bar.set_postfix(self._shown, refresh=False)
-            return
-        shown = "  ".join(f"{name} {value}" for name, value in self._shown.items())
-        say(f"step {row['step']}/{self._max_steps}  {shown}  ETA {self._eta(row['step'])}")
+        self._progress.take(row)
+        if "val/loss" in row:
+            self._extras.add("evaluation")
+            self._time.evaluated(time.monotonic() - self._began)
+        if self._below is None:
+            say(self._progress.line(row))
+        elif "val/loss" in row:
+            say(self._progress.short_line(row))
 
     def message(self, text: str) -> None:
+        """Print lines."""
         say(text)
 
     def flush(self) -> None:
+        """Make the rows durable; a checkpoint follows."""
+        self._extras.add("checkpoint")
         self._file.sync()
 
     def finish(self) -> None:
-        self._bar.close()
+        """Remove the progress and close the file."""
+        self._first.close()
+        if self._below is not None:
+            self._below.stop()
         self._file.close()
-
-    def _eta(self, step: int) -> str:
-        first_step, started = self._first
-        done = max(1, step - first_step)
-        left = (time.monotonic() - started) / done * (self._max_steps - step)
-        return tqdm.format_interval(left)
-
-
-def say(text: str) -> None:
-    """Print a line without breaking a progress bar."""
-    tqdm.write(text)
-    sys.stdout.flush()

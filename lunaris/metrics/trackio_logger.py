@@ -11,8 +11,9 @@ from typing import Any
 
 from lunaris.config.schema.root import Config
 from lunaris.config.typed import to_plain
+from lunaris.console import say
 from lunaris.errors import need
-from lunaris.metrics.loggers import Logger, say
+from lunaris.metrics.loggers import Logger
 from lunaris.metrics.records import Row, expert_shares, kept_rows, scalars
 from lunaris.runs.run_dir import RunDir
 

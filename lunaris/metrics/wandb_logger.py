@@ -13,7 +13,8 @@ from contextlib import suppress
 from typing import Any
 
 from lunaris.config.schema.root import Config
-from lunaris.metrics.loggers import Logger, say
+from lunaris.console import say
+from lunaris.metrics.loggers import Logger
 from lunaris.metrics.records import Row
 from lunaris.metrics.wandb_feed import FeedState, read_state, start_state
 from lunaris.runs.run_dir import RunDir

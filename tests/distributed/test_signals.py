@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import os
+import queue
 import signal
+import time
 
 import pytest
 
@@ -23,6 +25,27 @@ def test_a_second_interrupt_does_not_wait() -> None:
     with StopSignal(), pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
         os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize(
+    ("number", "words"),
+    [
+        (signal.SIGINT, "saving after this step; again to stop at once"),
+        (signal.SIGTERM, "SIGTERM: saving after this step"),
+    ],
+)
+def test_the_first_signal_is_announced_once(number: signal.Signals, words: str) -> None:
+    heard: queue.Queue[str] = queue.Queue()
+    with StopSignal(announce=heard.put) as stop:
+        with pytest.raises(Stopped), stop.at_once("building"):
+            os.kill(os.getpid(), number)
+    assert heard.empty()  # It ends at once, which needs no announcement.
+    with StopSignal(announce=heard.put):
+        os.kill(os.getpid(), number)
+        assert heard.get(timeout=10) == words
+        os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(0.05)
+    assert heard.empty()
 
 
 def test_no_handler_of_errors_swallows_a_signal_that_is_obeyed_at_once() -> None:

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import io
+import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +14,7 @@ from lunaris.metrics.records import Row, read_rows
 from lunaris.runs.run_dir import RunDir
 
 CFG = compose(["name=x", "trainer.max_steps=4"])
+_ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 ROW = {"step": 2, "train/loss": 5.0, "perf/tokens_per_s": 1234.5, "moe/layer_00/load": [0.25, 0.75]}
 
 
@@ -23,7 +28,31 @@ def test_local_logger_writes_the_row_and_shows_it(
     logger.finish()
     assert read_rows(tmp_path / "metrics.jsonl") == [ROW]
     out = capsys.readouterr().out
-    assert "step 2/4" in out and "loss 5.0000" in out and "tokens/s 1,234" in out and "ETA" in out
+    assert out == "step 2/4  loss 5.0000  1,234 tokens/s\n"
+
+
+def test_on_a_terminal_rows_with_a_validation_loss_stay_above_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_terminal: Callable[[int], io.StringIO]
+) -> None:
+    screen = on_terminal(60)
+    monkeypatch.setattr("lunaris.metrics.loggers._DRAW_S", 0.0)
+    logger = LocalLogger()
+    logger.start(RunDir(tmp_path), CFG, step=0)
+    for step in (1, 2, 3):
+        logger.tick(step)
+        logger.log(ROW | {"step": step, "perf/tokens_per_s": 1234567890123.0})
+    logger.log(ROW | {"step": 3, "val/loss": 4.25, "perf/tokens_per_s": 1234567890123.0})
+    logger.message("a message")
+    print("from elsewhere")
+    logger.finish()
+    lines = [line for line in re.split(r"[\r\n]+", _ESCAPES.sub("", screen.getvalue())) if line]
+    assert max(len(line) for line in lines) <= 60
+    printed = [line for line in lines if "━" not in line]
+    assert "step 3/4  loss 5.0000  val 4.2500" in printed
+    assert "a message" in printed and "from elsewhere" in printed
+    shown = [line for line in lines if "━" in line]
+    assert any(line.startswith("step 3/4") and "loss 5.0000" in line for line in shown)
+    assert sys.stdout is screen
 
 
 class Calls(Logger):

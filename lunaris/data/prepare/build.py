@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def _build_stdlib(data: StdlibData) -> Manifest:
     """
     made = manifests.read(data.folder)
     if made is None:
+        print("preparing the source text of this Python as data, once", file=sys.stderr)
         keys = PreparedDataConfig(
             dir=str(data.folder),
             vocab_size=data.keys.vocab_size,
