@@ -1,35 +1,37 @@
 """Reads the weights of a Hugging Face folder under the names that they have in the model.
 
-It reads the classes whose computation `model.norm=pre` shares: Qwen3, Qwen3-MoE and Dots1. Rows of
-query, key and value are stacked, gate and up rows too, and those of the experts are transposed.
+It reads the classes that `lunaris export` writes: Qwen3, Qwen3-MoE, Dots1, DeepSeek-V2 and V3, and
+the one of this package. Rows of query, key and value are stacked, gate and up rows too, and those
+of the experts are transposed.
 
-Shapes: D model width, H hidden width, E experts.
+Shapes: D model width, H hidden width, E experts; widths of a latent head: N part without
+positions, R rotary part.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lunaris.atomic_files import read_json
+from lunaris.config.schema.attention import MLAConfig
+from lunaris.config.schema.model import ModelConfig
 from lunaris.config.schema.moe import MoEConfig, SigmoidRouterConfig
 from lunaris.config.schema.root import Config
+from lunaris.config.widths import latent_widths
 from lunaris.errors import UserError, did_you_mean
 from lunaris.model.init import copy_to_shard, fill_experts
 from lunaris.warm_start.fit import Shapes
+from lunaris.warm_start.safetensors_file import StoredTensor, read_header
 
-_CLASSES = ("qwen3", "qwen3_moe", "dots1")
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_LONGEST_HEADER = 100_000_000
+_CLASSES = ("qwen3", "qwen3_moe", "dots1", "deepseek_v2", "deepseek_v3", "lunaris_codex")
+_SIGMOID = ("dots1", "deepseek_v3")
 # Of one layer: the end of a name there, and the names here that it belongs to. A part of a stacked
 # tensor has its place in it.
 _LAYER = {
@@ -42,6 +44,21 @@ _LAYER = {
     "mlp.gate.e_score_correction_bias": "feed_forward.router.balance_bias",
     "mlp.down_proj.weight": "feed_forward.swiglu.down.weight",
     "mlp.shared_experts.down_proj.weight": "feed_forward.shared.down.weight",
+    "self_attn.q_a_proj.weight": "attention.q_a.weight",
+    "self_attn.q_a_layernorm.weight": "attention.q_norm.weight",
+    "self_attn.kv_a_layernorm.weight": "attention.kv_norm.weight",
+    "self_attn.kv_b_proj.weight": "attention.kv_b.weight",
+}
+# Projections of latent attention with rotary rows, and whether these belong to every head.
+_ROTARY = {
+    "self_attn.q_proj.weight": ("attention.q_b.weight", True),
+    "self_attn.q_b_proj.weight": ("attention.q_b.weight", True),
+    "self_attn.kv_a_proj_with_mqa.weight": ("attention.kv_a.weight", False),
+}
+# Experts that are stored as one tensor.
+_STACKED_EXPERTS = {
+    "mlp.experts.gate_up_proj": "feed_forward.experts.gate_up",
+    "mlp.experts.down_proj": "feed_forward.experts.down",
 }
 _STACKED = {
     "attention.qkv.weight": [f"self_attn.{part}_proj.weight" for part in "qkv"],
@@ -56,22 +73,6 @@ _WHOLE = {
     "lm_head.weight": "head.weight",
 }
 _EXPERT = re.compile(r"mlp\.experts\.(\d+)\.(gate|up|down)_proj\.weight")
-
-
-@dataclass(frozen=True)
-class _Stored:
-    """Where a tensor lies in a safetensors file; begin, end: bytes of the file."""
-
-    path: Path
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
-
-    def read(self) -> Tensor:
-        """Return the tensor, mapped from the file: what is not read takes no memory."""
-        raw = np.memmap(self.path, mode="c", offset=self.begin, shape=(self.end - self.begin,))
-        return torch.from_numpy(raw).view(self.dtype).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -99,9 +100,11 @@ class HuggingFaceFolder:
         files = sorted(folder.glob("*.safetensors"))
         if not files:
             raise UserError(f"{self._said}: holds no *.safetensors file")
-        self._stored: dict[str, _Stored] = {}
+        self._stored: dict[str, StoredTensor] = {}
         for file in files:
-            self._stored |= _header(file, self._said)
+            self._stored |= read_header(file, self._said)
+        # The shared experts of a class that always has some, where there are none.
+        self._stored = {n: stored for n, stored in self._stored.items() if 0 not in stored.shape}
         self._built = self._build()
         self.shapes: Shapes = {name: built.shape for name, built in self._built.items()}
 
@@ -125,16 +128,23 @@ class HuggingFaceFolder:
         pairs: list[tuple[str, Any, str, Any]] = [
             ("hidden_act", found.get("hidden_act"), "model.activation",
              {"swiglu": "silu"}.get(model.activation, model.activation)),
-            ("the class", "pre", "model.norm", model.norm),
+            ("the norm", found.get("norm_placement", "pre"), "model.norm", model.norm),
             ("num_attention_heads", found.get("num_attention_heads"), "model.n_heads",
              model.n_heads),
             ("num_key_value_heads", found.get("num_key_value_heads"), "model.n_kv_heads",
              model.n_kv_heads),
             ("rope_theta", rope.get("rope_theta", found.get("rope_theta")), "model.rope_theta",
              model.rope_theta),
+            ("rope_type", rope.get("rope_type"), "the type", "default"),
+            ("rope_interleave", found.get("rope_interleave"), "its place", True),
         ]  # fmt: skip
         if isinstance(cfg.moe, MoEConfig) and found["model_type"] != "qwen3":
             pairs += self._of_experts(cfg.moe)
+        if isinstance(cfg.attention, MLAConfig):
+            pairs += [
+                (there, found.get(there), f"attention.{there}", here)
+                for there, here in _latent_fields(cfg.attention, model).items()
+            ]
         return [
             f"{there}={a} there, {here}={b} here"
             for there, a, here, b in pairs
@@ -143,7 +153,8 @@ class HuggingFaceFolder:
 
     def _of_experts(self, moe: MoEConfig) -> list[tuple[str, Any, str, Any]]:
         found, sigmoid = self.config, isinstance(moe.router, SigmoidRouterConfig)
-        scores = "sigmoid" if found["model_type"] == "dots1" else "softmax"
+        by_class = "sigmoid" if found["model_type"] in _SIGMOID else "softmax"
+        scores = found.get("router_scores", by_class)
         pairs: list[tuple[str, Any, str, Any]] = [
             ("num_experts_per_tok", found.get("num_experts_per_tok"), "moe.n_experts_per_token",
              moe.n_experts_per_token),
@@ -155,12 +166,17 @@ class HuggingFaceFolder:
             scale = found.get("routed_scaling_factor")
             pairs.append(("routed_scaling_factor", scale, "moe.router.route_scale",
                           moe.router.route_scale))  # fmt: skip
+            grouped = moe.router.topk_groups < moe.router.n_groups
+            for there in ("n_group", "topk_group"):
+                here = {"n_group": "n_groups", "topk_group": "topk_groups"}[there]
+                value = getattr(moe.router, here) if grouped else 1
+                pairs.append((there, found.get(there), f"moe.router.{here}", value))
         return pairs
 
     def _build(self) -> dict[str, _Built]:
         """Return the tensors of the model; raise UserError for stored ones that have no place."""
         built: dict[str, _Built] = {}
-        layers: dict[str, dict[str, _Stored]] = {}
+        layers: dict[str, dict[str, StoredTensor]] = {}
         unknown = []
         for name, stored in self._stored.items():
             match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", name)
@@ -178,7 +194,30 @@ class HuggingFaceFolder:
             raise UserError(f"{self._said}: holds {unknown[0]}, which has no place in the model")
         return built
 
-    def _layer(self, tensors: dict[str, _Stored]) -> tuple[dict[str, _Built], list[str]]:
+    def _half_split(self, stored: StoredTensor, every_head: bool) -> _Built:
+        """Return a projection whose rotary rows are neighbouring pairs there and half-split here.
+
+        every_head: its rows are those of all heads, the last R of each rotary; otherwise only the
+        last R of all rows are.
+        """
+        rope: Any = self.config.get("qk_rope_head_dim")
+        n_heads: Any = self.config.get("num_attention_heads")
+        heads = n_heads if every_head else 1
+        fits = all(isinstance(n, int) and n > 0 for n in (rope, heads))
+        if not fits or stored.shape[0] % heads or rope % 2 or stored.shape[0] // heads < rope:
+            raise UserError(
+                f"{self._said}: config.json: qk_rope_head_dim={rope} and "
+                f"num_attention_heads={n_heads} do not fit a matrix of {stored.shape[0]} rows"
+            )
+
+        def whole() -> Tensor:
+            rows = stored.read().unflatten(0, (heads, -1))
+            still, rotary = rows[:, :-rope], rows[:, -rope:]
+            return torch.cat((still, rotary[:, ::2], rotary[:, 1::2]), dim=1).flatten(0, 1)
+
+        return _Built(stored.shape, whole)
+
+    def _layer(self, tensors: dict[str, StoredTensor]) -> tuple[dict[str, _Built], list[str]]:
         made: dict[str, _Built] = {}
         left = dict(tensors)
         for name in [name for name in tensors if name in _LAYER]:
@@ -187,7 +226,12 @@ class HuggingFaceFolder:
         for name, parts in _STACKED.items():
             if all(part in left for part in parts):
                 made[name] = _stacked([left.pop(part) for part in parts])
-        experts: dict[int, dict[str, _Stored]] = {}
+        for name in [name for name in left if name in _ROTARY]:
+            ours, every_head = _ROTARY[name]
+            made[ours] = self._half_split(left.pop(name), every_head)
+        for name in [name for name in left if name in _STACKED_EXPERTS]:
+            made[_STACKED_EXPERTS[name]] = _transposed(left.pop(name))
+        experts: dict[int, dict[str, StoredTensor]] = {}
         for name in [name for name in left if _EXPERT.fullmatch(name)]:
             number, part = _EXPERT.fullmatch(name).groups()  # type: ignore[union-attr]
             experts.setdefault(int(number), {})[part] = left.pop(name)
@@ -199,12 +243,35 @@ class HuggingFaceFolder:
         return made, list(left)
 
 
-def _stacked(parts: list[_Stored]) -> _Built:
+def _latent_fields(attention: MLAConfig, model: ModelConfig) -> dict[str, int | None]:
+    """Return the widths of latent attention under the names of Hugging Face."""
+    widths = latent_widths(
+        model.d_model // model.n_heads, latent=attention.kv_lora_rank,
+        nope=attention.qk_nope_head_dim, rope=attention.qk_rope_head_dim,
+        value=attention.v_head_dim,
+    )  # fmt: skip
+    return {
+        "kv_lora_rank": widths.latent, "qk_nope_head_dim": widths.nope,
+        "qk_rope_head_dim": widths.rope, "v_head_dim": widths.value,
+    }  # fmt: skip
+
+
+def _transposed(stored: StoredTensor) -> _Built:
+    """Return the stacked experts of a tensor whose matrices are stored transposed."""
+    n_experts, rows, columns = stored.shape
+    return _Built(
+        (n_experts, columns, rows),
+        lambda: stored.read().mT,
+        lambda expert: stored.read()[expert].mT,
+    )
+
+
+def _stacked(parts: list[StoredTensor]) -> _Built:
     shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
     return _Built(shape, lambda: torch.cat([part.read() for part in parts]))
 
 
-def _experts(experts: dict[int, dict[str, _Stored]]) -> dict[str, _Built]:
+def _experts(experts: dict[int, dict[str, StoredTensor]]) -> dict[str, _Built]:
     """Return the stacked weights of a layer's experts: [E, D, 2H] and [E, H, D]."""
 
     def gate_up(expert: int) -> Tensor:
@@ -222,32 +289,3 @@ def _experts(experts: dict[int, dict[str, _Stored]]) -> dict[str, _Built]:
         whole = lambda matrix=matrix: torch.stack([matrix(e) for e in range(len(experts))])  # noqa: E731
         made[f"feed_forward.experts.{name}"] = _Built(shape, whole, matrix)
     return made
-
-
-def _header(path: Path, said: str) -> dict[str, _Stored]:
-    """Return what a safetensors file says of its tensors. Raises UserError for a damaged file."""
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if length > _LONGEST_HEADER:
-                raise ValueError("its header has an impossible length")
-            header = json.loads(file.read(length))
-        size = path.stat().st_size
-        header.pop("__metadata__", None)
-        found = {}
-        for name, row in header.items():
-            begin, end = (8 + length + offset for offset in row["data_offsets"])
-            dtype, shape = _DTYPES.get(row["dtype"]), tuple(row["shape"])
-            if dtype is None:
-                raise UserError(f"{said}: {path.name}: {name} has the dtype {row['dtype']}")
-            if not 8 + length <= begin <= end <= size:
-                raise ValueError(f"{name} lies outside of the file")
-            if end - begin != math.prod(shape) * dtype.itemsize:
-                raise ValueError(f"{name} has another size than its shape")
-            found[name] = _Stored(path, dtype, shape, begin, end)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UserError(f"{said}: {path.name} is damaged: {reason}") from error
-    return found

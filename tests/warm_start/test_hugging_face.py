@@ -1,4 +1,4 @@
-"""`init_from` a Hugging Face folder: the names and layouts of Qwen3, Qwen3-MoE and Dots1."""
+"""`init_from` a Hugging Face folder: names and layouts, by hand and as `lunaris export` writes."""
 
 from __future__ import annotations
 
@@ -154,7 +154,10 @@ def test_bad_folders_write_nothing(
     before = sorted(str(path) for path in Path().rglob("*"))
     capsys.readouterr()
     for words, expected in [
-        (["init_from=gpt"], "model_type=qwen4; what can be read are qwen3, qwen3_moe, dots1"),
+        (
+            ["init_from=gpt"],
+            "model_type=qwen4; what can be read are qwen3, qwen3_moe, dots1, deepse",
+        ),
         (["init_from=theta"], "rope_theta=1.0 there, model.rope_theta=10000.0 here"),
         (["init_from=hf", "model.norm=qk_reorder"], "q_norm.weight: (8,) there, (16,) here"),
         (["init_from=hf", "model.n_heads=1"], "blocks.0.attention.qkv.weight: (32, 16) there"),
@@ -166,3 +169,78 @@ def test_bad_folders_write_nothing(
         assert main(["fork", str(first.path), "name=new", "out_dir=new", *words]) == 2, words
         assert expected in capsys.readouterr().err, words
         assert sorted(str(path) for path in Path().rglob("*")) == before
+
+
+PRE = ["model.norm=pre", "optimizer.learning_rate=3e-2"]
+REORDER = ["model.norm=qk_reorder", "optimizer.learning_rate=3e-2"]
+WINDOW = ["attention=sliding_window", "attention.window=5"]
+MLA = ["attention=mla", "model.n_kv_heads=2"]
+FINE = ["moe=fine_grained", "moe.bias_update_rate=0.05", "moe.n_experts=8"]
+# The model type that a run is written as, and its keys.
+EXPORTED = {
+    "dense": ("qwen3", [*PRE, "moe=none", "model.tie_embeddings=false"]),
+    "window": ("qwen3_moe", [*PRE, "moe=top2", *WINDOW, "attention.full_every=null"]),
+    "first_dense": ("qwen3_moe", [*PRE, "moe=top2", "moe.first_dense_layers=1"]),
+    "shared": ("dots1", [*PRE, *FINE, "moe.n_shared_experts=2", "moe.router.route_scale=2.5"]),
+    "no_shared": ("dots1", [*PRE, *FINE, "moe.n_shared_experts=0"]),
+    "groups": ("dots1", [*PRE, *FINE, "moe.router.n_groups=4", "moe.router.topk_groups=2"]),
+    "mla_dense": ("deepseek_v3", [*PRE, *MLA, "moe=none", "attention.qk_rope_head_dim=6"]),
+    "mla_sigmoid": ("deepseek_v3", [*PRE, *MLA, *FINE, "attention.q_lora_rank=8"]),
+    "mla_softmax": ("deepseek_v2", [*PRE, *MLA, "moe=switch", "moe.n_shared_experts=1"]),
+    "reorder_dense": ("lunaris_codex", [*REORDER, "moe=none"]),
+    "reorder_moe": ("lunaris_codex", [*REORDER, "moe=top2", *WINDOW]),
+    "reorder_fine": ("lunaris_codex", [*REORDER, *FINE, "moe.first_dense_layers=1"]),
+    "softmax_bias": ("lunaris_codex", [*PRE, "moe=top2", "moe.balancing=bias"]),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("kind", EXPORTED)
+def test_an_exported_run_is_started_from_bit_for_bit(
+    kind: str, tiny: Callable[..., Any], run_here: Callable[[Any], RunDir]
+) -> None:
+    """The step after the start moves no weight: its rate is too small to change any but a zero."""
+    model_type, keys = EXPORTED[kind]
+    first = run_here(tiny(*keys, name="first"))
+    assert main(["export", str(first.path), "--to", "hf", "--no-check"]) == 0
+    assert json.loads(Path("hf/config.json").read_text())["model_type"] == model_type
+    state = load_trained(first.read_config(), first, None)[0].state_dict()
+    still = list(STILL)
+    if any(key.startswith("moe.bal") for key in keys) or FINE[0] in keys:
+        assert any(v.any() for n, v in state.items() if n.endswith("balance_bias"))
+        still.append("moe.bias_update_rate=1e-30")
+    kept = [key for key in keys if not key.startswith("moe.bias_update_rate")]
+    again = run_here(tiny(*kept, *still, "init_from=hf", name="again"))
+    found, _ = load_trained(again.read_config(), again, None)
+    names = [name for name in found.state_dict() if not name.endswith("load_shares")]
+    assert {name for name in state if not name.endswith("load_shares")} == {*names}
+    for name in names:
+        value = found.state_dict()[name]
+        assert torch.equal(torch.where(value.abs() < 1e-20, 0, value), state[name]), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            ["attention.qk_rope_head_dim=6", "attention.qk_nope_head_dim=6"],
+            "kv_a.weight: (20, 16) there, (22",
+        ),
+        (["moe.router.route_scale=3"], "routed_scaling_factor=1.0 there, moe.router.route_scale=3"),
+        (["moe.router.n_groups=4", "moe.router.topk_groups=2"], "n_group=1 there, moe.router.n_gr"),
+        (["attention=gqa"], "blocks.0.attention.kv_a.weight"),
+    ],
+)
+def test_what_computes_something_else_is_refused(
+    keys: list[str], message: str, tiny: Callable[..., Any], run_here: Callable[[Any], RunDir],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    own = ["attention.qk_rope_head_dim=4", "attention.qk_nope_head_dim=8"]
+    first = run_here(tiny(*PRE, *MLA, *FINE, *own, name="first"))
+    assert main(["export", str(first.path), "--to", "hf", "--no-check"]) == 0
+    capsys.readouterr()
+    command = ["fork", str(first.path), "name=new", "out_dir=new", "init_from=hf", *keys]
+    assert main(command) == 2
+    assert message in capsys.readouterr().err and not Path("new").exists()
