@@ -42,7 +42,8 @@ def track_status(run_dir: RunDir) -> Iterator[None]:
     attempts, job_id = run_dir.record_attempt(session.world_size()), current_job_id()
     run_dir.write_status(state="running", attempts=attempts, last_error=None, job_id=job_id)
     try:
-        yield
+        with _attempt(run_dir):
+            yield
     except Stopped:
         run_dir.write_status(state="stopped")
         raise
@@ -54,6 +55,15 @@ def track_status(run_dir: RunDir) -> Iterator[None]:
             run_dir.write_status(state=state, last_error=f"{type(error).__name__}: {error}")
         raise
     run_dir.write_status(state="done")
+
+
+@contextmanager
+def _attempt(run_dir: RunDir) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        with suppress(OSError, KeyError):  # What ends the attempt counts, also on a full disk.
+            run_dir.end_attempt()
 
 
 @contextmanager

@@ -282,9 +282,11 @@ def save(run: Run, *, last: bool) -> None:
 
 
 def write_progress(run: Run) -> None:
-    """Write the step and the best validation loss to status.json."""
+    """Write the step, the best validation loss and the tokens read to status.json."""
     if run.parallelism.is_writer:
-        run.dir.write_status(step=run.state.step, best_val_loss=run.state.best_val_loss)
+        tokens = run.state.sequences * run.cfg.model.max_seq_len
+        best = run.state.best_val_loss
+        run.dir.write_status(step=run.state.step, best_val_loss=best, tokens=tokens)
 
 
 def _sum_over_ranks(parallelism: Parallelism, totals: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -34,6 +34,17 @@ def point_name(swept: list[str]) -> str:
     return ",".join([*given[-1:], *([others] if others else [])]) or "default"
 
 
+def unsaid_by(name: str, overrides: list[str]) -> list[str]:
+    """Return the overrides that the name of a run does not already hold, in order."""
+    held = {*name.split(","), ""}
+    return [o for o in overrides if _key(o) != "name" and _safe(o) not in held]
+
+
+def values_of(overrides: list[str]) -> dict[str, str]:
+    """Return the values of overrides by their keys, as text: "+a.b=1" -> {"a.b": "1"}."""
+    return {_key(text): text.partition("=")[2] for text in overrides}
+
+
 def is_unnamed(override: str) -> bool:
     """Return whether a name leaves out the override, like `launch=slurm` or `name=x`."""
     return re.split(r"[./@]", _key(override))[0] in _UNNAMED

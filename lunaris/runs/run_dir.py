@@ -52,8 +52,9 @@ def _is_number_or_null(value: object) -> bool:
 # What the entries of the files must be; others, which a custom part may have written, pass.
 _STATUS: dict[str, Callable[[object], bool]] = {
     "state": _is_text, "step": _is_count, "attempts": _is_count, "max_steps": _is_count,
-    "timeouts": _is_count, "job_id": _is_text_or_null, "job_log": _is_text_or_null,
-    "last_error": _is_text_or_null, "best_val_loss": _is_number_or_null, "time": _is_number_or_null,
+    "timeouts": _is_count, "tokens": _is_count, "job_id": _is_text_or_null,
+    "job_log": _is_text_or_null, "last_error": _is_text_or_null, "time": _is_number_or_null,
+    "best_val_loss": _is_number_or_null,
 }  # fmt: skip
 _PROVENANCE: dict[str, Callable[[object], bool]] = {
     "command": _is_text, "overrides": _are(str), "attempts": _are(dict), "earlier": _are(dict),
@@ -230,9 +231,41 @@ class RunDir:
     def record_attempt(self, world_size: int) -> int:
         """Append this start of the run to provenance.json; return how many there are now."""
         attempt = {"time": time.time(), "world_size": world_size, **provenance.machine()}
-        attempts = [*self.read_provenance().get("attempts", []), attempt]
+        attempts = self.read_provenance().get("attempts", [])
+        if attempts and "ended" not in attempts[-1]:
+            # It was killed. Its last row of metrics is the last that is known of it.
+            attempts[-1]["ended"] = self._last_row_at(attempts[-1].get("time"))
+        attempts = [*attempts, attempt]
         self.note(attempts=attempts)
         return len(attempts)
+
+    def end_attempt(self) -> None:
+        """Note in provenance.json when the last attempt ends: now."""
+        *others, last = self.read_provenance()["attempts"]
+        self.note(attempts=[*others, last | {"ended": time.time()}])
+
+    def trained_s(self, *, active: bool) -> float | None:
+        """Return the seconds for which the run's processes existed, over all attempts.
+
+        active: whether the last attempt goes on. None before the first one, and where an older
+        version recorded more than one.
+        """
+        attempts = self.read_provenance().get("attempts", [])
+        began = [attempt.get("time") for attempt in attempts]
+        ended = [attempt.get("ended") for attempt in attempts]
+        if attempts and ended[-1] is None:
+            ended[-1] = time.time() if active else self._last_row_at(began[-1])
+        known = all(type(at) in (int, float) for at in (*began, *ended))
+        return float(sum(ended) - sum(began)) if attempts and known else None
+
+    def _last_row_at(self, began: object) -> float | None:
+        """Return when the last row of metrics was written, and `began` if that is later."""
+        if not isinstance(began, int | float):
+            return None
+        try:
+            return max(began, self.metrics_path.stat().st_mtime)
+        except OSError:
+            return began
 
     def _read(self, name: str) -> dict[str, Any]:
         content = read_json(self.path / name)

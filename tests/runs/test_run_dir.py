@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -129,3 +130,36 @@ def test_a_folder_that_cannot_be_written_is_named(
     monkeypatch.setattr(creation, "replace_file", refused)
     with pytest.raises(UserError, match="out_dir=.*: cannot be written: Permission denied"):
         create(config(tmp_path), "lunaris train", [])
+
+
+def test_the_time_of_training_leaves_out_what_lies_between_attempts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir, clock = RunDir(tmp_path), [1000.0]
+    monkeypatch.setattr("lunaris.runs.run_dir.time.time", lambda: clock[0])
+    assert run_dir.trained_s(active=False) is None
+    run_dir.record_attempt(1)
+    clock[0] = 1010.0
+    assert run_dir.trained_s(active=True) == 10
+    run_dir.end_attempt()
+    clock[0] = 2000.0
+    run_dir.record_attempt(1)  # Killed 5 s later, after a row of metrics.
+    run_dir.metrics_path.write_text("")
+    os.utime(run_dir.metrics_path, (2005.0, 2005.0))
+    assert run_dir.trained_s(active=False) == 15
+    clock[0] = 3000.0
+    run_dir.record_attempt(1)
+    clock[0] = 3001.0
+    assert run_dir.trained_s(active=True) == 16
+
+
+@pytest.mark.parametrize(
+    "attempts",
+    [[{}], [{"time": "x"}], [{"time": 1.0}, {"time": 2.0, "ended": 3.0}], [{"host": "a"}] * 2],
+)
+def test_the_time_of_training_is_unknown_where_attempts_are(
+    tmp_path: Path, attempts: list[dict[str, object]]
+) -> None:
+    RunDir(tmp_path).note(attempts=attempts)
+    assert RunDir(tmp_path).trained_s(active=False) is None
+    assert RunDir(tmp_path).record_attempt(1) == len(attempts) + 1

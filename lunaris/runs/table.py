@@ -1,0 +1,175 @@
+"""The tables of `lunaris runs`, as text in cells. No torch."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from lunaris.config.run_names import unsaid_by
+from lunaris.errors import UserError, did_you_mean
+from lunaris.runs.status import STATES, last_line
+
+Row = dict[str, Any]
+
+# States that need no explanation below the table.
+_FINE = ("done", "running", "stopped", "cancelled")
+# What a person may call a column, beside the keys of a row.
+_SHORT = {
+    "run": "name",
+    "loss": "final_train_loss",
+    "val_loss": "best_val_loss",
+    "time": "duration_s",
+    "job": "job_id",
+}
+_SORTED = (
+    "name", "state", "step", "final_train_loss", "final_val_loss", "best_val_loss", "duration_s",
+    "tokens", "attempts", "job_id",
+)  # fmt: skip
+
+
+@dataclass
+class Table:
+    """Runs of one sweep, or those of none.
+
+    heads: the columns, of which `swept` are keys whose values differ between the points. wide: the
+    columns that a narrow terminal leaves out, the first one first.
+    """
+
+    title: str
+    heads: list[str]
+    rows: list[list[str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    swept: list[str] = field(default_factory=list)
+    wide: list[str] = field(default_factory=list)
+
+
+def tables(rows: Sequence[Row]) -> list[Table]:
+    """Return a table for each sweep of some rows, and one for the runs between them."""
+    groups = [(sweep, list(group)) for sweep, group in groupby(rows, key=lambda row: row["sweep"])]
+    return [_table(sweep, group) for sweep, group in groups]
+
+
+def sort_rows(rows: Sequence[Row], key: str, *, reverse: bool = False) -> list[Row]:
+    """Return the rows of each sweep sorted by a column or an override; those without it last.
+
+    Raises UserError where no row knows the key.
+    """
+    found = sort_key(rows, key)
+
+    def ordered(group: list[Row]) -> list[Row]:
+        known = [row for row in group if found(row) is not None]
+        known.sort(key=lambda row: _comparable(found(row)), reverse=reverse)
+        return known + [row for row in group if found(row) is None]
+
+    groups = [list(group) for _, group in groupby(rows, key=lambda row: row["sweep"])]
+    return [row for group in groups for row in ordered(group)]
+
+
+def sort_key(rows: Sequence[Row], key: str) -> Callable[[Row], Any]:
+    """Return the function that reads a column of a row. Raises UserError for an unknown one."""
+    name = _SHORT.get(key, key)
+    if name in _SORTED:
+        return lambda row: row[name]
+    overrides = {name for row in rows for name in row["values"]}
+    if key in overrides:
+        return lambda row: row["values"].get(key)
+    known = [*_SHORT, *_SORTED, *sorted(overrides)]
+    raise UserError(
+        f"--sort {key}: no such column; there are {', '.join(known)}{did_you_mean(key, known)}"
+    )
+
+
+def best_rows(rows: Sequence[Row]) -> list[Row]:
+    """Return the run of each sweep, and of those in none, with the lowest validation loss."""
+    groups = [list(group) for _, group in groupby(rows, key=lambda row: row["sweep"])]
+    with_loss = [[row for row in group if _is_number(row["best_val_loss"])] for group in groups]
+    return [min(group, key=lambda row: row["best_val_loss"]) for group in with_loss if group]
+
+
+def plain_rows(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
+    """Return the columns and the cells of a CSV file: a row a run, a column an override."""
+    heads = ["name", "dir", "sweep", *_SORTED[1:3], "max_steps", *_SORTED[3:]]
+    keys = [key for key in dict.fromkeys(k for row in rows for k in row["values"]) if key != "name"]
+    cells = [
+        [*(row[name] for name in heads), *(row["values"].get(key) for key in keys)] for row in rows
+    ]
+    return [*heads, *keys], cells
+
+
+def _table(sweep: str | None, rows: list[Row]) -> Table:
+    keys = [] if sweep is None else list(dict.fromkeys(key for r in rows for key in r["values"]))
+    shown = {key: _head(key, keys) for key in keys}
+    title = ""
+    if sweep is not None:
+        counts = Counter(row["state"] for row in rows)
+        states = ", ".join(f"{counts[name]} {name}" for name in STATES if counts[name])
+        title = f"sweep {sweep}: {states}"
+    made = Table(title, ["run", "state", "step", "loss", "val loss", "time", "job"])
+    made.swept = [*shown.values()]
+    made.heads += made.swept if keys else ["overrides"]
+    made.wide = ["job", "time", *([] if keys else ["overrides"])]
+    for row in rows:
+        cells = [
+            row["name"],
+            row["state"],
+            f"{row['step']}/{row['max_steps'] or '?'}",
+            _loss(row["final_train_loss"]),
+            _loss(row["best_val_loss"]),
+            "-" if row["duration_s"] is None else str(timedelta(seconds=round(row["duration_s"]))),
+            row["job_id"] or "-",
+        ]
+        if keys:
+            cells += [row["values"].get(key, "-") for key in keys]
+        else:
+            cells.append(" ".join(unsaid_by(row["name"], row["overrides"])))
+        made.rows.append(cells)
+        made.notes += _notes(row)
+    return made
+
+
+def _head(key: str, keys: list[str]) -> str:
+    """Return the last part of a key where no other swept one has it too."""
+    last = key.rpartition(".")[2]
+    return last if sum(other.rpartition(".")[2] == last for other in keys) == 1 else key
+
+
+def _notes(row: Row) -> list[str]:
+    """Return where a run comes from, what was changed in it, and why it failed or waits."""
+    name, state = row["name"], row["state"]
+    lines = [f"  {name}: {_in_words(parent)}" for parent in row["parents"]]
+    lines += [
+        f"  {name}: changed at step {change['step']}: {change['text']}" for change in row["changes"]
+    ]
+    if state in _FINE or (state == "queued" and not row["remark"]):
+        return lines
+    if state == "queued":
+        return [*lines, f"  {name}: waits ({row['remark']})"]
+    why = row["remark"] or last_line([Path(log) for log in row["logs"]])
+    lines.append(f"  {name}: {state}" + (f": {why}" if why else ""))
+    return [*lines, f"    log: {row['logs'][0]}"] if row["logs"] else lines
+
+
+def _in_words(parent: dict[str, Any]) -> str:
+    step = parent.get("step")
+    return f"{parent.get('kind')} {parent.get('dir')}" + (f" at step {step}" if step else "")
+
+
+def _loss(value: object) -> str:
+    return f"{value:.4f}" if _is_number(value) else "-"
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
+def _comparable(value: Any) -> tuple[bool, float, str]:
+    """Numbers, also those that are written as text, by size and before other text."""
+    try:
+        return (False, float(value), "")
+    except (TypeError, ValueError):
+        return (True, 0.0, str(value))
