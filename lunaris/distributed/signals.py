@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,6 +13,17 @@ from types import FrameType
 from lunaris.errors import Stopped
 
 _STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+
+
+@functools.cache
+def _ignore_at_exit() -> None:
+    """Ignore the signals once the interpreter ends, which takes a while after torch was used."""
+
+    def ignore() -> None:
+        for number in _STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    atexit.register(ignore)
 
 
 class _Leave(BaseException):
@@ -29,7 +42,8 @@ class StopSignal:
 
     SLURM sends SIGTERM at preemption and the signal of `--signal` (SIGUSR2) before the time limit.
     A second SIGINT raises KeyboardInterrupt at once. A nested StopSignal starts with the signal
-    that the outer one has received.
+    that the outer one has received. While the interpreter ends, the signals are ignored: the work
+    is done, and a process that one of them killed would look as if it had failed.
     """
 
     def __init__(self, announce: Callable[[str], None] | None = None) -> None:
@@ -41,6 +55,7 @@ class StopSignal:
         self._phase: str | None = None
 
     def __enter__(self) -> StopSignal:
+        _ignore_at_exit()
         for number in _STOP_SIGNALS:
             self._before[number] = before = signal.signal(number, self._record)
             outer = getattr(before, "__self__", None)

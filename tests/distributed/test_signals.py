@@ -3,6 +3,8 @@ from __future__ import annotations
 import os
 import queue
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -61,3 +63,17 @@ def test_no_handler_of_errors_swallows_a_signal_that_is_obeyed_at_once() -> None
         with pytest.raises(Stopped), stop.at_once("building again"):
             pass
         signal.raise_signal(signal.SIGTERM)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2, signal.SIGINT])
+def test_a_signal_to_a_process_that_has_done_its_work_changes_nothing(
+    number: signal.Signals,
+) -> None:
+    """What is registered first is called last at the end of the interpreter."""
+    script = (
+        "import atexit, os; "
+        f"atexit.register(lambda: os.kill(os.getpid(), {int(number)})); "
+        "from lunaris.distributed.signals import StopSignal\n"
+        "with StopSignal(): pass"
+    )
+    assert subprocess.run([sys.executable, "-c", script]).returncode == 0
