@@ -54,7 +54,7 @@ def train(cfg: Config | DictConfig | Sequence[str]) -> RunResult:
     """
     from lunaris.config.instantiate import instantiate_component
     from lunaris.config.schema.launch import LocalLaunchConfig
-    from lunaris.continuation.weights import check_weights
+    from lunaris.continuation.checks import check_start
     from lunaris.launch.local import train_here
     from lunaris.run import RunResult
     from lunaris.runs.create import create
@@ -62,7 +62,7 @@ def train(cfg: Config | DictConfig | Sequence[str]) -> RunResult:
 
     overrides = [str(text) for text in cfg] if isinstance(cfg, list | tuple) else []
     composed = _as_config(cfg)
-    check_weights(composed)
+    check_start(composed)
     if isinstance(composed.launch, LocalLaunchConfig) and composed.launch.world_size() == 1:
         run_dir = create(composed, "lunaris.train(…)", overrides)
         return train_here(run_dir.read_config(), run_dir.path)

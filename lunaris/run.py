@@ -29,6 +29,7 @@ from lunaris.metrics.throughput import Meter, peak_flops
 from lunaris.model.layers import ModelShape
 from lunaris.model.transformer import Transformer
 from lunaris.objective.base import Objective
+from lunaris.optim.build import build_optimizer
 from lunaris.optim.groups import restore_settings, settings_of
 from lunaris.optim.guard import StepGuard
 from lunaris.parallelism.base import Parallelism, unwrap
@@ -90,9 +91,7 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
             compile=cfg.trainer.compile_model,
         )
     scale = getattr(cfg.moe, "router_lr_scale", 1.0)
-    optimizer = instantiate_component(
-        "optimizer", cfg.optimizer, model=model, router_lr_scale=scale
-    )
+    optimizer = build_optimizer(cfg.optimizer, model, router_lr_scale=scale)
     schedule = instantiate_component("schedule", cfg.schedule, max_steps=cfg.trainer.max_steps)
     checkpoints = Checkpoints(
         run_dir.checkpoints,

@@ -28,7 +28,7 @@ from lunaris.objective.base import Batch, Objective
 from lunaris.optim.clip import clip_grad_norm
 from lunaris.optim.groups import set_learning_rate
 from lunaris.optim.guard import StepGuard, StepRange, restore_where, take_step
-from lunaris.optim.schedule import Constant
+from lunaris.optim.schedule import Schedule
 from lunaris.parallelism.base import Parallelism, unwrap
 from lunaris.precision import Precision
 from lunaris.runs.run_dir import RunDir
@@ -46,7 +46,7 @@ class Run:
     objective: Objective
     optimizer: torch.optim.Optimizer
     guard: StepGuard
-    schedule: Constant
+    schedule: Schedule
     order: SequenceOrder
     loader: Loader
     evaluator: Evaluator

@@ -143,7 +143,7 @@ def test_the_examples_of_extending_run(
     for path, text in re.findall(r"```(?:python|yaml)\n# (\S+)\n(.*?)```", section, re.DOTALL):
         (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / path).write_text(text)
-    (line,) = [line for line in shell_lines(EXTENDING) if line in section]
+    *others, line = [line for line in shell_lines(EXTENDING) if line in section]
     given = shlex.split(line)[1:]
     # What the example itself chooses is left to it.
     chosen = re.sub(r"```python.*?```", "", section, flags=re.DOTALL)
@@ -152,6 +152,8 @@ def test_the_examples_of_extending_run(
         for key, value in SMALL.items()
         if not re.search(rf"\b{key.rpartition('.')[2]}[:=]", chosen)
     ]
+    for i, other in enumerate(others):
+        assert main([*shlex.split(other)[1:], *small, f"name=other{i}"]) == 0
     assert main([*given, *small, "name=x"]) == 0
     run_dir = RunDir("runs/x")
     assert run_dir.read_status()["state"] == "done"

@@ -13,7 +13,7 @@ from lunaris.config.identity import differing, identity
 from lunaris.config.run_names import point_name
 from lunaris.config.schema.logger import WandbLoggerConfig
 from lunaris.config.schema.root import Config
-from lunaris.continuation.weights import check_weights
+from lunaris.continuation.checks import check_start
 from lunaris.errors import UserError
 from lunaris.runs.create import create, refuse_other_config, take_world_size
 from lunaris.runs.run_dir import RunDir
@@ -77,7 +77,7 @@ class Sweep:
         for overrides in job_overrides:
             point = self._compose(list(overrides))
             refuse_other_config(RunDir(point.dir), point.cfg)
-            check_weights(point.cfg)
+            check_start(point.cfg)
             before = points.setdefault(point.name, point)
             if before is not point and differing(identity(before.cfg), identity(point.cfg)):
                 raise UserError(

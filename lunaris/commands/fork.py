@@ -17,8 +17,8 @@ from lunaris.runs.discovery import is_run, is_sweep
 def main(argv: list[str]) -> int:
     """Print the difference, then launch as `lunaris train` does; return its exit code."""
     from lunaris.commands.train import submit
+    from lunaris.continuation.checks import check_start
     from lunaris.continuation.fork import best_point, plan_fork
-    from lunaris.continuation.weights import check_weights
 
     args = _parser().parse_intermixed_args(argv)
     allow(args.trust)
@@ -35,7 +35,7 @@ def main(argv: list[str]) -> int:
     fork = plan_fork(folder, args.overrides, source, weights=args.weights, at=args.at)
     command = shlex.join(["lunaris", "fork", *argv])
     if os.environ.get("RANK", "0") == "0":
-        check_weights(fork.cfg)
+        check_start(fork.cfg)
     # Of the processes that torchrun started, rank 0 writes; a rehearsal writes nothing.
     if os.environ.get("RANK", "0") == "0":
         print("\n".join(fork.lines()))

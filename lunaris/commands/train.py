@@ -61,12 +61,12 @@ def main(argv: list[str]) -> int:
 def submit(cfg: Config, command: str, overrides: list[str]) -> int:
     """Give a composed config to its launcher, or train here where torchrun started this process."""
     from lunaris.config.instantiate import instantiate_component
-    from lunaris.continuation.weights import check_weights
+    from lunaris.continuation.checks import check_start
     from lunaris.launch.local import exit_code_here
     from lunaris.runs.create import create
 
     if os.environ.get("RANK", "0") == "0":
-        check_weights(cfg)
+        check_start(cfg)
     if "RANK" not in os.environ:
         _warn_of_memory(cfg)
         launcher = instantiate_component("launch", cfg.launch)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Mapping
+from dataclasses import fields
 from typing import Any
 
 from lunaris.config.schema.base import Component, component_keys
@@ -15,10 +17,22 @@ def instantiate_component(key: str, component: Component, **inputs: Any) -> Any:
 
     Raises UserError when the class cannot be imported or does not take these arguments.
     """
+    made = locate_class(key, component)
+    return call_component(key, component, made, arguments_of(key, component, made) | inputs)
+
+
+def arguments_of(
+    key: str, component: Component, made: Any, aliases: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Return the keys of a component as arguments for its class or function `made`.
+
+    A key that has the default of the chosen option is left out where a custom class does not take
+    it, or takes another type under its name. aliases: other names of keys, for a class that takes
+    one only under that name.
+    """
     from hydra.utils import instantiate
 
-    made = locate_class(key, component)
-    keys = {
+    found = {
         name: instantiate_component(f"{key}.{name}", value)
         if isinstance(value, Component)
         else instantiate(value, _convert_="all")
@@ -26,14 +40,48 @@ def instantiate_component(key: str, component: Component, **inputs: Any) -> Any:
         else value
         for name, value in component_keys(component).items()
     }
+    taken = parameters_of(made)
+    if taken is None or component._target_.startswith("lunaris."):
+        return found
+    for name, alias in (aliases or {}).items():
+        if name in found and name not in taken and alias in taken:
+            found[alias] = found.pop(name)
+    unset = {item.name for item in fields(component) if found.get(item.name) == item.default}
+    return {
+        name: value
+        for name, value in found.items()
+        if name not in unset or (name in taken and _alike(value, taken[name]))
+    }
+
+
+def _alike(value: Any, default: Any) -> bool:
+    """Return whether a value may stand for a parameter with this default, or with none."""
+    unknown = default is inspect.Parameter.empty or default is None or value is None
+    numbers = isinstance(value, int | float) and isinstance(default, int | float)
+    return unknown or numbers or isinstance(value, type(default))
+
+
+def parameters_of(made: Any) -> dict[str, Any] | None:
+    """Return the parameters of a class or function with their defaults; None where it takes any."""
     try:
-        inspect.signature(made).bind(**keys, **inputs)
+        found = inspect.signature(made).parameters.values()
+    except ValueError:
+        return None  # One written in C has no signature.
+    if any(each.kind is each.VAR_KEYWORD for each in found):
+        return None
+    return {each.name: each.default for each in found}
+
+
+def call_component(key: str, component: Component, made: Any, arguments: dict[str, Any]) -> Any:
+    """Return what `made` returns. Raises UserError when it does not take these arguments."""
+    try:
+        inspect.signature(made).bind(**arguments)
     except ValueError:
         pass  # One written in C has no signature.
     except TypeError as error:
         said = f"{key}._target_={component._target_}"
         raise UserError(f"{said}: its keys do not fit: {error}") from error
-    return made(**keys, **inputs)
+    return made(**arguments)
 
 
 def locate_class(key: str, component: Component) -> Any:
@@ -61,7 +109,7 @@ def locate(key: str, dotted: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != module:
             raise UserError(f"{said}: cannot be imported: {error}") from error
-        raise UserError(f"{said}: no such module on the Python path") from error
+        raise UserError(f"{said}: no such module on the Python path or in this folder") from error
     except Exception as error:  # noqa: BLE001 - the code of a custom module runs here
         raise UserError(f"{said}: cannot be imported: {type(error).__name__}: {error}") from error
     return found

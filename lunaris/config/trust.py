@@ -8,6 +8,7 @@ starts reads the same folder without restrictions.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -82,12 +83,25 @@ def _check(found: Iterable[tuple[str, str]], path: Path) -> None:
         if not any(f"{target}.".startswith(f"{name}.") for name in _trusted)
     }
     if others:
-        modules = dict.fromkeys(target.rpartition(".")[0] or target for target in others.values())
+        modules = _packages(others.values())
         named = ", ".join(f"{key}={target}" for key, target in others.items())
         raise UserError(
             f"{path}: {named}: is no part of this package, and what a folder names is run; where "
             f"you trust the folder, add {' '.join(f'--trust {module}' for module in modules)}"
         )
+
+
+def _packages(targets: Iterable[str]) -> list[str]:
+    """Return a name to trust for each package: the module of its targets, or what holds them all.
+
+    A class and its schema are often in two modules of one package.
+    """
+    found: dict[str, list[str]] = {}
+    for target in targets:
+        module = (target.rpartition(".")[0] or target).split(".")
+        known = found.setdefault(module[0], module)
+        found[module[0]] = list(os.path.commonprefix([known, module]))
+    return [".".join(names) for names in found.values()]
 
 
 def _of_tree(tree: Any, key: str) -> Iterator[tuple[str, str]]:

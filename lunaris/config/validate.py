@@ -28,6 +28,22 @@ from lunaris.config.schema.root import Config
 from lunaris.config.schema.schedule import ConstantConfig, WSDConfig
 from lunaris.errors import UserError, not_installed
 
+# The methods of each group's classes, and where they are described.
+METHODS = {
+    "data": (("ensure_ready", "train", "val"), "lunaris.data.base.Data"),
+    "objective": (
+        ("__call__", "predictors", "logits", "count_targets", "targets_vary"),
+        "lunaris.objective.base.Objective",
+    ),
+    "schedule": (("__call__",), "lunaris.optim.schedule.Schedule"),
+    "parallelism": (
+        ("wrap", "micro_step", "sum", "agree", "gather"), "lunaris.parallelism.base.Parallelism",
+    ),
+    "logger": (
+        ("start", "tick", "log", "message", "flush", "finish"), "lunaris.metrics.loggers.Logger",
+    ),
+    "launch": (("submit",), "lunaris.launch.local.Local"),
+}  # fmt: skip
 _EXAMPLES = {"dir": "FOLDER", "files": "'[corpus/*.jsonl]'", "datasets": "OWNER/NAME"}
 
 
@@ -83,8 +99,30 @@ def _check_classes(cfg: Config) -> None:
         if isinstance(part, Component):
             parts |= {f"{key}.{name}": value for name, value in vars(part).items()}
     for key, part in parts.items():
-        if isinstance(part, Component) and not part._target_.startswith("lunaris."):
-            locate_class(key, part)
+        if is_custom(part):
+            _check_methods(key, part._target_, locate_class(key, part))
+
+
+def is_custom(part: object) -> bool:
+    """Return whether a part of a config is a component whose class is not of this package."""
+    return isinstance(part, Component) and not part._target_.startswith("lunaris.")
+
+
+def _check_methods(key: str, target: str, made: Any) -> None:
+    """Raise UserError where a custom class lacks a method that every class of its group needs.
+
+    What a function returns is seen when the run is built.
+    """
+    names, where = METHODS.get(key.partition(".")[0], ((), ""))
+    if not isinstance(made, type) or (key.count(".") and not key.startswith("logger.")):
+        return
+    for name in names:
+        # Every class is callable; its objects are if a class that it derives from says so.
+        if not any(name in vars(kind) for kind in made.__mro__):
+            raise UserError(
+                f"{key}._target_={target}: has no method {name}; {where} says what it takes and "
+                "returns"
+            )
 
 
 def _check_extras(cfg: Config) -> None:

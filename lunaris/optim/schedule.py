@@ -8,6 +8,17 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Protocol
+
+
+class Schedule(Protocol):
+    """A learning-rate schedule; its class also takes `max_steps`, the steps of the run.
+
+    One with an attribute `decay_start` says up to which step every longer run has the same rates.
+    """
+
+    def __call__(self, step: int) -> float:
+        """Return the multiplier of every group's peak rate for step `step`, counted from 0."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ class SyntheticDataConfig(DataConfig):
 
     _target_: str = "lunaris.data.synthetic.SyntheticData"
     vocab_size: int = key(512, low=2, high=2**32)
-    n_tokens: int = key(1_000_000, low=2)
+    n_tokens: int = key(1_000_000, low=2, at_most=10**8)
     seed: int = key(0, low=0, high=2**63 - 1)
 
 

@@ -1,0 +1,75 @@
+"""Builds the optimizer of a run, by a factory or by a class that is called as torch's own are."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import nn
+
+from lunaris.config.instantiate import (
+    arguments_of,
+    call_component,
+    locate_class,
+    parameters_of,
+)
+from lunaris.config.schema.optimizer import OptimizerConfig
+from lunaris.errors import UserError
+from lunaris.optim.groups import by_layout, parameter_groups
+
+_ALIASES = {"learning_rate": "lr"}
+
+
+def build_optimizer(
+    component: OptimizerConfig, model: nn.Module, *, router_lr_scale: float
+) -> torch.optim.Optimizer:
+    """Return the optimizer that a config names, over the parameters of `model`.
+
+    A factory takes `model`, and `router_lr_scale` if it likes. A class that takes `params` instead
+    gets the groups of `parameter_groups`: norms do not decay, routers learn at `router_lr_scale`
+    times the rate. `learning_rate` is passed as `lr` where that is the parameter's name, and a
+    group's `peak_lr` is its `lr` where the factory sets none. Raises UserError for a class that is
+    called otherwise or refuses a value.
+    """
+    made = locate_class("optimizer", component)
+    taken = parameters_of(made) or ("model", "router_lr_scale")
+    arguments = arguments_of("optimizer", component, made, _ALIASES)
+    said = f"optimizer._target_={component._target_}"
+    if "model" in taken:
+        inputs: dict[str, Any] = {"model": model, "router_lr_scale": router_lr_scale}
+        arguments |= {name: value for name, value in inputs.items() if name in taken}
+    elif "params" in taken:
+        arguments["params"] = _groups(model, arguments, router_lr_scale, said)
+    else:
+        raise UserError(f"{said}: takes neither `model` nor `params`; it takes {', '.join(taken)}")
+    try:
+        optimizer = call_component("optimizer", component, made, arguments)
+    except (TypeError, ValueError) as error:
+        if isinstance(error, UserError) or component._target_.startswith("lunaris."):
+            raise
+        raise UserError(f"{said}: {error}") from error
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise UserError(f"{said}: made a {type(optimizer).__name__}, not a torch.optim.Optimizer")
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is closure.empty:
+        raise UserError(f"{said}: its step needs a closure, which training does not give")
+    for group in optimizer.param_groups:
+        group.setdefault("peak_lr", group["lr"])
+    return optimizer
+
+
+def _groups(
+    model: nn.Module, arguments: dict[str, Any], router_lr_scale: float, said: str
+) -> list[dict[str, Any]]:
+    """Return parameter groups with the rate of `arguments`, and its decay where there is one."""
+    rate = arguments.get("lr", arguments.get("learning_rate"))
+    if not isinstance(rate, int | float):
+        raise UserError(f"{said}: needs a learning rate, `optimizer.learning_rate` or `.lr`")
+    decay = arguments.get("weight_decay")
+    groups = []
+    for group in parameter_groups(model, rate, decay or 0.0, router_lr_scale).values():
+        if decay is None:
+            del group["weight_decay"]
+        groups += [group | {"params": params} for params in by_layout(group["params"])]
+    return groups
