@@ -103,7 +103,7 @@ def plain_rows(rows: Sequence[Row]) -> tuple[list[str], list[list[Any]]]:
 
 def _table(sweep: str | None, rows: list[Row]) -> Table:
     keys = [] if sweep is None else list(dict.fromkeys(key for r in rows for key in r["values"]))
-    shown = {key: _head(key, keys) for key in keys}
+    shown = short_keys(keys)
     title = ""
     if sweep is not None:
         counts = Counter(row["state"] for row in rows)
@@ -132,10 +132,11 @@ def _table(sweep: str | None, rows: list[Row]) -> Table:
     return made
 
 
-def _head(key: str, keys: list[str]) -> str:
-    """Return the last part of a key where no other swept one has it too."""
-    last = key.rpartition(".")[2]
-    return last if sum(other.rpartition(".")[2] == last for other in keys) == 1 else key
+def short_keys(keys: Sequence[str]) -> dict[str, str]:
+    """Return the last part of each key, or the key where another one ends alike."""
+    last = Counter(key.rpartition(".")[2] for key in keys)
+    short = {key: key.rpartition(".")[2] for key in keys}
+    return {key: short[key] if last[short[key]] == 1 else key for key in keys}
 
 
 def _notes(row: Row) -> list[str]:
