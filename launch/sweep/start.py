@@ -9,11 +9,15 @@ from __future__ import annotations
 import os
 
 from lunaris.config.cli import Flags
+from lunaris.config.run_names import values_of
 from lunaris.errors import UserError
 from lunaris.launch.sweep.expand import PRODUCT, read_request
-from lunaris.launch.sweep.points import Outcome, Sweep, submit_points
+from lunaris.launch.sweep.points import Outcome, Point, Sweep, submit_points
 from lunaris.launch.sweep.run_points import point_launcher, shown_loss
+from lunaris.runs.run_dir import RunDir
+from lunaris.runs.show import show
 from lunaris.runs.status import STATES
+from lunaris.runs.table import Table, short_keys
 
 
 def sweep(flags: Flags, command: str) -> int:
@@ -27,7 +31,15 @@ def sweep(flags: Flags, command: str) -> int:
     launcher = point_launcher(targets[1])
     if targets[0] == PRODUCT and launcher is not None and not hydra.callbacks:
         points = request.expand(hydra.sweeper.params or {})
+        if flags.dry_run:
+            show([listed(swept, swept.plan(points))])
+            return 0
         outcomes = list(submit_points(swept, points, launcher).values())
+    elif flags.dry_run:
+        raise UserError(
+            f"--dry-run: goes with the sweeper and launchers of this package; {targets[0]} and "
+            f"{targets[1]} run the points that they choose"
+        )
     else:
         # Imported here because it imports all of Hydra.
         from lunaris.launch.sweep.hydra_bridge import run_by_hydra
@@ -37,6 +49,24 @@ def sweep(flags: Flags, command: str) -> int:
         outcomes = list({outcome.point.name: outcome for outcome in ended}.values())
     print(summary(swept, outcomes))
     return int(any(outcome.state == "failed" for outcome in outcomes))
+
+
+def listed(sweep: Sweep, points: list[Point]) -> Table:
+    """Return the table of a sweep's points: what differs between them, and what is there already.
+
+    A point that has no folder yet is new.
+    """
+    values = [values_of([o for o in p.overrides if o not in sweep.shared]) for p in points]
+    keys = [key for key in dict.fromkeys(k for each in values for k in each) if key != "name"]
+    shown = list(short_keys(keys).values())
+    title = f"sweep {sweep.dir}: {len(points)} points; --dry-run writes and sends nothing"
+    made = Table(title, ["run", "state", "step", *shown], swept=shown)
+    for point, each in zip(points, values, strict=True):
+        status = RunDir(point.dir).read_status()
+        step = f"{status.get('step', 0)}/{point.cfg.trainer.max_steps}"
+        cells = [each.get(key, "-") for key in keys]
+        made.rows.append([point.name, status.get("state", "new"), step, *cells])
+    return made
 
 
 def summary(sweep: Sweep, outcomes: list[Outcome]) -> str:

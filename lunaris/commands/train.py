@@ -24,6 +24,7 @@ _EXAMPLES = [
     ("lunaris train model=small moe=switch moe.n_experts=16", "other options, another value"),
     ("lunaris train experiment=smoke", "a preset of many overrides"),
     ("lunaris train -m moe.n_experts=4,8,16", "a sweep, one point after the other"),
+    ("lunaris train -m moe.n_experts=4,8,16 --dry-run", "its points, checked; nothing is written"),
     ("lunaris train parallelism=fsdp launch.processes=8", "eight GPUs of this machine"),
     ("lunaris train -m launch=slurm moe.n_experts=8,16", "a job array"),
 ]

@@ -33,6 +33,7 @@ class Flags:
     config_path: str | None = None
     config_dir: str | None = None
     trust: list[str] = field(default_factory=list)
+    dry_run: bool = False
 
     @property
     def source(self) -> Source:
@@ -77,6 +78,7 @@ def parser(prog: str) -> argparse.ArgumentParser:
         help="how Hydra composes the config",
     )  # fmt: skip
     add_flag(flags)
+    add("--dry-run", action="store_true", help="with -m: list the points, write and send nothing")
     add("--hydra-help", action="store_true", help="Hydra's own help")
     add_one("-sc", "--shell-completion", action="store_true", help="with install=SHELL: completion")
     return made
@@ -97,6 +99,11 @@ def parse_flags(argv: list[str], prog: str = "lunaris train") -> Flags:
     for name, value in (("--resolve", flags.resolve), ("--package", flags.package)):
         if value and not flags.cfg:
             raise UserError(f"{name}: goes with --cfg")
+    if flags.dry_run and not flags.multirun:
+        raise UserError(
+            "--dry-run: goes with -m; of one run, `lunaris plan` shows the cost and --cfg job the "
+            "config"
+        )
     return flags
 
 

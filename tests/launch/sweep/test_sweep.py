@@ -381,3 +381,46 @@ def test_a_sweep_reads_its_options_where_a_single_run_does(folder: str) -> None:
     for i, way in enumerate(ways):
         assert main(["train", "-m", *way, *tiny, f"name=s{i}"]) == 0
         assert RunDir(f"sweeps/s{i}/seed=2").read_config().model.rope_theta == 77.0
+
+
+@pytest.mark.parametrize("launch", ["local", "slurm"])
+def test_a_dry_run_lists_every_point_with_what_differs_and_writes_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, launch: str
+) -> None:
+    monkeypatch.setattr(subprocess, "Popen", None)  # Nothing is started or sent.
+    swept = ["moe.n_experts=4,8", "moe=switch,top2"]
+    argv = ["train", "-m", *TINY, "name=s", f"launch={launch}", "seed=5", *swept, "--dry-run"]
+    assert main(argv) == 0
+    title, heads, *points = capsys.readouterr().out.splitlines()
+    assert title == "sweep sweeps/s: 4 points; --dry-run writes and sends nothing"
+    assert heads.split() == ["run", "state", "step", "n_experts", "moe"]
+    found = [line.split()[1:] for line in points]
+    assert found == [["new", "0/2", e, m] for e in "48" for m in ("switch", "top2")]
+    assert not os.listdir()
+
+
+def test_a_dry_run_says_which_points_are_there_and_checks_all(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    RunDir("sweeps/s/seed=1").path.mkdir(parents=True)
+    RunDir("sweeps/s/seed=1").write_status(state="done", step=2)
+    assert main(["train", "-m", *TINY, "name=s", "seed=1,2", "--dry-run"]) == 0
+    rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    assert rows == [["seed=1", "done", "2/2", "1"], ["seed=2", "new", "0/2", "2"]]
+    assert main(["train", "-m", *TINY, "name=s", "moe.n_experts=4,0", "--dry-run"]) == 2
+    assert "moe.n_experts=0: must be at least 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        ([], "--dry-run: goes with -m; of one run, `lunaris plan`"),
+        (["-m", "hydra/sweeper=basic", "seed=1,2"], "--dry-run: goes with the sweeper and"),
+    ],
+)
+def test_a_dry_run_of_what_cannot_be_listed_is_refused(
+    capsys: pytest.CaptureFixture[str], argv: list[str], words: str
+) -> None:
+    assert main(["train", *TINY, *argv, "--dry-run"]) == 2
+    assert words in capsys.readouterr().err
+    assert not os.listdir()
