@@ -35,7 +35,7 @@ from lunaris.optim.guard import StepGuard
 from lunaris.parallelism.base import Parallelism, unwrap
 from lunaris.precision import Precision
 from lunaris.run_summary import conclude, describe
-from lunaris.runs.changes import begin_changes_at, read_changes
+from lunaris.runs.changes import read_changes
 from lunaris.runs.data_fingerprint import save_data_fingerprint
 from lunaris.runs.facts import facts_of
 from lunaris.runs.run_dir import RunDir
@@ -111,7 +111,7 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
         collectives.on_rank_0(lambda: run_dir.add_parent(start.parent))
     state = state or TrainState()
     restore_settings(optimizer, settings)
-    collectives.on_rank_0(lambda: begin_changes_at(run_dir.path, state.step))
+    collectives.on_rank_0(lambda: run_dir.begin_at(state.step))
     if state.scaler:
         precision.scaler.load_state_dict(state.scaler)
     guard = _guard(cfg, run_dir, parallelism.device)

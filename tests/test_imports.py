@@ -21,7 +21,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("commands",),
     ("api",),
     ("launch",),
-    ("planning", "continuation"),
+    ("planning", "continuation", "report"),
     ("export",),
     ("sampling", "scoring"),
     ("inference",),
@@ -192,7 +192,7 @@ def test_what_training_reads_imports_nothing_of_the_preparation() -> None:
 
 
 TORCH_FREE = (
-    *("config/", "commands/", "runs/", "planning/", "continuation/", "launch/sweep/"),
+    *("config/", "commands/", "runs/", "planning/", "report/", "continuation/", "launch/sweep/"),
     *("errors.py", "__main__.py", "api.py", "metrics/devices.py"),
 )
 

@@ -19,10 +19,10 @@ Row: TypeAlias = dict[str, Any]
 
 def read_rows(path: Path) -> list[Row]:
     """Return the rows of a metrics file in order, without lines that cannot be read."""
-    return _read(path)[0]
+    return read_rows_and_damage(path)[0]
 
 
-def _read(path: Path) -> tuple[list[Row], list[tuple[int, bytes]]]:
+def read_rows_and_damage(path: Path) -> tuple[list[Row], list[tuple[int, bytes]]]:
     """Return the rows of a metrics file and its damaged lines with their numbers.
 
     A last line that a crash cut short is neither.
@@ -104,7 +104,7 @@ class MetricsFile:
 
         Lines that cannot be read are moved to `metrics.jsonl.damaged`, with a warning.
         """
-        _, damaged = _read(path)
+        _, damaged = read_rows_and_damage(path)
         kept = kept_rows(path, resume_step)
         if damaged and resume_step:
             aside = path.with_name(f"{path.name}.damaged")

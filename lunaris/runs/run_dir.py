@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger(__name__)
 _FILES = ("config.yaml", "provenance.json", "status.json", "metrics.jsonl", "tokenizer.json",
-          "changes.jsonl", "loss.png", "model.pt", "wandb.json", ".lock",
+          "changes.jsonl", "loss.png", "report.html", "model.pt", "wandb.json", ".lock",
           ".status.lock", ".submission.lock")  # fmt: skip
 _FOLDERS = ("checkpoints", "logs", "set_aside")
 
@@ -266,6 +266,13 @@ class RunDir:
             return max(began, self.metrics_path.stat().st_mtime)
         except OSError:
             return began
+
+    def begin_at(self, step: int) -> None:
+        """Record that this start of the run continues after `step`; changes begin there too."""
+        changes.begin_changes_at(self.path, step)
+        attempts = self.read_provenance().get("attempts", [])
+        if attempts:
+            self.note(attempts=[*attempts[:-1], attempts[-1] | {"step": step}])
 
     def _read(self, name: str) -> dict[str, Any]:
         content = read_json(self.path / name)

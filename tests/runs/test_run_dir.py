@@ -109,8 +109,10 @@ def test_a_second_job_is_refused_and_a_dead_one_frees_the_folder(tmp_path: Path)
 def test_attempts_are_counted_in_the_provenance(tmp_path: Path) -> None:
     run_dir = create(config(tmp_path), "", [])
     assert [run_dir.record_attempt(2), run_dir.record_attempt(4)] == [1, 2]
+    run_dir.begin_at(3)
     attempts = json.loads((run_dir.path / "provenance.json").read_text())["attempts"]
     assert [attempt["world_size"] for attempt in attempts] == [2, 4]
+    assert [attempt.get("step") for attempt in attempts] == [None, 3]
 
 
 @pytest.mark.parametrize("text", ["", "a: [", "- 1", "model: {}\ndata: {}\n"])

@@ -1,0 +1,1 @@
+"""Reports of runs and sweeps: HTML pages that need no network, and pictures. No torch."""
