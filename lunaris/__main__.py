@@ -34,7 +34,6 @@ def main(argv: list[str] | None = None) -> int:
         # Imported here: the help needs nothing of it.
         from lunaris.config.trust import restricted
 
-        _make_folder_importable()
         with restricted():
             return _run(args)
     except (UserError, RunFailed) as error:
@@ -57,16 +56,6 @@ def commands() -> list[str]:
     files = (path.stem for path in _FOLDER.glob("*.py") if not path.stem.startswith("_"))
     names = {stem.replace("_", "-") for stem in files}
     return [name for name in _ORDER if name in names] + sorted(names - set(_ORDER))
-
-
-def _make_folder_importable() -> None:
-    """Let `_target_` name classes in the current folder, as it may under `python -m lunaris`.
-
-    The folder comes last, so that no file in it takes the place of an installed module.
-    """
-    here = os.getcwd()
-    if not sys.flags.safe_path and not {"", here} & set(sys.path):
-        sys.path.append(here)
 
 
 def _run(args: list[str]) -> int:

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
+import sys
 from collections.abc import Mapping
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from lunaris.config.schema.base import Component, component_keys
@@ -97,7 +100,7 @@ def locate(key: str, dotted: str) -> Any:
     said = f"{key}={dotted}"
     module, *names = str(dotted).split(".")
     try:
-        found = importlib.import_module(module)
+        found = _import_first(module)
         for name in names:
             module = f"{module}.{name}"
             # A class may be within a class, and a module not yet imported by its package.
@@ -113,6 +116,23 @@ def locate(key: str, dotted: str) -> Any:
     except Exception as error:  # noqa: BLE001 - the code of a custom module runs here
         raise UserError(f"{said}: cannot be imported: {type(error).__name__}: {error}") from error
     return found
+
+
+def _import_first(module: str) -> Any:
+    """Import a module, also from the current folder, as `python -m lunaris` would.
+
+    The folder comes on the path only for a module that is not installed, which a config that may
+    name it has named, and comes last.
+    """
+    here = os.getcwd()
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        there = any(Path(here, module).with_suffix(suffix).exists() for suffix in ("", ".py"))
+        if error.name != module or sys.flags.safe_path or {"", here} & set(sys.path) or not there:
+            raise
+    sys.path.append(here)
+    return importlib.import_module(module)
 
 
 def _import_part(said: str, module: str, parent: Any) -> None:

@@ -33,14 +33,23 @@ def build_optimizer(
     called otherwise or refuses a value.
     """
     made = locate_class("optimizer", component)
-    taken = parameters_of(made) or ("model", "router_lr_scale")
+    taken = parameters_of(made) or {"model": None, "router_lr_scale": None}
     arguments = arguments_of("optimizer", component, made, _ALIASES)
     said = f"optimizer._target_={component._target_}"
     if "model" in taken:
         inputs: dict[str, Any] = {"model": model, "router_lr_scale": router_lr_scale}
+        if "router_lr_scale" not in taken and router_lr_scale != 1:
+            raise UserError(
+                f"moe.router_lr_scale={router_lr_scale}: {component._target_} does not take "
+                "`router_lr_scale`, so it must be 1"
+            )
         arguments |= {name: value for name, value in inputs.items() if name in taken}
     elif "params" in taken:
-        arguments["params"] = _groups(model, arguments, router_lr_scale, said)
+        rate = arguments.get("lr", arguments.get("learning_rate", taken.get("lr")))
+        if not isinstance(rate, int | float):
+            raise UserError(f"{said}: needs a learning rate, `optimizer.learning_rate` or `.lr`")
+        decay = arguments.get("weight_decay")
+        arguments["params"] = _groups(model, rate, decay, router_lr_scale)
     else:
         raise UserError(f"{said}: takes neither `model` nor `params`; it takes {', '.join(taken)}")
     try:
@@ -55,18 +64,15 @@ def build_optimizer(
     if closure is not None and closure.default is closure.empty:
         raise UserError(f"{said}: its step needs a closure, which training does not give")
     for group in optimizer.param_groups:
-        group.setdefault("peak_lr", group["lr"])
+        if "peak_lr" not in group:
+            group["peak_lr"] = group["lr"]
     return optimizer
 
 
 def _groups(
-    model: nn.Module, arguments: dict[str, Any], router_lr_scale: float, said: str
+    model: nn.Module, rate: float, decay: float | None, router_lr_scale: float
 ) -> list[dict[str, Any]]:
-    """Return parameter groups with the rate of `arguments`, and its decay where there is one."""
-    rate = arguments.get("lr", arguments.get("learning_rate"))
-    if not isinstance(rate, int | float):
-        raise UserError(f"{said}: needs a learning rate, `optimizer.learning_rate` or `.lr`")
-    decay = arguments.get("weight_decay")
+    """Return parameter groups; decay: None leaves it to the class."""
     groups = []
     for group in parameter_groups(model, rate, decay or 0.0, router_lr_scale).values():
         if decay is None:

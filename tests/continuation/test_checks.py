@@ -118,6 +118,15 @@ def test_the_current_folder_is_importable() -> None:
     ]  # fmt: skip
     command = [sys.executable, "-c", script]
     assert subprocess.run([*command, "train", *keys]).returncode == 0
+    # Nothing else of the folder is imported: what is not installed may not be taken from there.
+    Path("trackio.py").write_text("raise SystemExit('code of the folder ran')\n")
+    quiet = (
+        "import sys; sys.modules.pop('trackio', None); sys.path[:] = sys.path[1:]; "
+        "from lunaris.config.instantiate import locate; locate('x', 'torch.optim.SGD'); "
+        "assert not {'', __import__('os').getcwd()} & set(sys.path)"
+    )
+    assert subprocess.run([sys.executable, "-c", quiet]).returncode == 0
+    Path("trackio.py").unlink()
     more = ["resume", "runs/x", "trainer.max_steps=3", "--trust", "own_schedule"]
     assert subprocess.run([*command, *more]).returncode == 0
     moved = ["resume", "../x", "trainer.max_steps=4", "--trust", "own_schedule"]

@@ -11,6 +11,8 @@ import pytest
 import torch
 
 from lunaris.__main__ import main
+from lunaris.config.compose import Source, compose
+from lunaris.errors import UserError
 from lunaris.metrics.records import read_rows
 from lunaris.optim.build import build_optimizer
 from lunaris.run import bare_model
@@ -24,6 +26,9 @@ def plain(model, lr):
 
 def of_groups(params, learning_rate, momentum=0.5):
     return torch.optim.SGD(params, lr=learning_rate, momentum=momentum)
+
+def peaks(model):
+    return torch.optim.SGD([{"params": model.parameters(), "lr": 0.1, "peak_lr": 0.2}])
 
 def number(model):
     return 3
@@ -42,7 +47,9 @@ def mine(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def built(cfg: Any) -> torch.optim.Optimizer:
-    return build_optimizer(cfg.optimizer, bare_model(cfg, 64), router_lr_scale=0.5)
+    target = cfg.optimizer._target_
+    scale = 1.0 if target in ("mine_optim.plain", "mine_optim.peaks") else 0.5
+    return build_optimizer(cfg.optimizer, bare_model(cfg, 64), router_lr_scale=scale)
 
 
 def test_a_class_of_torch_gets_our_groups_and_its_own_names(tiny: Callable[..., Any]) -> None:
@@ -71,8 +78,27 @@ def test_a_key_of_another_type_stays_the_class_s_own(tiny: Callable[..., Any]) -
 def test_a_factory_needs_to_know_no_peak(tiny: Callable[..., Any]) -> None:
     (group,) = built(tiny("optimizer._target_=mine_optim.plain")).param_groups
     assert group["lr"] == group["peak_lr"] == 3e-3
+    (group,) = built(tiny("optimizer._target_=mine_optim.peaks")).param_groups
+    assert (group["lr"], group["peak_lr"]) == (0.1, 0.2)
     groups = built(tiny("optimizer._target_=mine_optim.of_groups")).param_groups
     assert {g["momentum"] for g in groups} == {0.5} and len(groups) == 4
+
+
+def test_a_class_keeps_its_own_rate_where_no_key_gives_one(tiny: Callable[..., Any]) -> None:
+    Path("conf/optimizer").mkdir(parents=True)
+    Path("conf/optimizer/bare.yaml").write_text("_target_: torch.optim.SGD\nmomentum: 0.9\n")
+    cfg = compose(["data=synthetic", "optimizer=bare"], source=Source(dir="conf"))
+    groups = build_optimizer(cfg.optimizer, bare_model(cfg, 64), router_lr_scale=1.0).param_groups
+    assert {(g["lr"], g["peak_lr"], g["weight_decay"], g["momentum"]) for g in groups} == {
+        (1e-3, 1e-3, 0, 0.9)
+    }
+
+
+@pytest.mark.usefixtures("mine")
+def test_a_router_rate_that_a_factory_does_not_take_is_refused(tiny: Callable[..., Any]) -> None:
+    cfg = tiny("optimizer._target_=mine_optim.plain")
+    with pytest.raises(UserError, match="moe.router_lr_scale=0.5: .*does not take"):
+        build_optimizer(cfg.optimizer, bare_model(cfg, 64), router_lr_scale=0.5)
 
 
 @pytest.mark.slow
