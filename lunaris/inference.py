@@ -1,4 +1,4 @@
-"""Loading the model of a run's checkpoint, and its loss on validation shards."""
+"""Loading the model and the tokenizer of a run, and its loss on validation shards."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from lunaris.checkpoint_reader import load_weights, saved_vocab_size
 from lunaris.config.instantiate import instantiate_component
 from lunaris.config.schema.root import Config
 from lunaris.data.prepare.build import make_ready
+from lunaris.data.tokenizer import TextTokenizer
 from lunaris.distributed import session
 from lunaris.errors import UserError
 from lunaris.model.transformer import Transformer
@@ -14,7 +15,8 @@ from lunaris.parallelism.single import Single
 from lunaris.precision import Precision
 from lunaris.run import bare_model, evaluator_of
 from lunaris.runs.checkpoint_files import newest
-from lunaris.runs.data_fingerprint import check_tokenizer
+from lunaris.runs.data_fingerprint import check_tokenizer, intact_tokenizer
+from lunaris.runs.facts import newest_facts
 from lunaris.runs.run_dir import RunDir
 
 
@@ -44,6 +46,13 @@ def evaluate_checkpoint(
             f"{run_dir.path}: its data has no validation part; name shards with data.dir=FOLDER"
         )
     return {"step": at} | row
+
+
+def tokenizer_of(run_dir: RunDir) -> TextTokenizer:
+    """Return the tokenizer that a run was trained with. Raises UserError when it has none."""
+    facts = newest_facts(run_dir.checkpoints)
+    eot_id = run_dir.noted("eot_id") if facts is None else facts.eot_id
+    return TextTokenizer(intact_tokenizer(run_dir), eot_id)
 
 
 def load_trained(

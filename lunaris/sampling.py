@@ -15,12 +15,10 @@ from lunaris.config.schema.root import Config
 from lunaris.data.tokenizer import TextTokenizer
 from lunaris.distributed import session
 from lunaris.errors import UserError
-from lunaris.inference import load_trained
+from lunaris.inference import load_trained, tokenizer_of
 from lunaris.model.generate import stream_rows
 from lunaris.model.speculative import stream_ahead
 from lunaris.model.transformer import Transformer
-from lunaris.runs.data_fingerprint import intact_tokenizer
-from lunaris.runs.facts import newest_facts
 from lunaris.runs.run_dir import RunDir
 
 
@@ -116,9 +114,7 @@ def sample_texts(
     for rounding. Raises UserError, before the first piece, when the run has no tokenizer,
     checkpoint or depths to draft with, or a prompt is empty.
     """
-    facts = newest_facts(run_dir.checkpoints)
-    eot_id = run_dir.noted("eot_id") if facts is None else facts.eot_id
-    tokenizer = TextTokenizer(intact_tokenizer(run_dir), eot_id)
+    tokenizer = tokenizer_of(run_dir)
     encoded = [ids.tolist() for ids in tokenizer.encode([r.prompt.encode() for r in requests])]
     if not all(encoded):
         raise UserError("--prompt: must hold at least one character")

@@ -16,13 +16,10 @@ from torch.nn import functional as F
 
 from lunaris.config.instantiate import instantiate_component
 from lunaris.config.schema.root import Config
-from lunaris.data.tokenizer import TextTokenizer
 from lunaris.errors import UserError
-from lunaris.inference import load_trained
+from lunaris.inference import load_trained, tokenizer_of
 from lunaris.parallelism.single import Single
 from lunaris.precision import Precision
-from lunaris.runs.data_fingerprint import intact_tokenizer
-from lunaris.runs.facts import newest_facts
 from lunaris.runs.run_dir import RunDir
 
 # Logits of one batch: at most so many float32 numbers (256 MiB).
@@ -71,9 +68,7 @@ class Scorer:
 
         Raises UserError when the run has no tokenizer or no such checkpoint.
         """
-        facts = newest_facts(run_dir.checkpoints)
-        eot_id = run_dir.noted("eot_id") if facts is None else facts.eot_id
-        self._tokenizer = TextTokenizer(intact_tokenizer(run_dir), eot_id)
+        self._tokenizer = tokenizer_of(run_dir)
         self._model, self.step = load_trained(cfg, run_dir, step)
         self._head = instantiate_component("objective", cfg.objective).logits
         single = Single()

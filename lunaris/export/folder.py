@@ -29,9 +29,8 @@ from lunaris.export.verify import (
     sample_tokens,
 )
 from lunaris.export.writer import DTYPES, write_weights
+from lunaris.inference import tokenizer_of
 from lunaris.runs.checkpoint_files import newest
-from lunaris.runs.data_fingerprint import intact_tokenizer
-from lunaris.runs.facts import newest_facts
 from lunaris.runs.run_dir import RunDir
 
 # Buffers that only training reads, and the modules of the objective.
@@ -169,9 +168,7 @@ def _parameters(source: CheckpointSource, family: Family) -> int:
 def _tokenizer(run_dir: RunDir) -> TextTokenizer | None:
     if not run_dir.tokenizer_path.is_file():
         return None
-    facts = newest_facts(run_dir.checkpoints)
-    eot_id = run_dir.noted("eot_id") if facts is None else facts.eot_id
-    return TextTokenizer(intact_tokenizer(run_dir), eot_id)
+    return tokenizer_of(run_dir)
 
 
 def _write_config(folder: Path, settings: Settings, family: Family, dtype: str) -> None:

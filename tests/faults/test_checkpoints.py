@@ -287,12 +287,7 @@ def test_killed_inside_saves_with_pruning(
     draw, kills, inside = random.Random(0), 1000 if long else 10, 0
     for _ in range(kills):
         run = fork(worker, str(run_dir.path))
-        wait_for_rows(run_dir, run.running)
-        # Half of the kills fall while a checkpoint is written.
-        while run.running() and draw.random() < 0.98:
-            if saving(run_dir) and draw.random() < 0.3:
-                break
-            time.sleep(0.001)
+        wait_for_moment(run_dir, run.running, draw)
         os.kill(run.pid, signal.SIGKILL)
         assert run.wait() in (0, -signal.SIGKILL), Path("forks.log").read_text()[-2000:]
         inside += saving(run_dir)
@@ -339,11 +334,7 @@ def test_one_of_two_sharded_ranks_is_killed(
     draw, kills, inside = random.Random(0), 100 if long else 3, 0
     for _ in range(kills):
         ranks = start(run_dir)
-        wait_for_rows(run_dir, ranks[0].running)
-        while ranks[0].running() and draw.random() < 0.98:
-            if saving(run_dir) and draw.random() < 0.3:
-                break
-            time.sleep(0.001)
+        wait_for_moment(run_dir, ranks[0].running, draw)
         for rank in draw.choice([ranks[:1], ranks[1:], ranks]):
             os.kill(rank.pid, signal.SIGKILL)
         assert all(rank.wait() in (0, 1, -signal.SIGKILL) for rank in ranks)
@@ -366,8 +357,15 @@ def saving(run_dir: RunDir) -> bool:
     return any(run_dir.checkpoints.glob(".tmp-*"))
 
 
-def wait_for_rows(run_dir: RunDir, running: Callable[[], bool]) -> None:
-    """Wait until the run that has just been started has logged two steps more, or has ended."""
+def wait_for_moment(run_dir: RunDir, running: Callable[[], bool], draw: random.Random) -> None:
+    """Wait until a run that has just been started has logged two steps more, then a little longer.
+
+    Half of the moments at least fall while a checkpoint is written.
+    """
     began = len(read_rows(run_dir.metrics_path))
     while running() and len(read_rows(run_dir.metrics_path)) < began + 2:
         time.sleep(0.01)
+    while running() and draw.random() < 0.98:
+        if saving(run_dir) and draw.random() < 0.3:
+            break
+        time.sleep(0.001)
