@@ -58,14 +58,14 @@ class _Printer:
         self._requests, self._samples = requests, samples
         self._waiting = ["" for _ in requests]
         self._ended = [False for _ in requests]
-        self._turn = 0
+        self._turn, self._begun = 0, False
 
     def show(self, piece: Piece) -> None:
         """Print what a piece settles."""
-        first = not any(self._waiting) and not any(self._ended)
         self._waiting[piece.index] += piece.text
         self._ended[piece.index] |= piece.ended is not None
-        if first and self._turn == 0:
+        if not self._begun:
+            self._begun = True
             self._begin()
         while self._turn < len(self._requests):
             sys.stdout.write(self._waiting[self._turn])

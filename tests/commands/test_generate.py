@@ -149,6 +149,8 @@ def test_prompts_of_a_file_are_sampled_in_batches(
         for i, row in enumerate(all_at_once[:4])
     ]
     assert capsys.readouterr().out == "".join(want)
+    assert main([folder, "--prompt", "import", "--max-new-tokens", "12", "--seed", "5"]) == 0
+    assert capsys.readouterr().out == f"import{all_at_once[2]['text']}\n"
 
 
 @pytest.mark.slow
