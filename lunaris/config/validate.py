@@ -30,6 +30,9 @@ from lunaris.errors import UserError, not_installed
 
 # The methods of each group's classes, and where they are described.
 METHODS = {
+    "attention": (("__call__",), "lunaris.model.attention.base.AttentionFactory"),
+    "moe": (("__call__",), "lunaris.model.feed_forward.FeedForwardFactory"),
+    "moe.router": (("__call__",), "lunaris.moe.router.base.RouterFactory"),
     "data": (("ensure_ready", "train", "val"), "lunaris.data.base.Data"),
     "objective": (
         ("__call__", "predictors", "logits", "count_targets", "targets_vary"),
@@ -113,8 +116,9 @@ def _check_methods(key: str, target: str, made: Any) -> None:
 
     What a function returns is seen when the run is built.
     """
-    names, where = METHODS.get(key.partition(".")[0], ((), ""))
-    if not isinstance(made, type) or (key.count(".") and not key.startswith("logger.")):
+    group = "logger" if key.startswith("logger.") else key
+    names, where = METHODS.get(group, ((), ""))
+    if not isinstance(made, type):
         return
     for name in names:
         # Every class is callable; its objects are if a class that it derives from says so.

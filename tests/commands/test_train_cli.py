@@ -73,15 +73,29 @@ def test_a_run_leaves_its_folder_and_continues_from_it(capsys: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("optimizer._target_=json.JSONDecoder", "=json.JSONDecoder: its keys do not fit: got an"),
-        ("trainer.batch_size=99999999999999", "batch_size=99999999999999 and model.max_seq_len=32"),
-        ("data.n_tokens=99999999999999", "out of memory for the data, lunaris.data.synthetic.Sy"),
+        ("optimizer._target_=json.JSONDecoder", "takes neither `model` nor `params`"),
+        (
+            "moe._target_=collections.Counter",
+            "Counter: has no method __call__; lunaris.",
+        ),
+        ("data.n_tokens=99999999999999", "data.n_tokens=99999999999999: must be at most 100000000"),
     ],
 )
-def test_what_shows_only_at_the_start_is_told_in_one_line(
+def test_what_shows_before_the_start_is_told_in_one_line_and_nothing_is_written(
     override: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["train", *SMOKE, override]) == 2
+    smoke = [each for each in SMOKE if each.partition("=")[0] != override.partition(".")[0]]
+    assert main(["train", *smoke, override]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.startswith("error: ") and error.count("\n") == 1
+    assert os.listdir() == []
+
+
+def test_what_shows_only_at_the_start_is_told_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    message = "batch_size=99999999999999 and model.max_seq_len=32"
+    assert main(["train", *SMOKE, "trainer.batch_size=99999999999999"]) == 2
     error = capsys.readouterr().err
     assert message in error and "Traceback" not in error
     assert len([line for line in error.splitlines() if line.startswith("error: ")]) == 1
@@ -90,12 +104,13 @@ def test_what_shows_only_at_the_start_is_told_in_one_line(
 
 
 def test_what_nobody_foresaw_ends_with_1_and_one_traceback(
-    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # A class that takes any keys, and is no factory of feed-forwards.
-    assert main(["train", *SMOKE[:1], "name=x", "moe._target_=collections.Counter"]) == 1
+    monkeypatch.syspath_prepend(".")
+    Path("unforeseen.py").write_text("def falling(max_steps): return lambda step: {}[step]\n")
+    assert main(["train", *SMOKE, "schedule._target_=unforeseen.falling"]) == 1
     assert capsys.readouterr().err.count("Traceback") == 1
-    assert "'Counter' object is not callable" in RunDir("runs/x").read_status()["last_error"]
+    assert "KeyError: 0" in RunDir("runs/x").read_status()["last_error"]
     assert "Traceback" in (RunDir("runs/x").logs / "rank_0.log").read_text()
 
 

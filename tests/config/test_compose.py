@@ -146,10 +146,10 @@ def test_an_option_without_a_schema_is_checked_by_its_class(tmp_path: Path) -> N
 
 
 def test_a_custom_class_may_have_any_keys(tmp_path: Path) -> None:
-    write(tmp_path / "moe/mine.yaml", "_target_: json.JSONDecoder\nsecret: 1\n")
+    write(tmp_path / "moe/mine.yaml", "_target_: functools.partial\nsecret: 1\n")
     source = Source(dir=str(tmp_path))
     cfg = compose(["moe=mine", "moe.secret=2", "+moe.other=3"], source=source)
-    assert vars(cfg.moe) == {"_target_": "json.JSONDecoder", "secret": 2, "other": 3}
+    assert vars(cfg.moe) == {"_target_": "functools.partial", "secret": 2, "other": 3}
     with pytest.raises(UserError, match=r"write \+moe.others="):
         compose(["moe=mine", "moe.others=2"], source=source)
 
@@ -214,15 +214,20 @@ def test_names_are_safe_and_differ_where_overrides_do() -> None:
         assert len(name) <= 80 and name[0] not in ".-"
 
 
+_FACTORY = "class MyFactory:\n    def __call__(self, layer, shape): ...\n"
+
+
 def test_a_custom_class_is_imported_before_anything_starts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(os.getcwd())
-    Path("spelt.py").write_text("class MyFactory: ...\n")
+    Path("spelt.py").write_text(_FACTORY)
     Path("made.py").write_text(
-        "import sys\nsetattr(sys.modules[__name__], 'MyF' + 'actory', dict)\n"
+        "import sys\n"
+        "made = type('Made', (), {'__call__': print})\n"
+        "setattr(sys.modules[__name__], 'MyF' + 'actory', made)\n"
     )
     Path("broken").mkdir()
     Path("broken/__init__.py").write_text("raise RuntimeError('no licence')\n")
-    Path("broken/mine.py").write_text("class MyFactory: ...\n")
+    Path("broken/mine.py").write_text(_FACTORY)
     for target in ("spelt.MyFactory", "made.MyFactory"):
         assert compose([f"moe._target_={target}"]).moe._target_ == target
     for target, message in (

@@ -188,8 +188,16 @@ def test_a_custom_class_over_an_option_keeps_the_option_s_type(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path)
-    names = ("Text", "Launcher", "Experts", "Router", "Optimizer")
-    (tmp_path / "mine.py").write_text("".join(f"class {name}: ...\n" for name in names))
+    methods = {
+        "Text": ("ensure_ready", "train", "val"), "Launcher": ("submit",),
+        "Experts": ("__call__",), "Router": ("__call__",), "Optimizer": ("step",),
+    }  # fmt: skip
+    (tmp_path / "mine.py").write_text(
+        "".join(
+            f"class {name}:\n" + "".join(f"    def {each}(self): ...\n" for each in named)
+            for name, named in methods.items()
+        )
+    )
     cfg = compose(command, check_data=False)
     (tmp_path / "config.yaml").write_bytes(to_yaml(cfg))
     again = read_config(tmp_path / "config.yaml")
@@ -237,7 +245,8 @@ def test_a_custom_component_brings_its_schema(
             from lunaris.config.schema.attention import AttentionConfig
             from lunaris.config.schema.base import key
 
-            class Toy: ...
+            class Toy:
+                def __call__(self, layer, shape): ...
 
             @dataclass
             class ToyConfig(AttentionConfig):

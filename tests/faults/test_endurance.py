@@ -73,9 +73,10 @@ def test_many_steps_hold_no_more_than_few(
     half = len(settled) // 2
     assert half > 5
     early, late = settled[:half], settled[half:]
-    for name, allowed in (("files", 0), ("threads", 0), ("memory", 4 * 2**20)):
-        first = max(getattr(sample, name) for sample in early)
-        assert max(getattr(sample, name) for sample in late) <= first + allowed, name
+    # A file is open, and a thread runs, for as long as a save takes: what stays is the least.
+    for name, bound, allowed in (("files", min, 0), ("threads", min, 0), ("memory", max, 2**22)):
+        first = bound(getattr(sample, name) for sample in early)
+        assert bound(getattr(sample, name) for sample in late) <= first + allowed, name
     folders = list(Path("runs/long/checkpoints").iterdir())
     assert len(folders) == 2
     rates = [row["perf/tokens_per_s"] for row in read_rows(metrics) if "perf/tokens_per_s" in row]
