@@ -77,6 +77,12 @@ def parameters_of(made: Any) -> dict[str, Any] | None:
 
 def call_component(key: str, component: Component, made: Any, arguments: dict[str, Any]) -> Any:
     """Return what `made` returns. Raises UserError when it does not take these arguments."""
+    check_arguments(key, component, made, arguments)
+    return made(**arguments)
+
+
+def check_arguments(key: str, component: Component, made: Any, arguments: dict[str, Any]) -> None:
+    """Raise UserError when the class or function of a component does not take these arguments."""
     try:
         inspect.signature(made).bind(**arguments)
     except ValueError:
@@ -84,7 +90,6 @@ def call_component(key: str, component: Component, made: Any, arguments: dict[st
     except TypeError as error:
         said = f"{key}._target_={component._target_}"
         raise UserError(f"{said}: its keys do not fit: {error}") from error
-    return made(**arguments)
 
 
 def locate_class(key: str, component: Component) -> Any:

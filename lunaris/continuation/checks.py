@@ -12,6 +12,8 @@ from lunaris.runs.facts import checkpoint_folders
 from lunaris.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
+    import torch
+
     from lunaris.model.transformer import Transformer
 
 # For the sizes of a model that is built only to be looked at.
@@ -24,8 +26,23 @@ def check_start(cfg: Config) -> None:
     That is where custom classes cannot be called or lack what training needs of them, or the
     weights that a new run starts from do not fit.
     """
+    _check_keys(cfg)
     _check_parts(cfg)
     _check_weights(cfg)
+
+
+def _check_keys(cfg: Config) -> None:
+    """Raise UserError where a custom class, which is built only later, does not take its keys."""
+    from lunaris.config.instantiate import arguments_of, check_arguments, locate_class
+
+    later: dict[str, Component] = {
+        "data": cfg.data, "parallelism": cfg.parallelism, "launch": cfg.launch,
+        **{f"logger.{name}": logger for name, logger in cfg.logger.items()},
+    }  # fmt: skip
+    for key, part in later.items():
+        if is_custom(part):
+            made = locate_class(key, part)
+            check_arguments(key, part, made, arguments_of(key, part, made))
 
 
 def _check_parts(cfg: Config) -> None:
@@ -49,13 +66,31 @@ def _check_parts(cfg: Config) -> None:
     model = bare_model(cfg, cfg.model.vocab_size or _ANY_VOCABULARY)
     for key, target in custom.items():
         if key == "optimizer":
-            build_optimizer(cfg.optimizer, model, router_lr_scale=1.0)
+            _try_step(target, build_optimizer(cfg.optimizer, model, router_lr_scale=1.0))
         elif key == "schedule":
             instantiate_component(key, cfg.schedule, max_steps=cfg.trainer.max_steps)
         else:
             made = [objective] if key == "objective" else _parts_of(model, key)
             _check_methods(key, target, made)
     parameter_roles(model)
+
+
+def _try_step(target: str, optimizer: torch.optim.Optimizer) -> None:
+    """Raise UserError where an optimizer refuses a step with gradients as training makes them."""
+    import torch
+
+    keys = {name: value for name, value in optimizer.param_groups[0].items() if name != "params"}
+    weight = torch.nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.zeros(2, 2)
+    try:
+        small = type(optimizer)([keys | {"params": [weight]}])  # type: ignore[call-arg]
+    except TypeError:
+        return  # Its constructor needs more than its groups hold.
+    try:
+        small.step()
+    except Exception as error:  # noqa: BLE001 - the code of a custom class runs here
+        said = f"optimizer._target_={target}: cannot make a step"
+        raise UserError(f"{said}: {type(error).__name__}: {error}") from error
 
 
 def _parts_of(model: Transformer, key: str) -> list[Any]:

@@ -13,6 +13,9 @@ from lunaris.config.validate import METHODS
 from lunaris.data.base import Data
 from lunaris.launch.local import Local
 from lunaris.metrics.loggers import Logger
+from lunaris.model.attention.base import AttentionFactory
+from lunaris.model.feed_forward import FeedForwardFactory
+from lunaris.moe.router.base import RouterFactory
 from lunaris.objective.base import Objective
 from lunaris.optim.schedule import Schedule
 from lunaris.parallelism.base import Parallelism
@@ -53,6 +56,18 @@ class RouterFactory:
 
 class Half(Objective):
     def __call__(self, model, batch): pass
+
+class Uncallable:
+    def __init__(self, n): pass
+
+class Messages:
+    def __init__(self, room): pass
+    def start(self, run_dir, cfg, step): pass
+    def tick(self, step): pass
+    def log(self, row): pass
+    def message(self, text): pass
+    def flush(self): pass
+    def finish(self, state): pass
 """
 BAD = [
     ("schedule", "Schedule", "has no method __call__; lunaris.optim.schedule.Schedule says"),
@@ -62,6 +77,8 @@ BAD = [
     ("attention", "Attention", "Mixing has no method new_cache; lunaris.model.attention.base.Atte"),
     ("attention", "NoModule", "int is not a torch.nn.Module"),
     ("moe.router", "RouterFactory", "Router has no method forward; lunaris.moe.router.base.Router"),
+    ("attention", "Uncallable", "has no method __call__; lunaris.model.attention.base.Attention"),
+    ("+logger.mine", "Messages", "its keys do not fit: missing a required argument: 'room'"),
     ("objective", "Half", "Half has no method count_targets; lunaris.objective.base.Objective say"),
 ]
 
@@ -82,11 +99,28 @@ def test_a_missing_method_is_named(
     assert not Path("runs").exists()
 
 
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("torch.optim.SparseAdam", "cannot make a step: RuntimeError: SparseAdam does not support"),
+        ("torch.optim.LBFGS", "LBFGS doesn't support per-parameter options"),
+    ],
+)
+def test_an_optimizer_that_cannot_step_here_is_refused(
+    target: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["train", "data=synthetic", "moe=none", f"optimizer._target_={target}", "name=x"]
+    assert main(command) == 2
+    assert f"error: optimizer._target_={target}: {message}" in capsys.readouterr().err
+    assert not Path("runs").exists()
+
+
 def test_the_methods_are_those_of_the_interfaces() -> None:
     """`data` may lack `digests`."""
     bases = {
         "data": Data, "objective": Objective, "schedule": Schedule, "parallelism": Parallelism,
-        "logger": Logger, "launch": Local,
+        "logger": Logger, "launch": Local, "attention": AttentionFactory,
+        "moe": FeedForwardFactory, "moe.router": RouterFactory,
     }  # fmt: skip
     assert METHODS.keys() == bases.keys()
     for group, (names, where) in METHODS.items():
