@@ -15,6 +15,12 @@ _ORDER = (
     *("train", "prepare", "plan", "runs", "logs", "resume", "fork"),
     *("cancel", "report", "evaluate", "generate", "export"),
 )
+# Commands that take folders of runs, and those that take a config's keys.
+_OF_FOLDERS = (
+    *("runs", "logs", "resume", "fork", "cancel", "report", "evaluate", "generate", "export"),
+    "wandb-sync",
+)
+_OF_KEYS = ("train", "prepare", "plan")
 _EPILOG = """\
 `lunaris COMMAND --help` explains a command and gives an example.
 
@@ -78,7 +84,7 @@ def _run(args: list[str]) -> int:
 
 
 def _complete(args: list[str]) -> int:
-    """Complete a line for a shell: commands here, options and keys through `train`.
+    """Complete a line for a shell: commands and folders of runs here, the rest through `train`.
 
     The shell calls `lunaris -sc query=bash` with the line in COMP_LINE. Hydra completes options and
     keys, but does not know the command, which is removed from the line.
@@ -88,7 +94,12 @@ def _complete(args: list[str]) -> int:
     if not words or (len(words) == 1 and not line.endswith(" ")):
         print(" ".join(name for name in commands() if name.startswith("".join(words))))
         return 0
-    if words[0] != "train":
+    if words[0] in _OF_FOLDERS:
+        from lunaris.runs.discovery import completions
+
+        print("\n".join(completions("" if line.endswith(" ") else words[-1])))
+        return 0
+    if words[0] not in _OF_KEYS:
         return 0
     os.environ["COMP_LINE"] = " ".join(["lunaris", *words[1:]]) + " " * line.endswith(" ")
     return int(importlib.import_module("lunaris.commands.train").main(args))

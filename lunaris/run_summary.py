@@ -5,11 +5,16 @@ from __future__ import annotations
 import math
 from shlex import quote
 
+import numpy as np
+
 from lunaris.console import labelled
 from lunaris.metrics.records import read_rows
 from lunaris.parallelism.base import unwrap
 from lunaris.runs.checkpoint_files import complete
 from lunaris.train import Run
+
+# Of the prompt that is proposed after a run.
+_PROMPT_SEQUENCES, _PROMPT_TOKENS, _PROMPT_WORDS = 16, 256, 3
 
 
 def describe(run: Run) -> str:
@@ -60,7 +65,29 @@ def conclude(run: Run) -> str:
         f"next       lunaris evaluate {quote(str(folder))}",
     ]
     if run.dir.tokenizer_path.is_file():
-        prompt = "def main(" if "stdlib" in run.cfg.data._target_ else "The"
-        lines.append(f"           lunaris generate {quote(str(folder))} --prompt '{prompt}'")
-    lines.append("           lunaris train -m moe.n_experts=4,8 trainer.max_steps=100")
+        command = f"lunaris generate {quote(str(folder))} --prompt {quote(_prompt(run))}"
+        lines.append(f"           {command}")
+    longer = f"trainer.max_steps={2 * run.cfg.trainer.max_steps}"
+    lines += [
+        f"           lunaris report {quote(str(folder))}",
+        f"           lunaris resume {quote(str(folder))} {longer}",
+    ]
     return "\n".join(lines)
+
+
+def _prompt(run: Run) -> str:
+    """Return the first words of a line of the validation text; `The` where there are none."""
+    # Imported here: only this line of a whole run needs it.
+    from tokenizers import Tokenizer
+
+    for source in run.evaluator.sources.values():
+        ids = np.zeros((_PROMPT_SEQUENCES, source.seq_len + 1), np.int64)
+        source.gather(len(source) // 2 + np.arange(_PROMPT_SEQUENCES), ids)
+        # A target without loss is written as ~t.
+        rows = np.where(ids < 0, ~ids, ids)[:, :_PROMPT_TOKENS].tolist()
+        for text in Tokenizer.from_file(str(run.dir.tokenizer_path)).decode_batch(rows):
+            # The first line may begin within a word.
+            for line in text.splitlines()[1:]:
+                if line.isprintable() and line[:1].isalpha():
+                    return " ".join(line.split()[:_PROMPT_WORDS])
+    return "The"

@@ -57,6 +57,24 @@ def find_runs(folder: Path) -> list[FoundRun]:
     return found
 
 
+def completions(begun: str) -> list[str]:
+    """Return the folders that a shell may complete a begun path to; a run or sweep ends there.
+
+    Where nothing is begun, those are the runs in `runs` and the sweeps in `sweeps`.
+    """
+    head, slash, start = begun.rpartition("/")
+    folders = [Path(head + slash)] if begun else [Path("runs"), Path("sweeps")]
+    found = []
+    for folder in folders:
+        for child in sorted(folder.iterdir()) if folder.is_dir() else []:
+            if child.name.startswith(start) and child.is_dir():
+                ends = is_run(child) or is_sweep(child)
+                # With the begun part as it is: `./runs/` would not match `runs/NAME`.
+                path = f"{head}{slash}{child.name}" if begun else str(child)
+                found.append(path if ends else f"{path}/")
+    return found
+
+
 def _in(folder: Path) -> Iterator[FoundRun]:
     if is_run(folder):
         overrides = RunDir(folder).noted("overrides")

@@ -164,7 +164,6 @@ def test_hydras_own_flags_work(capsys: pytest.CaptureFixture[str]) -> None:
         ("lunaris train mo", ["moe", "model"]),
         ("lunaris train moe=", ["moe=switch", "moe=none"]),
         ("lunaris train moe=top2 moe.n_sh", ["moe.n_shared_experts="]),
-        ("lunaris evaluate mo", []),
     ],
 )
 def test_a_shell_completes_commands_groups_options_and_keys(
@@ -178,6 +177,36 @@ def test_a_shell_completes_commands_groups_options_and_keys(
     printed = capsys.readouterr().out.split()
     assert all(any(word.startswith(text) for word in printed) for text in shown)
     assert bool(printed) == bool(shown)
+
+
+@pytest.mark.parametrize(
+    ("line", "shown"),
+    [
+        ("lunaris resume ", ["runs/one", "sweeps/other/", "sweeps/two"]),
+        ("lunaris resume ru", ["runs/"]),
+        ("lunaris generate runs/o", ["runs/one"]),
+        ("lunaris report ./runs/o", ["./runs/one"]),
+        ("lunaris evaluate absent/", []),
+        ("lunaris logs --rank 1 sweeps/", ["sweeps/other/", "sweeps/two"]),
+    ],
+)
+def test_a_shell_completes_folders_of_runs(
+    line: str, shown: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for folder in ("runs/one", "sweeps/two", "sweeps/other"):
+        Path(folder).mkdir(parents=True)
+    Path("runs/one/config.yaml").touch()
+    Path("sweeps/two/manifest.json").write_text('{"points": []}')
+    Path("runs/file").touch()
+    monkeypatch.setenv("COMP_LINE", line)
+    assert main(["-sc", "query=bash"]) == 0
+    assert capsys.readouterr().out.split() == shown
+
+
+def test_every_command_has_its_completion() -> None:
+    from lunaris.__main__ import _OF_FOLDERS, _OF_KEYS, commands
+
+    assert sorted([*_OF_FOLDERS, *_OF_KEYS, "new"]) == sorted(commands())
 
 
 def test_help_names_every_group_and_option(capsys: pytest.CaptureFixture[str]) -> None:
