@@ -264,8 +264,11 @@ def test_an_edited_config_is_checked_when_it_resumes(
         capsys.readouterr()
         code = main(["resume", "runs/run"])
         err = capsys.readouterr().err
-        assert code in (0, 2), (name, value, err)
-        assert code == 0 or err.startswith("error: "), (name, value, err)
+        # Where no checkpoint has a copy, the edited rate is the run's own, and 1e30 diverges.
+        diverged = "lower optimizer.learning_rate" in err and not checkpoints
+        assert code == (1 if diverged else 2) or code == 0, (name, value, err)
+        lines = [line for line in err.splitlines() if line.startswith("error: ")]
+        assert code == 0 or len(lines) == 1, (name, value, err)
         if code == 0 and checkpoints:
             assert exact_rows(run_dir) == exact_rows(RunDir("whole")), (name, value)
             run_dir = stopped()

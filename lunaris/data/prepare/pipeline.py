@@ -28,7 +28,7 @@ from lunaris.data.prepare.chunks import Chunk, Cursor
 from lunaris.data.prepare.encode import Encoded, Job, encode_chunk, executor
 from lunaris.data.prepare.folder_tokenizer import folder_tokenizer
 from lunaris.data.prepare.interleave import SourceInterleaver
-from lunaris.data.prepare.shard_writer import MaskedShardWriter, ShardWriter
+from lunaris.data.prepare.shard_writer import MaskedShardWriter, ShardWriter, close_all
 from lunaris.data.prepare.spec import PrepareSpec, read_note
 from lunaris.data.tokenizer import TextTokenizer
 from lunaris.errors import UserError
@@ -159,8 +159,7 @@ class _Preparation:
             ) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
-            for writer in self._writers.values():
-                writer.close()
+            close_all(self._writers.values())
 
     def _loop(self, pool: Executor) -> None:
         began, before = time.monotonic(), self._tokens()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import os
+from collections.abc import Iterable
+from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -82,8 +84,8 @@ class ShardWriter:
     def close(self) -> None:
         """Close the open file without finishing the shard."""
         if self._file is not None:
-            self._file.close()
-            self._file = None
+            file, self._file = self._file, None
+            file.close()
 
     def _open(self) -> io.BufferedRandom:
         """Return the file of the shard being written, at its end."""
@@ -190,5 +192,11 @@ class MaskedShardWriter:
 
     def close(self) -> None:
         """Close the open files without finishing the shards."""
-        for writer in self._fields.values():
-            writer.close()
+        close_all(self._fields.values())
+
+
+def close_all(writers: Iterable[ShardWriter | MaskedShardWriter]) -> None:
+    """Close every writer, also where one cannot write what it holds, then raise its OSError."""
+    with ExitStack() as closing:
+        for writer in writers:
+            closing.callback(writer.close)
