@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
 from lunaris.config.compose import Composer
 from lunaris.config.identity import differing, identity
+from lunaris.config.overruled import overruled
 from lunaris.config.run_names import point_name
 from lunaris.config.schema.logger import WandbLoggerConfig
 from lunaris.config.schema.root import Config
@@ -85,7 +87,15 @@ class Sweep:
                     f"{' '.join(before.overrides)} and {' '.join(point.overrides)}; give "
                     "name= another value for each"
                 )
+        for text in self._warnings(job_overrides):
+            print(f"warning: {text}", file=sys.stderr)
+        _refuse_equal(list(points.values()))
         return list(points.values())
+
+    def _warnings(self, job_overrides: Sequence[Sequence[str]]) -> list[str]:
+        """Return what an experiment of the sweep wins over, each sentence once."""
+        found = (overruled(self.composer, list(overrides)) for overrides in job_overrides)
+        return list(dict.fromkeys(text for texts in found for text in texts))
 
     def frozen_points(self) -> list[Point]:
         """Return the points of the manifest that have a folder."""
@@ -131,6 +141,20 @@ class Sweep:
             if named and not os.environ.get("WANDB_RUN_GROUP"):
                 logger.group = self.name
         return Point(name, overrides, cfg, self.dir / name)
+
+
+def _refuse_equal(points: list[Point]) -> None:
+    by_config: dict[str, Point] = {}
+    for point in points:
+        # A name that is swept asks for a run of its own.
+        named = [text for text in point.overrides if text.startswith("name=")]
+        config = f"{named} {replace(point.cfg, name='', out_dir='')}"
+        before = by_config.setdefault(config, point)
+        if before is not point:
+            raise UserError(
+                f"points {before.name} and {point.name}: two points of the sweep have the same "
+                "config, so both would train the same run; leave one out"
+            )
 
 
 class PointLauncher(Protocol):

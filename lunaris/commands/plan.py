@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import shlex
+import sys
 from typing import TYPE_CHECKING
 
 from lunaris.errors import UserError, did_you_mean
@@ -36,7 +37,8 @@ _EXAMPLES = [
 def main(argv: list[str]) -> int:
     """Compose, count and print; return the exit code."""
     from lunaris.config.cli import help_text, parse_flags
-    from lunaris.config.compose import compose, config_dirs
+    from lunaris.config.compose import Composer, config_dirs
+    from lunaris.config.overruled import overruled
     from lunaris.planning.plan import make_plan
     from lunaris.planning.report import as_dict, as_text
 
@@ -51,7 +53,10 @@ def main(argv: list[str]) -> int:
     if flags.multirun:
         return _sweep(flags, device, own.mfu, as_json=own.json)
     # Data that is not prepared yet can be planned with all the same.
-    cfg = compose(flags.overrides, source=flags.source, check_data=False)
+    composer = Composer(flags.source)
+    cfg = composer.compose(flags.overrides, check_data=False)
+    for text in overruled(composer, flags.overrides):
+        print(f"warning: {text}", file=sys.stderr)
     plan = make_plan(cfg, gpu=device is not None)
     if own.json:
         print(json.dumps(as_dict(plan, device, own.mfu), indent=2))

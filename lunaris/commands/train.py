@@ -33,7 +33,8 @@ _EXAMPLES = [
 def main(argv: list[str]) -> int:
     """Compose, check and launch; return the exit code."""
     from lunaris.config.cli import help_text, parse_flags
-    from lunaris.config.compose import compose, config_dirs
+    from lunaris.config.compose import Composer, config_dirs
+    from lunaris.config.overruled import overruled
     from lunaris.config.trust import allow, allow_named
 
     flags = parse_flags(argv)
@@ -55,7 +56,11 @@ def main(argv: list[str]) -> int:
 
         call_hydra(flags, parse(flags.overrides), _unreached)
         return 0
-    cfg = compose(flags.overrides, source=flags.source)
+    composer = Composer(flags.source)
+    cfg = composer.compose(flags.overrides)
+    if os.environ.get("RANK", "0") == "0":
+        for text in overruled(composer, flags.overrides):
+            print(f"warning: {text}", file=sys.stderr)
     return submit(cfg, command, flags.overrides)
 
 
