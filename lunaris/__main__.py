@@ -12,7 +12,7 @@ from lunaris.errors import RunFailed, Stopped, UserError, did_you_mean, ending
 
 _FOLDER = Path(__file__).parent / "commands"
 _ORDER = (
-    *("train", "prepare", "plan", "runs", "logs", "resume", "fork"),
+    *("train", "prepare", "plan", "keys", "runs", "logs", "resume", "fork"),
     *("cancel", "report", "evaluate", "generate", "export"),
 )
 # Commands that take folders of runs, and those that take a config's keys.

@@ -161,6 +161,19 @@ def options(group: str, config_dirs: list[Path] | None = None) -> list[Option]:
     return [Option(name, _summary(files[name])) for name in sorted(files)]
 
 
+def option_values(group: str, option: str) -> dict[str, Any]:
+    """Return what the file of one of our own options sets, with the options that it extends."""
+    from yaml import safe_load  # Only for the reference of keys.
+
+    files = _option_files(group, None)
+    tree = safe_load(files[option].read_text(encoding="utf-8")) or {}
+    values: dict[str, Any] = {}
+    for entry in tree.pop("defaults", []):
+        if isinstance(entry, str) and entry in files:
+            values |= option_values(group, entry)
+    return values | tree
+
+
 def _option_files(group: str, config_dirs: list[Path] | None) -> dict[str, Path]:
     return {
         file.stem: file

@@ -55,7 +55,9 @@ class MLAConfig(AttentionConfig):
     qk_rope_head_dim: int | None = key(None, low=1, at_most=2**20)
     # The value of a head; null: d.
     v_head_dim: int | None = key(None, low=1, at_most=2**20)
+    # Scale each head's output by a sigmoid of the layer's input (arXiv 2505.06708).
     output_gate: bool = False
+    # Give each head a learned logit in the sum below its softmax, as in gpt-oss (arXiv 2508.10925).
     sinks: bool = False
 
     def __post_init__(self) -> None:

@@ -36,7 +36,9 @@ class LocalLaunchConfig(LaunchConfig):
     """This machine."""
 
     _target_: str = "lunaris.launch.local.Local"
+    # Processes, one a GPU where there are GPUs.
     processes: int = key(1, low=1)
+    # Times that the group is started again after a process failed.
     max_restarts: int = key(0, low=0)
 
 
@@ -47,25 +49,37 @@ class SlurmLaunchConfig(LaunchConfig):
     _target_: str = "lunaris.launch.slurm.Slurm"
     # slurm, or local: submitit's local executor, to rehearse a submission on a laptop.
     cluster: str = key("slurm", allowed=("slurm", "local"))
+    # Machines of the job.
     nodes: int = key(1, low=1)
+    # GPUs asked for on each node.
     gpus_per_node: int = key(0, low=0)
     # Null: one task a GPU, or one task without GPUs.
     tasks_per_node: int | None = key(None, low=1)
+    # Cores of each process.
     cpus_per_task: int = key(1, low=1)
+    # Memory asked for on each node, in GB; null: the partition's default.
     mem_gb: float | None = key(None, above=0)
+    # Time limit in minutes; the job is requeued and goes on.
     timeout_min: int = key(60, low=1)
+    # Null: the cluster's default.
     partition: str | None = None
+    # The account that is charged.
     account: str | None = None
+    # Quality of service.
     qos: str | None = None
+    # Features that nodes must have.
     constraint: str | None = None
     # Shell lines run before the tasks start.
     setup: list[str] = field(default_factory=list)
     # Seconds before the limit at which SLURM signals the job to save and requeue.
     signal_delay_s: int = key(120, low=1)
+    # Times that a job which ran out of time is requeued.
     max_num_timeout: int = key(1000, low=0)
+    # Points of a sweep that run at a time.
     array_parallelism: int = key(256, low=1)
     # Any further sbatch option: name -> value.
     additional_parameters: dict[str, Any] = field(default_factory=dict)
+    # Print the script and send nothing.
     dry_run: bool = False
     # Block until the job has ended; a sweep then returns each point's best validation loss.
     wait: bool = False

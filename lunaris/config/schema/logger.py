@@ -31,14 +31,20 @@ class WandbLoggerConfig(LoggerConfig):
 
     _group_ = "logger.wandb"
     _target_: str = "lunaris.metrics.wandb_logger.WandbLogger"
-    # Where these are not set, W&B's environment variables count (WANDB_PROJECT, WANDB_MODE, …).
+    # The project. Null here, in entity, group or mode: W&B's environment variables count
+    # (WANDB_PROJECT, WANDB_MODE, …).
     project: str | None = None
+    # The user or team.
     entity: str | None = None
+    # Runs that W&B shows together; null: in a sweep, its name.
     group: str | None = None
+    # Texts that W&B filters by.
     tags: list[str] = field(default_factory=list)
+    # Null: WANDB_MODE, else online.
     mode: str | None = key(None, allowed=("online", "offline", "disabled"))
-    # Seconds in which W&B must have started, in the background, and finished, at the run's end.
+    # Seconds in which W&B must have started, in the background.
     init_timeout_s: float = key(60.0, above=0, at_most=3600)
+    # Seconds in which W&B must have finished at the run's end.
     finish_timeout_s: float = key(60.0, low=0, at_most=86400)
 
     def __post_init__(self) -> None:
@@ -68,5 +74,7 @@ class TrackioLoggerConfig(LoggerConfig):
     _group_ = "logger.trackio"
     _needs_ = "trackio"
     _target_: str = "lunaris.metrics.trackio_logger.TrackioLogger"
+    # The name of the project.
     project: str = "lunaris"
+    # Runs that belong together.
     group: str | None = None

@@ -37,8 +37,9 @@ class SigmoidRouterConfig(RouterConfig):
     _target_: str = "lunaris.moe.router.sigmoid.SigmoidRouterFactory"
     # The factor of all gates, after moe.normalize_gates.
     route_scale: float = key(1.0, above=0)
-    # A token takes experts of the topk_groups best of n_groups groups of neighbouring experts.
+    # Groups of neighbouring experts.
     n_groups: int = key(1, low=1)
+    # A token takes experts of so many groups, the best ones.
     topk_groups: int = key(1, low=1)
     # Of the sequence-wise balance loss, which is added whatever moe.balancing is.
     sequence_loss_weight: float = changeable(1e-4, low=0)
@@ -64,26 +65,35 @@ class MoEConfig(FeedForwardConfig):
     """A Mixture-of-Experts feed-forward in every layer from `first_dense_layers` on."""
 
     _target_: str = "lunaris.moe.factory.MoEFactory"
+    # Routed experts of a layer.
     n_experts: int = key(8, low=1, at_most=2**16)
+    # Experts that each token takes, k.
     n_experts_per_token: int = key(1, low=1)
+    # Experts that every token takes besides.
     n_shared_experts: int = key(0, low=0, at_most=2**16)
     # Tokens an expert takes of L tokens: ceil(factor · L · k / n_experts); null: dropless.
     capacity_factor: float | None = key(None, above=0)
     # Whose tokens share that: a document's (without data.document_masking, a sequence's), or a
     # sequence's.
     capacity_scope: str = key("document", allowed=("document", "sequence"))
+    # How experts are kept equally busy: a loss, a bias on the choice (arXiv 2408.15664), or not.
     balancing: str = key("aux_loss", allowed=("aux_loss", "bias", "none"))
     # Of aux_loss: whether shares are counted over the global batch (of the step before) or in each
     # sequence.
     balance_scope: str = key("global", allowed=("global", "sequence"))
+    # Of the balance loss (arXiv 2101.03961).
     aux_loss_weight: float = changeable(0.01, low=0)
+    # Of the squared log-sum-exp of the router's logits (arXiv 2202.08906).
     router_z_loss_weight: float = changeable(0.001, low=0)
+    # Of balancing=bias: change of each bias after a step.
     bias_update_rate: float = changeable(0.001, above=0, at_most=1e6)
+    # The router's learning rate, relative to optimizer.learning_rate.
     router_lr_scale: float = changeable(1.0, above=0)
     # Divide the chosen gate probabilities by their sum; needs k > 1.
     normalize_gates: bool = False
     # Null: the model's ffn_hidden_multiplier.
     expert_hidden_multiplier: float | None = key(None, above=0, at_most=2**10)
+    # Layers from the first on that have a dense feed-forward.
     first_dense_layers: int = key(0, low=0)
     router: Any = component(RouterConfig, SoftmaxRouterConfig)
 

@@ -20,9 +20,13 @@ class AdamWConfig(OptimizerConfig):
     """AdamW (arXiv 1711.05101); decay on matrices and stacked experts, not on norms."""
 
     _target_: str = "lunaris.optim.adamw.build_adamw"
+    # At the peak of the schedule.
     learning_rate: float = changeable(3e-3, above=0)
+    # Decoupled: times the learning rate.
     weight_decay: float = changeable(0.1, low=0)
+    # Decay of the running mean of gradients and of their squares.
     betas: tuple[float, float] = changeable((0.9, 0.95))
+    # Added to the root of the mean square.
     eps: float = changeable(1e-8, above=0)
 
     def __post_init__(self) -> None:
@@ -42,5 +46,7 @@ class MuonConfig(AdamWConfig):
     """Muon for the matrices inside the blocks, AdamW for embeddings, norms and routers."""
 
     _target_: str = "lunaris.optim.muon.build_muon"
+    # Of the matrices that Muon updates.
     momentum: float = changeable(0.95, low=0.0, high=0.9999)
+    # Newton-Schulz iterations of an update.
     ns_steps: int = changeable(5, low=1)

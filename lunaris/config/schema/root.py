@@ -29,7 +29,9 @@ class Config(Schema):
 
     # Null: derived from the overrides, so that different commands get different folders.
     name: str | None = free(None)
+    # Of the weights, the order of the data and dropout.
     seed: int = key(1337, low=0, high=2**63 - 1)
+    # The run's folder; of a sweep, the folder of its points.
     out_dir: str = free("runs/${name}")
     model: ModelConfig = field(default_factory=ModelConfig)
     attention: AttentionConfig = component(AttentionConfig, GQAConfig)
@@ -50,7 +52,9 @@ class Config(Schema):
     init_from_strict: bool = True
     # Take the rows that both vocabularies have.
     init_from_resize: bool = False
-    # Of experts made of a dense feed-forward: relative noise, and a share of units drawn again.
+    # Of experts made of a dense feed-forward: relative noise on each copy.
     init_from_noise: float = key(0.0, low=0.0)
+    # Of experts made of a dense feed-forward: the share of units drawn again (arXiv 2502.19261).
     init_from_drop: float = key(0.0, low=0.0, high=0.99)
+    # The experiment that was chosen; set by the command line.
     experiment: str | None = free(None)

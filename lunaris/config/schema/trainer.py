@@ -15,13 +15,19 @@ class TrainerConfig(Schema):
     """
 
     _group_ = "trainer"
+    # Optimizer steps of the run.
     max_steps: int = changeable(300, low=1)
+    # Sequences of a micro-step in each process.
     batch_size: int = free(16, low=1)
+    # Micro-steps of a step; their gradients are averaged.
     gradient_accumulation_steps: int = free(1, low=1)
     # Global gradient norm; null: no clipping.
     grad_clip: float | None = changeable(1.0, above=0)
+    # Of activations and products; weights and optimizer state are float32.
     precision: str = changeable("fp32", allowed=("bf16", "fp16", "fp32"))
+    # Compile each block with torch.compile.
     compile_model: bool = free(False)
+    # Compute activations again in the backward pass instead of keeping them.
     activation_checkpointing: bool = free(False)
     # Steps between rows of metrics; a row's losses are means over these steps.
     log_interval: int = free(10, low=1)
@@ -34,6 +40,7 @@ class TrainerConfig(Schema):
     # An outlier, so many standard deviations above the mean loss or gradient norm of the last
     # `spike_window` steps, is counted as a spike.
     spike_threshold: float = changeable(6.0, above=0)
+    # Steps that a spike is compared with.
     spike_window: int = changeable(128, low=8, high=1 << 16)
     # Skip spikes too.
     skip_spikes: bool = changeable(False)
@@ -46,9 +53,11 @@ class CheckpointConfig(Schema):
     """When to save and what to keep; the last step is always saved."""
 
     _group_ = "checkpoint"
+    # Steps between checkpoints.
     save_interval: int = key(100, low=1)
     # Newest checkpoints kept; null: all.
     keep_last: int | None = key(3, low=1)
+    # Write checkpoints in the background.
     async_save: bool = False
     # What a run does when a checkpoint cannot be written, because the disk is full say. The last
     # one always stops it.
