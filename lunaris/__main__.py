@@ -13,7 +13,7 @@ from lunaris.errors import RunFailed, Stopped, UserError, did_you_mean, ending
 _FOLDER = Path(__file__).parent / "commands"
 _ORDER = (
     *("train", "prepare", "plan", "keys", "runs", "logs", "resume", "fork"),
-    *("cancel", "report", "evaluate", "generate", "export"),
+    *("cancel", "report", "evaluate", "generate", "export", "new", "import-config"),
 )
 # Commands that take folders of runs, and those that take a config's keys.
 _OF_FOLDERS = (

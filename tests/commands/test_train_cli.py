@@ -206,7 +206,7 @@ def test_a_shell_completes_folders_of_runs(
 def test_every_command_has_its_completion() -> None:
     from lunaris.__main__ import _OF_FOLDERS, _OF_KEYS, commands
 
-    assert sorted([*_OF_FOLDERS, *_OF_KEYS, "keys", "new"]) == sorted(commands())
+    assert sorted([*_OF_FOLDERS, *_OF_KEYS, "import-config", "keys", "new"]) == sorted(commands())
 
 
 def test_help_names_every_group_and_option(capsys: pytest.CaptureFixture[str]) -> None:
