@@ -177,7 +177,7 @@ def read_questions(path: Path) -> list[Question]:
             continue
         try:
             found = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # Python limits digits and nesting.
             raise UserError(f"{path}, line {number}: not JSON ({error})") from error
         fault = _fault(found)
         if fault:

@@ -152,6 +152,8 @@ BAD: list[tuple[list[str], str]] = [
 # One line of a file of questions, and what is said of it.
 LINES = [
     ("{", "line 2: not JSON"),
+    (f'{{"answer": {"9" * 5000}}}', "line 2: not JSON"),
+    ("[" * 100_000, "line 2: not JSON"),
     ("[]", 'line 2: must be {"context"'),
     ('{"context": "a"}', "line 2: lacks answer, choices"),
     ('{"context": 1, "choices": ["a", "b"], "answer": 0}', "line 2: context=1: must be a text"),

@@ -124,7 +124,7 @@ def _read_prompts(name: str) -> list[str]:
     for number, line in lines:
         try:
             found = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:  # Python limits digits and nesting.
             raise UserError(f"--prompts {name}, line {number}: not JSON ({error})") from error
         prompt = found.get("prompt") if isinstance(found, dict) else None
         if not isinstance(prompt, str):

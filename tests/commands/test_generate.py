@@ -182,6 +182,8 @@ def test_a_text_ends_before_a_stop_string(
         (["--prompts", "blank.txt"], "--prompts blank.txt: holds no prompt"),
         (["--prompts", "binary.txt"], "--prompts binary.txt: must be text in UTF-8"),
         (["--prompts", "bad.jsonl"], "--prompts bad.jsonl, line 2: not JSON"),
+        (["--prompts", "digits.jsonl"], "--prompts digits.jsonl, line 1: not JSON"),
+        (["--prompts", "deep.jsonl"], "--prompts deep.jsonl, line 1: not JSON"),
         (["--prompts", "other.jsonl"], "--prompts other.jsonl, line 1: must be "),
         (["--prompt", "x", "--stop", ""], "--stop '': must be a text"),
         (["--prompt", "x", "--batch-size", "0"], "--batch-size 0: must be at least 1"),
@@ -192,6 +194,8 @@ def test_bad_prompts_are_one_message(tmp_path: Path, flags: list[str], message: 
     Path("blank.txt").write_text("\n\n")
     Path("binary.txt").write_bytes(b"\xff")
     Path("bad.jsonl").write_text('{"prompt": "x"}\n{')
+    Path("digits.jsonl").write_text('{"prompt": ' + "9" * 5000 + "}")
+    Path("deep.jsonl").write_text("[" * 100_000)
     Path("other.jsonl").write_text('{"text": "x"}')
     with pytest.raises(UserError) as found:
         main([str(tmp_path), *flags])
