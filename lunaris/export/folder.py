@@ -70,8 +70,7 @@ def export_run(
     """
     cfg = run_dir.read_config()
     check_exportable(cfg)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UserError(f"--to {out}: exists already; remove it, or name another folder")
+    _check_target(out)
     if check:
         need("transformers", "the check of lunaris export", extra="export")
     checkpoint = newest(run_dir.checkpoints, step)
@@ -81,9 +80,13 @@ def export_run(
     settings = Settings(cfg, saved_vocab_size(checkpoint), eot_id)
     family = choose(settings)
     left_out = _check_complete(source, family)
-    temporary = out.with_name(f".tmp-{out.name}.{os.getpid()}")
+    # Absolute, since `.` has no name.
+    temporary = out.absolute().with_name(f".tmp-{out.absolute().name}.{os.getpid()}")
     try:
         temporary.mkdir(parents=True)
+    except OSError as error:
+        raise UserError(f"--to {out}: cannot be written: {error.strerror}") from error
+    try:
         size = write_weights(
             temporary, source, family.weights, dtype=DTYPES[dtype], shard_bytes=shard_bytes
         )
@@ -104,6 +107,17 @@ def export_run(
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return made
+
+
+def _check_target(out: Path) -> None:
+    """Raise UserError unless `out` can be made, or is an empty folder."""
+    try:
+        # A link that leads nowhere does not exist, and cannot be replaced by a folder either.
+        taken = out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir())))
+    except OSError as error:
+        raise UserError(f"--to {out}: cannot be written: {error.strerror}") from error
+    if taken:
+        raise UserError(f"--to {out}: exists already; remove it, or name another folder")
 
 
 def sentence(difference: Difference | None, text: bytes | None, has_tokenizer: bool) -> str:

@@ -105,7 +105,14 @@ def folder_logits(folder: Path, tokens: Tensor, *, own_code: bool) -> Tensor:
         raise RunFailed(
             f"transformers {transformers.__version__} does not load all weights: {wrong}"
         )
-    logits: Tensor = model.eval()(input_ids=tokens, use_cache=False).logits
+    try:
+        logits: Tensor = model.eval()(input_ids=tokens, use_cache=False).logits
+    except RuntimeError as error:
+        # Its products of grouped experts need rows of 16 bytes, DeepSeek-V2 even widths of a head.
+        raise RunFailed(
+            f"transformers {transformers.__version__} cannot compute this model; widths that are "
+            f"multiples of 8 can be: {str(error).splitlines()[0]}. Nothing is kept of it"
+        ) from error
     return logits.float()
 
 

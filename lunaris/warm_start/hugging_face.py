@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lunaris.atomic_files import read_json
-from lunaris.config.schema.attention import MLAConfig
+from lunaris.config.schema.attention import MLAConfig, SlidingWindowConfig
 from lunaris.config.schema.model import ModelConfig
 from lunaris.config.schema.moe import MoEConfig, SigmoidRouterConfig
 from lunaris.config.schema.root import Config
@@ -127,7 +127,7 @@ class HuggingFaceFolder:
         rope = found.get("rope_parameters") or {}
         pairs: list[tuple[str, Any, str, Any]] = [
             ("hidden_act", found.get("hidden_act"), "model.activation",
-             {"swiglu": "silu"}.get(model.activation, model.activation)),
+             {"swiglu": "silu", "geglu": "gelu"}.get(model.activation, model.activation)),
             ("the norm", found.get("norm_placement", "pre"), "model.norm", model.norm),
             ("num_attention_heads", found.get("num_attention_heads"), "model.n_heads",
              model.n_heads),
@@ -138,6 +138,16 @@ class HuggingFaceFolder:
             ("rope_type", rope.get("rope_type"), "the type", "default"),
             ("rope_interleave", found.get("rope_interleave"), "its place", True),
         ]  # fmt: skip
+        if not isinstance(cfg.attention, MLAConfig):
+            here: list[Any] = [None] * model.n_layers
+            if isinstance(cfg.attention, SlidingWindowConfig):
+                every, window = cfg.attention.full_every, cfg.attention.window
+                here = [
+                    None if every is not None and (layer + 1) % every == 0 else window
+                    for layer in range(model.n_layers)
+                ]
+            there = self._windows(model.n_layers)
+            pairs.append(("the window of each layer", there, "attention", here))
         if isinstance(cfg.moe, MoEConfig) and found["model_type"] != "qwen3":
             pairs += self._of_experts(cfg.moe)
         if isinstance(cfg.attention, MLAConfig):
@@ -150,6 +160,16 @@ class HuggingFaceFolder:
             for there, a, here, b in pairs
             if a is not None and a != b
         ]
+
+    def _windows(self, n_layers: int) -> list[Any]:
+        """Return the attention window of each layer; None: all positions."""
+        found = self.config
+        by_class = not str(found["model_type"]).startswith("qwen3")
+        window = found.get("sliding_window") if found.get("use_sliding_window", by_class) else None
+        types = found.get("layer_types")
+        if not isinstance(types, list):
+            return [window] * n_layers
+        return [window if each == "sliding_attention" else None for each in types]
 
     def _of_experts(self, moe: MoEConfig) -> list[tuple[str, Any, str, Any]]:
         found, sigmoid = self.config, isinstance(moe.router, SigmoidRouterConfig)

@@ -245,6 +245,17 @@ def test_a_custom_class_is_refused(tiny: Callable[..., Any]) -> None:
         choose(Settings(cfg, 64, None))
 
 
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_widths_that_transformers_cannot_multiply_are_one_message(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir]
+) -> None:
+    odd = ["model.d_model=6", "model.n_heads=1", "model.multiple_of=3"]
+    run_dir = run_here(tiny("model.norm=pre", *FINE, *odd))
+    with pytest.raises(RunFailed, match="cannot compute this model; widths that are multiples"):
+        main([str(run_dir.path), "--to", "out"])
+    assert not Path("out").exists() and not list(Path().glob(".tmp*"))
+
+
 def test_bad_input_writes_nothing(
     tiny: Callable[..., Any], finished: RunDir, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -253,12 +264,17 @@ def test_bad_input_writes_nothing(
     good = create(tiny("model.norm=pre", name="good"), "test", [])
     Path("full").mkdir()
     Path("full/file").touch()
+    Path("link").symlink_to("nowhere")
     folder, out = str(good.path), "out"
     for argv, message in (
         (["nowhere", "--to", out], "not a run's folder"),
         ([str(finished.path), "--to", out, "--at", "3"], "no checkpoint of step 3"),
         ([folder, "--to", out], "no complete checkpoint"),
         ([folder, "--to", "full"], "--to full: exists already"),
+        ([folder, "--to", "link"], "--to link: exists already"),
+        ([folder, "--to", "."], "--to .: exists already"),
+        ([str(finished.path), "--to", "full/file/x"], "--to full/file/x: cannot be written: Not a"),
+        ([folder, "--to", "x" * 300], "cannot be written: File name too long"),
         ([folder, "--to", out, "--max-shard-mb", "0"], "--max-shard-mb 0"),
         ([folder, "--to", out, "--text", "no.txt"], "--text no.txt: cannot be read"),
     ):

@@ -179,6 +179,7 @@ FINE = ["moe=fine_grained", "moe.bias_update_rate=0.05", "moe.n_experts=8"]
 # The model type that a run is written as, and its keys.
 EXPORTED = {
     "dense": ("qwen3", [*PRE, "moe=none", "model.tie_embeddings=false"]),
+    "geglu": ("qwen3", [*PRE, "moe=none", "model.activation=geglu"]),
     "window": ("qwen3_moe", [*PRE, "moe=top2", *WINDOW, "attention.full_every=null"]),
     "first_dense": ("qwen3_moe", [*PRE, "moe=top2", "moe.first_dense_layers=1"]),
     "shared": ("dots1", [*PRE, *FINE, "moe.n_shared_experts=2", "moe.router.route_scale=2.5"]),
@@ -244,3 +245,17 @@ def test_what_computes_something_else_is_refused(
     command = ["fork", str(first.path), "name=new", "out_dir=new", "init_from=hf", *keys]
     assert main(command) == 2
     assert message in capsys.readouterr().err and not Path("new").exists()
+
+
+def test_another_window_is_refused(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = run_here(tiny(*PRE, "moe=none", *WINDOW, "attention.full_every=2", name="first"))
+    assert main(["export", str(first.path), "--to", "hf", "--no-check"]) == 0
+    assert main(["fork", str(first.path), "out_dir=same", "init_from=hf"]) == 0
+    for keys, here in ((["attention=gqa"], "[None, None]"), (["attention.window=3"], "[3, None]")):
+        capsys.readouterr()
+        assert main(["fork", str(first.path), "out_dir=new", "init_from=hf", *keys]) == 2
+        error = capsys.readouterr().err
+        assert "the window of each layer=[" in error and f"attention={here} here" in error
+    assert not Path("new").exists()
