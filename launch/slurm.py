@@ -171,14 +171,14 @@ class Slurm:
 
 
 def wait_until_ended(paths: Sequence[Path]) -> list[RunState]:
-    """Block until none of the runs is queued or running; return their states."""
+    """Block until none of the runs is queued or running, or may be; return their states."""
     while True:
         states = resolve_states(paths)
         # Checked twice, because a job that is being requeued is neither for a moment.
-        if not any(state.active or state.state == "missing" for state in states):
+        if all(state.ended and state.state != "missing" for state in states):
             time.sleep(_POLL_S)
             states = resolve_states(paths)
-            if not any(state.active for state in states):
+            if all(state.ended for state in states):
                 return states
         time.sleep(_POLL_S)
 

@@ -7,7 +7,7 @@ from lunaris.errors import UserError
 from lunaris.launch.slurm import Slurm, wait_until_ended
 from lunaris.launch.sweep.points import Outcome, Point, Sweep, outcome_of
 from lunaris.runs.run_dir import RunDir
-from lunaris.runs.status import resolve_states
+from lunaris.runs.status import refuse_unknown, resolve_states
 
 
 class SlurmPoints:
@@ -31,9 +31,11 @@ class SlurmPoints:
         launch = points[0].cfg.launch
         if launch.dry_run:
             return _print_scripts(sweep, points)
-        sweep.freeze(points)
         paths = [point.dir for point in points]
-        states = zip(points, resolve_states(paths), strict=True)
+        known = resolve_states(paths)
+        refuse_unknown(paths, known)
+        sweep.freeze(points)
+        states = zip(points, known, strict=True)
         send_points(
             sweep, [p for p, s in states if s.state != "done" and not (s.active and s.job_id)]
         )

@@ -10,7 +10,7 @@ from lunaris.errors import UserError
 from lunaris.runs.discovery import find_runs, is_run, is_sweep
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import cancel_jobs
-from lunaris.runs.status import resolve_states
+from lunaris.runs.status import refuse_unknown, resolve_states
 
 
 def main(argv: list[str]) -> int:
@@ -20,7 +20,9 @@ def main(argv: list[str]) -> int:
     if not is_run(folder) and not is_sweep(folder):
         raise UserError(f"{folder}: not a run's folder and not a sweep's")
     found = find_runs(folder)
-    states = resolve_states([run.path for run in found])
+    paths = [run.path for run in found]
+    states = resolve_states(paths)
+    refuse_unknown(paths, states)
     active = [(run, state) for run, state in zip(found, states, strict=True) if state.active]
     sent = [(run, state.job_id) for run, state in active if state.job_id]
     for run, state in active:

@@ -23,14 +23,14 @@ from lunaris.runs.changes import read_changes
 from lunaris.runs.create import create
 from lunaris.runs.discovery import find_runs, is_run, is_sweep
 from lunaris.runs.run_dir import RunDir
-from lunaris.runs.status import ACTIVE, STATES, resolve_states
+from lunaris.runs.status import ACTIVE, STATES, RunState, refuse_unknown, resolve_states
 from lunaris.runs.sweep_manifest import ManifestPoint, read_manifest
 
 if TYPE_CHECKING:
     from lunaris.data.base import Data
     from lunaris.launch.sweep.points import Point, Sweep
 
-_UNDONE = tuple(state for state in STATES if state not in ("done", *ACTIVE))
+_UNDONE = tuple(state for state in STATES if state not in ("done", "unknown", *ACTIVE))
 
 
 def main(argv: list[str]) -> int:
@@ -139,11 +139,14 @@ def _change_run(
     return submit(plan.cfg, run_dir.noted("command") or "", run_dir.noted("overrides") or [])
 
 
-def _refuse_active(folder: Path) -> None:
+def _refuse_active(folder: Path) -> RunState:
+    """Return the state of a run; raise UserError if it is queued or running, or may be."""
     (state,) = resolve_states([folder])
+    refuse_unknown([folder], [state])
     if state.active:
         where = f"as job {state.job_id}" if state.job_id else "here"
         raise UserError(f"{folder}: is already {state.state}, {where}")
+    return state
 
 
 def _resume_run(
@@ -151,8 +154,7 @@ def _resume_run(
 ) -> int:
     from lunaris.commands.train import submit
 
-    _refuse_active(folder)
-    (state,) = resolve_states([folder])
+    state = _refuse_active(folder)
     if state.state not in wanted:
         print(f"{folder}: {state.state}; nothing to do")
         return 0
@@ -201,7 +203,9 @@ def _check_data(cfg: Config, folder: Path, checked: dict[str, Data]) -> None:
 
 def _resume_sweep(folder: Path, wanted: tuple[str, ...]) -> int:
     found = find_runs(folder)
-    states = resolve_states([run.path for run in found])
+    paths = [run.path for run in found]
+    states = resolve_states(paths)
+    refuse_unknown(paths, states)
     chosen = {run.name for run, s in zip(found, states, strict=True) if s.state in wanted}
     if not chosen:
         print(f"{folder}: no point is {' or '.join(wanted)}; nothing to do")

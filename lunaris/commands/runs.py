@@ -98,7 +98,7 @@ def _watch(args: argparse.Namespace) -> None:
                 live.update(Group(*for_terminal(tables(rows), live.console.width)), refresh=True)
             else:
                 show(tables(rows))
-            if not any(row["state"] in ACTIVE for row in rows):
+            if not any(row["state"] in (*ACTIVE, "unknown") for row in rows):
                 return
             time.sleep(args.watch)
     except KeyboardInterrupt:

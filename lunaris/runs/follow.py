@@ -42,7 +42,7 @@ class RunLog:
         state = self.state()
         if self._file.is_file():
             yield self._file.read_bytes()
-            if not state.active and state.state != "done":
+            if state.ended and state.state != "done":
                 yield from self._words_of_slurm(state)
             return
         logs = self._others(state)
@@ -62,12 +62,12 @@ class RunLog:
             at += len(new)
             if new:
                 yield new
-            elif not state.active:
+            elif state.ended:
                 break
             wait = _JOB_S if _is_slurm(state) else _STATE_S
             if time.monotonic() - asked >= wait:
                 state, asked = self.state(), time.monotonic()
-                if not state.active:
+                if state.ended:
                     continue  # What was written before it ended comes first.
             time.sleep(_LOOK_S)
         if at == 0:

@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 LOCAL = "local-"
+# The name of the state of a job of which SLURM says nothing because it does not answer.
+UNREACHED = "UNREACHED"
 _TIMEOUT_S = 30
+# Seconds between the tries to get a list that SLURM refuses, as a busy or restarting one does.
+_WAITS_S = (0.5, 1.0, 2.0)
+# How SLURM says that it knows none of the jobs; anything else is no answer.
+_FORGOTTEN = "Invalid job id"
 _SQUEUE = ("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r", "-j")
 _SACCT = ("sacct", "-n", "-P", "-X", "-o", "JobID,State,ExitCode", "-j")
 
@@ -28,16 +36,21 @@ class JobState:
 
 
 def ask_slurm(job_ids: Iterable[str]) -> dict[str, JobState]:
-    """Return what `squeue`, or else `sacct`, says of each job; jobs unknown to both are absent.
+    """Return what `squeue`, or else `sacct`, says of each job; jobs that SLURM forgot are absent.
 
-    Element 3 of array 7 is "7_3".
+    A job that `sacct` does not know has the state UNREACHED where `squeue` does not answer: it may
+    wait or run. Element 3 of array 7 is "7_3".
     """
     wanted = set(job_ids)
-    found = _ask(_SQUEUE, wanted) if wanted else {}
+    found, silence = _ask(_SQUEUE, wanted, _WAITS_S) if wanted else ({}, None)
     forgotten = {i for i in wanted if _record_of(i, found) is None}
     if forgotten:
-        found = _ask(_SACCT, forgotten) | found
-    return {i: record for i in sorted(wanted) if (record := _record_of(i, found)) is not None}
+        # Many clusters have no accounting, so that its silence means nothing.
+        found = _ask(_SACCT, forgotten, ())[0] | found
+    records = {i: _record_of(i, found) for i in sorted(wanted)}
+    if silence is not None:
+        records = {i: r or JobState(UNREACHED, silence) for i, r in records.items()}
+    return {i: record for i, record in records.items() if record is not None}
 
 
 def current_job_id() -> str | None:
@@ -93,19 +106,36 @@ def _terminate_family(root: int) -> None:
             pass
 
 
-def _ask(command: tuple[str, ...], wanted: set[str]) -> dict[str, JobState]:
-    """Return the states in the lines of `id|STATE|reason` that a command prints of jobs."""
-    done = _client(*command, ",".join(sorted({i.partition("_")[0] for i in wanted})))
-    if done is None or done.returncode:
-        return {}  # There is no SLURM or no accounting, or it has forgotten all of these jobs.
-    found = {}
+def _ask(
+    command: tuple[str, ...], wanted: set[str], waits_s: Sequence[float]
+) -> tuple[dict[str, JobState], str | None]:
+    """Return the states in the lines of `id|STATE|reason` that a command prints of jobs.
+
+    Also returns None, or why there is no answer after a try more for each of `waits_s`.
+    """
+    command = (*command, ",".join(sorted({i.partition("_")[0] for i in wanted})))
+    done = _client(*command)
+    for wait_s in waits_s:
+        # A client that is absent or took all the time is not tried again.
+        if done is None or not done.returncode or _FORGOTTEN in done.stderr:
+            break
+        time.sleep(wait_s)
+        done = _client(*command)
+    if done is None:
+        here = shutil.which(command[0]) is not None
+        said = f"did not answer in {_TIMEOUT_S} s" if here else "is not on the PATH"
+        return {}, f"{command[0]} {said}"
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return {}, None if _FORGOTTEN in done.stderr else f"{command[0]}: {lines[-1]}"
+    found: dict[str, JobState] = {}
     for line in done.stdout.splitlines():
         job_id, state, reason = (line.split("|") + ["", ""])[:3]
         reason = "" if reason in ("None", "0:0") else reason
         for element in _elements(job_id.strip()):
             # "CANCELLED by 1000" is CANCELLED.
             found[element] = JobState(state.split()[0] if state else "", reason)
-    return found
+    return found, None
 
 
 def _elements(job_id: str) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any
 
 from lunaris.errors import UserError
 from lunaris.runs.run_dir import RunDir
-from lunaris.runs.slurm_client import LOCAL, JobState, ask_slurm, is_process
+from lunaris.runs.slurm_client import LOCAL, UNREACHED, JobState, ask_slurm, is_process
 
 # In the order in which they are printed.
 STATES = (
@@ -31,6 +31,7 @@ STATES = (
     "cancelled",
     "stopped",
     "missing",
+    "unknown",
 )
 ACTIVE = ("queued", "running")
 
@@ -74,6 +75,11 @@ class RunState:
     def active(self) -> bool:
         return self.state in ACTIVE
 
+    @property
+    def ended(self) -> bool:
+        """Whether the run is neither queued nor running, and SLURM says so."""
+        return self.state not in (*ACTIVE, "unknown")
+
 
 def resolve_states(paths: Sequence[Path]) -> list[RunState]:
     """Return the state of each run; SLURM is asked once for all of them."""
@@ -87,8 +93,9 @@ def resolve_states(paths: Sequence[Path]) -> list[RunState]:
 
 
 def refuse_active(path: Path) -> None:
-    """Raise UserError while the run in `path` is queued or running as a job."""
+    """Raise UserError while the run in `path` is queued or running as a job, or may be."""
     (state,) = resolve_states([path])
+    refuse_unknown([path], [state])
     if state.active and state.job_id:
         raise UserError(
             f"{path}: is already {state.state}, as job {state.job_id}; `lunaris cancel {path}` "
@@ -96,14 +103,30 @@ def refuse_active(path: Path) -> None:
         )
 
 
+def refuse_unknown(paths: Sequence[Path], states: Sequence[RunState]) -> None:
+    """Raise UserError where one of the runs may have a job, but SLURM does not say."""
+    for path, state in zip(paths, states, strict=True):
+        if state.state == "unknown":
+            raise UserError(
+                f"{path}: whether job {state.job_id} still waits or runs is unknown, because SLURM "
+                f"does not answer ({state.remark}). Try again where SLURM's commands work; if the "
+                f'job is known to be gone, write "state": "stopped" into {path / "status.json"}'
+            )
+
+
 def resolve_state(path: Path, status: dict[str, Any], job: JobState | None) -> RunState:
     """Return the state of the run in `path` from its status.json and SLURM's state of its job.
 
-    `job` is None where the run has no job or SLURM has forgotten it.
+    `job` is None where the run has no job or SLURM has forgotten it, and UNREACHED where SLURM does
+    not answer.
     """
     written, error = status.get("state"), status.get("last_error") or ""
     if written == "done":
         return RunState("done", status)
+    if job is not None and job.name == UNREACHED:
+        if _may_have_job(status):
+            return RunState("unknown", status, job.reason)
+        job = None
     if job is not None and job.name in _WAITING:
         return RunState("queued", status, job.reason)
     if job is not None and job.name in _AT_WORK:
@@ -120,6 +143,18 @@ def resolve_state(path: Path, status: dict[str, Any], job: JobState | None) -> R
     if ended is None and written in ACTIVE and _has_process(path, status):
         return RunState(str(written), status)
     return _died(status, ended)
+
+
+def _may_have_job(status: dict[str, Any]) -> bool:
+    """Return whether the job of a run may wait or run, as far as the run's own files tell."""
+    if status.get("cancelled"):
+        return False
+    logged = _from_log(status)
+    if logged in ("preempted", "node_fail"):
+        return True  # SLURM requeues such jobs, also where the run has written that it failed.
+    if status.get("state") in ACTIVE:
+        return logged is None
+    return status.get("stop_cause") == "preempted"
 
 
 def logs_of(path: Path, status: dict[str, Any]) -> list[Path]:

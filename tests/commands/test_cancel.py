@@ -5,11 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lunaris.__main__ import main
 from lunaris.atomic_files import write_json
+from lunaris.commands.train import submit
+from lunaris.errors import UserError
+from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
 
 FAKE = "#!/bin/sh\n{said}\n"
@@ -71,3 +75,33 @@ def test_without_a_job_there_is_nothing_to_cancel(capsys: pytest.CaptureFixture[
 def test_a_folder_of_something_else_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["cancel", "."]) == 2
     assert "not a run's folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["cancel", "resume"])
+def test_nothing_is_done_while_slurm_does_not_answer(
+    command: str,
+    tiny: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_dir = create(tiny("launch=slurm"), "lunaris train", [])
+    run_dir.write_status(state="queued", job_id="3")
+    before = run_dir.read_status()
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert main([command, str(run_dir.path)]) == 2
+    assert "whether job 3 still waits or runs is unknown" in capsys.readouterr().err
+    assert run_dir.read_status() == before
+
+
+@pytest.mark.parametrize("launch", ["local", "slurm"])
+def test_a_run_whose_job_may_still_run_is_not_trained(
+    launch: str, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = tiny(f"launch={launch}")
+    run_dir = create(cfg, "lunaris train", [])
+    run_dir.write_status(state="queued", job_id="3")
+    before = run_dir.read_status()
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(UserError, match=r"job 3 .* unknown, .*squeue is not on the PATH"):
+        submit(cfg, "lunaris train", [])
+    assert run_dir.read_status() == before

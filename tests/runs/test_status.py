@@ -11,9 +11,11 @@ from pathlib import Path
 import pytest
 
 from lunaris.atomic_files import write_json
+from lunaris.runs import slurm_client
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import (
     LOCAL,
+    UNREACHED,
     JobState,
     ask_slurm,
     cancel_jobs,
@@ -36,7 +38,8 @@ def clients(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Clients:
             text = outputs.get(name)
             client = folder / name
             # None: without accounting, or when SLURM has forgotten the job.
-            shown = "exit 1" if text is None else f"cat <<'END'\n{text}\nEND"
+            forgotten = "echo Invalid job id specified >&2; exit 1"
+            shown = forgotten if text is None else f"cat <<'END'\n{text}\nEND"
             client.write_text(f"#!/bin/sh\n{shown}\n")
             client.chmod(0o755)
         monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
@@ -137,6 +140,86 @@ def test_the_queue_is_asked_first_then_the_accounting(clients: Clients) -> None:
 def test_without_queue_and_accounting_nothing_is_known(clients: Clients) -> None:
     clients()
     assert ask_slurm(["1"]) == {}
+
+
+def silent(folder: Path, said: str) -> Path:
+    """Put a `squeue` that says `said` and no answer in place; return the file of its calls."""
+    folder.mkdir()
+    calls = folder / "calls"
+    (folder / "squeue").write_text(f"#!/bin/sh\necho x >> {calls}\n{said}\n")
+    (folder / "squeue").chmod(0o755)
+    return calls
+
+
+def test_a_queue_that_refuses_is_asked_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waits_s = slurm_client._WAITS_S
+    assert 0 < sum(waits_s) < 5
+    monkeypatch.setattr(slurm_client, "_WAITS_S", (0.0,) * len(waits_s))
+    calls = silent(tmp_path / "bin", "echo 'error: Unable to contact slurm controller' >&2; exit 1")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    said = "squeue: error: Unable to contact slurm controller"
+    assert ask_slurm(["1", "2"]) == {i: JobState(UNREACHED, said) for i in ("1", "2")}
+    assert len(calls.read_text().split()) == 1 + len(waits_s)
+    silent(tmp_path / "next", f"[ $(wc -l < {tmp_path / 'next/calls'}) = 2 ] && echo '1|RUNNING|'")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'next'}:/usr/bin:/bin")
+    assert ask_slurm(["1"]) == {"1": JobState("RUNNING")}
+
+
+def test_a_queue_that_hangs_is_not_waited_for_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = silent(tmp_path / "bin", "exec sleep 60")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:/usr/bin:/bin")
+    monkeypatch.setattr(slurm_client, "_TIMEOUT_S", 1)
+    assert ask_slurm(["1"]) == {"1": JobState(UNREACHED, "squeue did not answer in 1 s")}
+    assert calls.read_text() == "x\n"
+
+
+def test_what_the_accounting_knows_counts_where_the_queue_is_silent(
+    clients: Clients, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    clients(sacct="1|TIMEOUT|0:0")
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/sh\nexit 1\n")
+    monkeypatch.setattr(slurm_client, "_WAITS_S", ())
+    found = ask_slurm(["1", "2"])
+    assert {i: job.name for i, job in found.items()} == {"1": "TIMEOUT", "2": UNREACHED}
+
+
+@pytest.mark.parametrize(
+    ("status", "expected"),
+    [
+        ({"state": "queued"}, "unknown"),
+        ({"state": "running"}, "unknown"),
+        ({"state": "stopped", "stop_cause": "preempted"}, "unknown"),
+        ({"state": "stopped"}, "stopped"),
+        ({"state": "failed"}, "failed"),
+        ({"state": "queued", "cancelled": 1.0}, "cancelled"),
+        ({"state": "done"}, "done"),
+    ],
+)
+def test_without_slurm_s_clients_a_job_may_still_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: dict[str, object], expected: str
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    (state,) = resolve_states([run(tmp_path / "run", job_id="7", **status)])
+    assert state.state == expected
+    assert state.ended == (expected != "unknown")
+    assert not state.ended == (state.remark == "squeue is not on the PATH")
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [("DUE TO TIME LIMIT", "timeout"), ("DUE TO NODE FAILURE", "unknown")],
+)
+def test_where_slurm_is_silent_the_log_tells_what_is_final(
+    tmp_path: Path, line: str, expected: str
+) -> None:
+    log = tmp_path / "log.out"
+    log.write_text(line)
+    status = {"state": "running", "job_id": "3", "job_log": str(log)}
+    assert resolve_state(tmp_path, status, JobState(UNREACHED, "x")).state == expected
 
 
 def test_records_of_many_elements_are_read(clients: Clients) -> None:
