@@ -116,7 +116,10 @@ class _Job:
             return None
         command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        return done.stderr.strip() or "scontrol requeue failed" if done.returncode else None
+        # A signal that ends scontrol comes from the requeue that it has caused.
+        if done.returncode <= 0:
+            return None
+        return done.stderr.strip() or "scontrol requeue failed"
 
 
 def export_ranks() -> None:

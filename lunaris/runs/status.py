@@ -129,6 +129,10 @@ def resolve_state(path: Path, status: dict[str, Any], job: JobState | None) -> R
         job = None
     if job is not None and job.name in _WAITING:
         return RunState("queued", status, job.reason)
+    requeued = written == "stopped" and status.get("stop_cause") == "preempted" and not error
+    if requeued and job is not None and job.name in ("COMPLETING", "PREEMPTED"):
+        # SLURM has counted the restart; the job is pending again when its nodes are free.
+        return RunState("queued", status, "being requeued")
     if job is not None and job.name in _AT_WORK:
         # The run has ended, but its job may be about to be requeued.
         ending = written in ("failed", "stopped") and job.name == "COMPLETING"

@@ -145,6 +145,13 @@ def test_a_refused_requeue_is_reported(tiny: Any, scontrol: Any) -> None:
     assert status["last_error"] == "scontrol requeue failed"
 
 
+def test_a_requeue_that_kills_its_own_command_is_not_refused(tiny: Any, scontrol: Any) -> None:
+    calls = scontrol(code="$(kill -TERM $$)")
+    code, status = after_stop(tiny)
+    assert calls() == ["show job -o 7", "requeue 7"]
+    assert (code, status["state"], status.get("last_error")) == (0, "queued", None)
+
+
 @pytest.mark.parametrize(
     ("text", "seconds"),
     [("00:01:05", 65), ("1-02:00:00", 93600), ("05:00", 300), ("UNLIMITED", None), (None, None)],

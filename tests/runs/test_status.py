@@ -101,6 +101,23 @@ def test_a_state_comes_from_the_run_and_from_slurm(
 
 
 @pytest.mark.parametrize(
+    ("job", "error", "expected"),
+    [
+        ("COMPLETING", None, "queued"),
+        ("PREEMPTED", None, "queued"),
+        ("COMPLETING", "requeue refused", "preempted"),
+        ("PREEMPTED", "requeue refused", "preempted"),
+        ("CANCELLED", None, "cancelled"),
+    ],
+)
+def test_a_job_that_slurm_requeues_has_not_ended(
+    tmp_path: Path, job: str, error: str | None, expected: str
+) -> None:
+    status = {"state": "stopped", "stop_cause": "preempted", "last_error": error, "job_id": "7"}
+    assert resolve_state(tmp_path, status, JobState(job)).state == expected
+
+
+@pytest.mark.parametrize(
     ("line", "expected"),
     [
         ("*** JOB 3 ON n1 CANCELLED AT 2026-11-23T03:35:35 DUE TO TIME LIMIT ***", "timeout"),
