@@ -57,6 +57,7 @@ class Slurm:
             print(self.script(str(cfg.name), path / "logs" / "slurm", path / "code" / "SNAPSHOT"))
             return 0
         refuse_active(path)
+        self.check_clients()
         run_dir = RunDir(create(cfg, command, overrides).path.absolute())
         if run_dir.read_status().get("state") == "done":
             print(f"{cfg.out_dir}: already done; nothing was sent")
@@ -74,12 +75,8 @@ class Slurm:
             return Stopped.exit_code
         return int(state != "done")
 
-    def send(self, paths: Sequence[Path], *, folder: Path, name: str) -> list[str]:
-        """Send the runs in frozen folders as one job, or one array; return a job id for each.
-
-        The code is copied to `folder`/code; submitit's files go to `folder`/logs/slurm. Raises
-        UserError, having sent nothing, when SLURM is absent or refuses the job.
-        """
+    def check_clients(self) -> None:
+        """Raise UserError where the jobs are for SLURM and its commands are absent."""
         if self.keys.cluster == "slurm" and (
             not shutil.which("sbatch") or not shutil.which("srun")
         ):
@@ -88,6 +85,15 @@ class Slurm:
                 "installed, or add launch.cluster=local to rehearse it here, or "
                 "launch.dry_run=true to see the script"
             )
+
+    def send(self, paths: Sequence[Path], *, folder: Path, name: str) -> list[str]:
+        """Send the runs in frozen folders as one job, or one array; return a job id for each.
+
+        The code is copied to `folder`/code; submitit's files go to `folder`/logs/slurm. Raises
+        UserError, having sent nothing, when SLURM is absent or refuses the job; the runs that it
+        refuses are failed, with its reason.
+        """
+        self.check_clients()
         code = snapshot.take(folder / "code")
         logs = folder.absolute() / "logs" / "slurm"
         for path in paths:
@@ -103,6 +109,9 @@ class Slurm:
                 sent = executor.submit_array(tasks)
             except (FailedJobError, FailedSubmissionError) as error:
                 reason = str(error).strip().replace("sbatch: error: ", "")
+                for path in paths:
+                    refused = f"SLURM refuses the job: {reason}"
+                    RunDir(path).write_status(state="failed", last_error=refused)
                 raise UserError(f"launch=slurm: SLURM refuses the job: {reason}") from error
         prefix = LOCAL if self.keys.cluster == "local" else ""
         for path, job in zip(paths, sent, strict=True):
@@ -192,7 +201,8 @@ def _mark_queued(run_dir: RunDir, code: snapshot.Snapshot) -> None:
 
 def _sent(job_id: str, keys: SlurmLaunchConfig, out_dir: str) -> str:
     where = f", partition {keys.partition}" if keys.partition else ""
-    shape = f"{keys.nodes} nodes × {keys.processes_per_node()} tasks"
+    tasks = keys.processes_per_node()
+    shape = f"{keys.nodes} node{'s' * (keys.nodes != 1)} × {tasks} task{'s' * (tasks != 1)}"
     log = f"{out_dir}/logs/rank_0.log"
     return "\n".join(
         [

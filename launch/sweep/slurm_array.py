@@ -34,6 +34,8 @@ class SlurmPoints:
         paths = [point.dir for point in points]
         known = resolve_states(paths)
         refuse_unknown(paths, known)
+        for launcher, _ in _by_launch(points):
+            launcher.check_clients()
         sweep.freeze(points)
         states = zip(points, known, strict=True)
         send_points(

@@ -16,7 +16,7 @@ from lunaris.__main__ import main
 from lunaris.atomic_files import read_json
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import UserError
-from lunaris.launch import slurm_task
+from lunaris.launch import slurm, slurm_task
 from lunaris.launch.slurm import Slurm
 from lunaris.launch.slurm_task import Task
 from lunaris.runs.create import create
@@ -97,7 +97,31 @@ def test_without_slurm_the_message_says_what_else_there_is(
     cfg = tiny("launch=slurm")
     with pytest.raises(UserError, match="launch.cluster=local to rehearse"):
         Slurm.of(cfg).submit(cfg, "test", [])
-    assert not Path(cfg.out_dir).joinpath("code").exists()
+    assert not Path(cfg.out_dir).exists()
+
+
+def test_a_refused_run_is_failed_with_the_reason(
+    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("sbatch", "srun"):
+        client = tmp_path / "bin" / name
+        client.parent.mkdir(exist_ok=True)
+        client.write_text("#!/bin/sh\necho 'sbatch: error: invalid partition nope' >&2\nexit 1\n")
+        client.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    cfg = tiny("launch=slurm", "launch.partition=nope")
+    with pytest.raises(UserError, match="refuses the job: .*invalid partition nope"):
+        Slurm.of(cfg).submit(cfg, "test", [])
+    status = RunDir(cfg.out_dir).read_status()
+    assert status["state"] == "failed" and "invalid partition nope" in status["last_error"]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "tasks", "shown"), [(1, 1, "(1 node × 1 task)"), (2, 3, "(2 nodes × 3 tasks)")]
+)
+def test_one_node_is_one_node(nodes: int, tasks: int, shown: str) -> None:
+    launcher = Slurm(nodes=nodes, tasks_per_node=tasks)
+    assert shown in slurm._sent("7", launcher.keys, "runs/x")
 
 
 def test_the_local_cluster_has_one_node(tiny: Callable[..., Any]) -> None:
