@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+
 from lunaris.config.schema.base import component_keys
 from lunaris.errors import UserError
 from lunaris.launch.slurm import Slurm, wait_until_ended
@@ -64,7 +66,7 @@ def send_points(sweep: Sweep, points: list[Point]) -> None:
         shown = ids[0] if len(ids) == 1 else ids[0].partition("_")[0]
         one_job = len(ids) == 1 or launcher.keys.cluster == "local"
         print(f"sent    {'job' if one_job else 'job array'} {shown} ({len(ids)} points)")
-    print(f"sweep   {sweep.dir}\nstate   lunaris runs {sweep.dir}", flush=True)
+    print(f"sweep   {sweep.dir}\nstate   lunaris runs {shlex.quote(str(sweep.dir))}", flush=True)
 
 
 def _print_scripts(sweep: Sweep, points: list[Point]) -> list[Outcome]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import time
 from pathlib import Path
 
@@ -42,7 +43,9 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{folder}: SLURM refuses to cancel: {error}") from error
     for run, job_id in sent:
         print(f"cancelled job {job_id}: {run.path}")
-    print(f"the checkpoints are kept; `lunaris resume {folder}` continues from them")
+    print(
+        f"the checkpoints are kept; `lunaris resume {shlex.quote(str(folder))}` continues from them"
+    )
     return 0
 
 

@@ -8,6 +8,7 @@ then from `sacct`, which many clusters lack, and last from what SLURM wrote into
 from __future__ import annotations
 
 import re
+import shlex
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -98,8 +99,8 @@ def refuse_active(path: Path) -> None:
     refuse_unknown([path], [state])
     if state.active and state.job_id:
         raise UserError(
-            f"{path}: is already {state.state}, as job {state.job_id}; `lunaris cancel {path}` "
-            "cancels it"
+            f"{path}: is already {state.state}, as job {state.job_id}; `lunaris cancel "
+            f"{shlex.quote(str(path))}` cancels it"
         )
 
 

@@ -15,6 +15,7 @@ from lunaris.commands.train import submit
 from lunaris.errors import UserError
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
+from lunaris.runs.status import refuse_active
 
 FAKE = "#!/bin/sh\n{said}\n"
 
@@ -64,6 +65,17 @@ def test_a_refusal_is_told_and_nothing_is_marked(
     assert main(["cancel", "run"]) == 2
     assert "refuses to cancel" in capsys.readouterr().err
     assert RunDir(path).read_status()["cancelled"] is None
+
+
+def test_the_command_that_is_printed_quotes_the_folder(
+    cluster: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    cluster("3|RUNNING|None")
+    make_run(Path("my run"), state="running", job_id="3")
+    with pytest.raises(UserError, match="`lunaris cancel 'my run'` cancels it"):
+        refuse_active(Path("my run"))
+    assert main(["cancel", "my run"]) == 0
+    assert "`lunaris resume 'my run'`" in capsys.readouterr().out
 
 
 def test_without_a_job_there_is_nothing_to_cancel(capsys: pytest.CaptureFixture[str]) -> None:
