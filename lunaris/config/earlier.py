@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from lunaris.config.messages import shown
 from lunaris.config.overrides import quoted
 from lunaris.errors import UserError, did_you_mean
 
@@ -148,7 +149,5 @@ def _loggers(further: dict[str, Any]) -> list[str]:
 
 def _text(value: Any) -> str:
     """Return a value as an override gives it."""
-    if isinstance(value, bool):
-        return str(value).lower()
-    text = str(value)
+    text = shown(value)
     return text if re.fullmatch(r"[\w./+-]+", text) else quoted(text)

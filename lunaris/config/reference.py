@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from omegaconf import MISSING as UNSET
 
 from lunaris.config.keys import components_of, groups, option_values, options_of, takes
+from lunaris.config.messages import shown
 from lunaris.config.schema.root import Config
 from lunaris.errors import UserError, did_you_mean
 
@@ -145,11 +146,7 @@ def _usual(item: Field[Any]) -> Any:
 
 
 def _shown(default: Any) -> str:
-    if default is MISSING or default == UNSET:
-        return "must be given"
-    if default is None or isinstance(default, bool):
-        return {None: "null", True: "true", False: "false"}[default]
-    return str(list(default) if isinstance(default, tuple) else default)
+    return "must be given" if default is MISSING or default == UNSET else shown(default)
 
 
 def _kind(type_words: str, limits: dict[str, Any]) -> str:
@@ -218,10 +215,10 @@ def as_markdown(chosen: list[Section]) -> str:
     for section in chosen:
         lines += ["", f"## `{section.group}`" if section.group else "## Above all groups", ""]
         if section.about:
-            shown = (
+            about = (
                 (" ".join(f"`{name}`" for name in names), text) for names, text in section.about
             )
-            lines += [*(f"- {names}: {text}" for names, text in shown), ""]
+            lines += [*(f"- {names}: {text}" for names, text in about), ""]
         lines += ["| key | default | meaning | takes | when |", "|---|---|---|---|---|"]
         for key in section.keys:
             of = f" [{', '.join(key.options)}]" if key.options else ""

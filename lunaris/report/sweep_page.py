@@ -220,7 +220,10 @@ def _effect(chart: str, title: str, key: str, points: Sequence[Point]) -> Chart:
     numeric = all(n is not None for n in numbers.values())
     order = sorted(values, key=lambda v: (numbers[v] if numeric else 0, v))
     place: dict[str, Any] = {value: numbers[value] if numeric else value for value in values}
-    means = {v: mean([p.loss for p in points if p.values[key] == v and p.loss]) for v in order}
+    means = {
+        v: mean([p.loss for p in points if p.values[key] == v and p.loss is not None])
+        for v in order
+    }
     traces: list[Trace] = [
         {
             "type": "scatter", "mode": "markers", "name": "point", "color": 0,
