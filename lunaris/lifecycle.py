@@ -54,7 +54,7 @@ def track_status(run_dir: RunDir) -> Iterator[None]:
         with suppress(OSError):
             run_dir.write_status(state=state, last_error=f"{type(error).__name__}: {error}")
         raise
-    run_dir.write_status(state="done")
+    run_dir.write_status(state="done", last_error=None)
 
 
 @contextmanager

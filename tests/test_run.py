@@ -1,10 +1,22 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from lunaris.errors import UserError
-from lunaris.lifecycle import explain_out_of_memory
+from lunaris.lifecycle import explain_out_of_memory, track_status
+from lunaris.runs.run_dir import RunDir
+
+
+def test_a_run_that_ends_well_keeps_no_error_of_another_process(tmp_path: Path) -> None:
+    run_dir = RunDir(tmp_path)
+    with track_status(run_dir):
+        # As a job that starts while this run has the folder's lock.
+        run_dir.write_status(last_error="UserError: in use")
+    status = run_dir.read_status()
+    assert (status["state"], status["last_error"]) == ("done", None)
 
 
 @pytest.mark.parametrize(
