@@ -56,7 +56,8 @@ class Outcome:
 class Sweep:
     """A sweep: its folder, the command that asked for it, and how its points ended.
 
-    shared: the overrides that all points have; the others of a point make its name.
+    shared: the overrides that all points have; the others of a point make its name. warned: what
+    was printed of experiments that win over an option.
     """
 
     dir: Path
@@ -64,6 +65,7 @@ class Sweep:
     shared: set[str]
     composer: Composer = field(default_factory=Composer)
     outcomes: list[Outcome] = field(default_factory=list)
+    warned: set[str] = field(default_factory=set)
 
     @property
     def name(self) -> str:
@@ -87,15 +89,13 @@ class Sweep:
                     f"{' '.join(before.overrides)} and {' '.join(point.overrides)}; give "
                     "name= another value for each"
                 )
-        for text in self._warnings(job_overrides):
-            print(f"warning: {text}", file=sys.stderr)
+        for text in overruled(self.composer, job_overrides):
+            # A sweep may be planned in several parts.
+            if text not in self.warned:
+                self.warned.add(text)
+                print(f"warning: {text}", file=sys.stderr)
         _refuse_equal(list(points.values()))
         return list(points.values())
-
-    def _warnings(self, job_overrides: Sequence[Sequence[str]]) -> list[str]:
-        """Return what an experiment of the sweep wins over, each sentence once."""
-        found = (overruled(self.composer, list(overrides)) for overrides in job_overrides)
-        return list(dict.fromkeys(text for texts in found for text in texts))
 
     def frozen_points(self) -> list[Point]:
         """Return the points of the manifest that have a folder."""

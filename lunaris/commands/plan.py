@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
     # Data that is not prepared yet can be planned with all the same.
     composer = Composer(flags.source)
     cfg = composer.compose(flags.overrides, check_data=False)
-    for text in overruled(composer, flags.overrides):
+    for text in overruled(composer, [flags.overrides]):
         print(f"warning: {text}", file=sys.stderr)
     plan = make_plan(cfg, gpu=device is not None)
     if own.json:

@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
     composer = Composer(flags.source)
     cfg = composer.compose(flags.overrides)
     if os.environ.get("RANK", "0") == "0":
-        for text in overruled(composer, flags.overrides):
+        for text in overruled(composer, [flags.overrides]):
             print(f"warning: {text}", file=sys.stderr)
     return submit(cfg, command, flags.overrides)
 

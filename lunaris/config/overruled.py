@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import OmegaConf
 
@@ -16,36 +17,61 @@ if TYPE_CHECKING:
 _NAMED = 3
 
 
-def overruled(composer: Composer, overrides: list[str]) -> list[str]:
-    """Return a sentence for each option of a command line over which its experiment wins.
+class _Asked(NamedTuple):
+    """What the sentences of a command line depend on.
+
+    choices: its options by group, as written. given: the keys that it sets itself.
+    """
+
+    experiment: str
+    choices: tuple[tuple[str, str], ...]
+    given: frozenset[str]
+
+
+def overruled(composer: Composer, command_lines: Iterable[Sequence[str]]) -> list[str]:
+    """Return a sentence, once, for each option of a command line over which its experiment wins.
 
     Hydra merges the values of an experiment after every option, so `experiment=smoke model=base`
     has the width of the experiment. Keys that the command line gives itself do not count.
     """
+    # The points of a sweep mostly differ in values, which change no sentence.
+    asked = dict.fromkeys(_asked(list(overrides)) for overrides in command_lines)
+    found = (_sentences(composer, each) for each in asked if each is not None)
+    return list(dict.fromkeys(text for texts in found for text in texts))
+
+
+def _asked(overrides: list[str]) -> _Asked | None:
+    """Return None where there is no experiment, or no other option."""
     chosen = experiment(overrides)
     if chosen is None:
-        return []
+        return None
     parsed = parse(overrides)
     choices = {
         o.key_or_group: o.input_line or "" for o in parsed
         if is_group_choice(o) and not o.is_hydra_override() and o.key_or_group != "experiment"
     }  # fmt: skip
-    if not choices:
-        return []
-    given = {o.key_or_group for o in parsed if not is_group_choice(o)}
-    alone: Any = composer.compose_raw([*choices.values()])
-    both: Any = composer.compose_raw([f"experiment={chosen}", *choices.values()])
+    given = frozenset(o.key_or_group for o in parsed if not is_group_choice(o))
+    return _Asked(chosen, tuple(choices.items()), given) if choices else None
+
+
+def _sentences(composer: Composer, asked: _Asked) -> list[str]:
+    texts = [text for _, text in asked.choices]
+    alone: Any = composer.compose_raw(texts)
+    both: Any = composer.compose_raw([f"experiment={asked.experiment}", *texts])
     sentences = []
-    for group, text in choices.items():
+    for group, text in asked.choices:
         path = group.replace("/", ".")
         before, after = _leaves(alone, path), _leaves(both, path)
-        keys = [k for k in after if k not in given and after[k] != before.get(k, after)]
+        keys = [
+            key for key, value in after.items()
+            if key not in asked.given and (key not in before or value != before[key])
+        ]  # fmt: skip
         if keys:
             named = ", ".join(f"{key}={after[key]}" for key in keys[:_NAMED])
             more = f" and {len(keys) - _NAMED} more keys" if len(keys) > _NAMED else ""
             sentences.append(
-                f"experiment={chosen} sets {named}{more} over {text}; give them on the command "
-                "line to change them"
+                f"experiment={asked.experiment} sets {named}{more} over {text}; give them on the "
+                "command line to change them"
             )
     return sentences
 

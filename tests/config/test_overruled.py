@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from lunaris.__main__ import main
 from lunaris.config.compose import Composer
 from lunaris.config.overruled import overruled
+from lunaris.launch.sweep.points import Sweep
 
 _MODEL = "experiment=smoke sets model.d_model=32, model.n_layers=2, model.n_heads=2 and "
 
@@ -29,7 +32,7 @@ _MODEL = "experiment=smoke sets model.d_model=32, model.n_layers=2, model.n_head
     ids=" ".join,
 )  # fmt: skip
 def test_what_an_experiment_wins_over_is_named(overrides: list[str], said: list[str]) -> None:
-    found = overruled(Composer(), overrides)
+    found = overruled(Composer(), [overrides])
     assert len(found) == len(said)
     assert all(part in text for part, text in zip(said, found, strict=True))
 
@@ -54,3 +57,12 @@ def test_two_points_of_one_config_are_refused(capsys: pytest.CaptureFixture[str]
         "points trainer.max_steps=100 and trainer.max_steps=100.0: two points of the sweep have "
         "the same config"
     ) in capsys.readouterr().err
+
+
+def test_a_sweep_that_is_planned_in_parts_warns_once(capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [["experiment=smoke", "model=base", f"seed={seed}"] for seed in range(3)]
+    sweep = Sweep(Path("sweeps/s"), "lunaris train -m …", set(lines[0][:2]))
+    # As for many points: the first one alone, then all.
+    sweep.plan(lines[:1])
+    assert len(sweep.plan(lines)) == 3
+    assert capsys.readouterr().err.count("warning: ") == 1
