@@ -109,10 +109,10 @@ class Slurm:
                 sent = executor.submit_array(tasks)
             except (FailedJobError, FailedSubmissionError) as error:
                 reason = str(error).strip().replace("sbatch: error: ", "")
+                refused = f"SLURM refuses the job: {reason}"
                 for path in paths:
-                    refused = f"SLURM refuses the job: {reason}"
                     RunDir(path).write_status(state="failed", last_error=refused)
-                raise UserError(f"launch=slurm: SLURM refuses the job: {reason}") from error
+                raise UserError(f"launch=slurm: {refused}") from error
         prefix = LOCAL if self.keys.cluster == "local" else ""
         for path, job in zip(paths, sent, strict=True):
             RunDir(path).write_status(job_id=prefix + job.job_id, job_log=str(job.paths.stdout))

@@ -161,6 +161,7 @@ def options(group: str, config_dirs: list[Path] | None = None) -> list[Option]:
     return [Option(name, _summary(files[name])) for name in sorted(files)]
 
 
+@cache
 def option_values(group: str, option: str) -> dict[str, Any]:
     """Return what the file of one of our own options sets, with the options that it extends."""
     from yaml import safe_load  # Only for the reference of keys.

@@ -47,7 +47,7 @@ class Section(NamedTuple):
 @cache
 def sections() -> list[Section]:
     """Return the keys that stand above all groups, then each group's."""
-    whole = Section("", [], [_key("", Config, item, ()) for item in _plain(Config)])
+    whole = Section("", [], [_key("", "", Config, item, ()) for item in _plain(Config)])
     return [whole, *(_section(group, schemas) for group, schemas in groups().items())]
 
 
@@ -94,8 +94,7 @@ def _section(group: str, schemas: list[type]) -> Section:
     for schema, names in used.items():
         prefix = f"{start}.{names[0]}" if group == "logger" else start
         for item in _plain(schema):
-            default = _defaults(group, names, item)
-            made = _key(prefix, schema, item, ())._replace(default=default, when=_when(group, item))
+            made = _key(group, prefix, schema, item, names)
             # Equal keys of several options stand there once.
             before = keys.get(made, made)
             keys[made] = made._replace(options=(*before.options, *names))
@@ -108,7 +107,7 @@ def _section(group: str, schemas: list[type]) -> Section:
 
 def _defaults(group: str, options: tuple[str, ...], item: Field[Any]) -> str:
     """Return the default of a key, and the options that give it another one."""
-    usual = _usual(item)
+    usual = item.default if item.default_factory is MISSING else item.default_factory()
     others = [
         f"{option}: {_shown(value)}" for option in options
         if (value := option_values(group, option).get(item.name, usual)) != usual
@@ -132,17 +131,13 @@ def _plain(schema: type) -> list[Field[Any]]:
     return [item for item in fields(schema) if item.name not in nested | groups().keys()]
 
 
-def _key(start: str, schema: type, item: Field[Any], options: tuple[str, ...]) -> Key:
+def _key(group: str, start: str, schema: type, item: Field[Any], options: tuple[str, ...]) -> Key:
+    """Return a key of a schema without the options that have it. options: of the schema."""
     name = f"{start}.{item.name}".lstrip(".")
     kind = _kind(takes(schema, item.name), item.metadata.get("limits") or {})
     owner = next(kind for kind in schema.__mro__ if item.name in _comments(kind))
     about = _comments(owner)[item.name]
-    return Key(name, kind, _shown(_usual(item)), about, _when("", item), options)
-
-
-def _usual(item: Field[Any]) -> Any:
-    """Return the default of a schema's field."""
-    return item.default if item.default_factory is MISSING else item.default_factory()
+    return Key(name, kind, _defaults(group, options, item), about, _when(group, item), ())
 
 
 def _shown(default: Any) -> str:
