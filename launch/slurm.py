@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ from lunaris.launch.slurm_task import Task
 from lunaris.launch.submitit_internals import sbatch_script
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
-from lunaris.runs.slurm_client import LOCAL
+from lunaris.runs.slurm_client import LOCAL, refusal_of
 from lunaris.runs.status import RunState, refuse_active, resolve_states
 
 _POLL_S = 2.0
@@ -53,6 +56,7 @@ class Slurm:
         UserError when the run is queued or running already or SLURM refuses the job.
         """
         path = Path(cfg.out_dir).absolute()
+        check_folder(path)
         if self.keys.dry_run:
             print(self.script(str(cfg.name), path / "logs" / "slurm", path / "code" / "SNAPSHOT"))
             return 0
@@ -93,6 +97,7 @@ class Slurm:
         UserError, having sent nothing, when SLURM is absent or refuses the job; the runs that it
         refuses are failed, with its reason.
         """
+        check_folder(folder.absolute())
         self.check_clients()
         code = snapshot.take(folder / "code")
         logs = folder.absolute() / "logs" / "slurm"
@@ -106,7 +111,9 @@ class Slurm:
             executor = submitit.SlurmExecutor(logs, max_num_timeout=self.keys.max_num_timeout)
             executor.update_parameters(**self.parameters(name, code.path))
             try:
-                sent = executor.submit_array(tasks)
+                # submitit prints what its error says.
+                with redirect_stderr(io.StringIO()):
+                    sent = executor.submit_array(tasks)
             except (FailedJobError, FailedSubmissionError) as error:
                 reason = str(error).strip().replace("sbatch: error: ", "")
                 refused = f"SLURM refuses the job: {reason}"
@@ -117,6 +124,17 @@ class Slurm:
         for path, job in zip(paths, sent, strict=True):
             RunDir(path).write_status(job_id=prefix + job.job_id, job_log=str(job.paths.stdout))
         return [prefix + job.job_id for job in sent]
+
+    def check(self, name: str, folder: Path) -> None:
+        """Raise UserError where SLURM would refuse jobs that `folder` is for; write nothing."""
+        check_folder(folder.absolute())
+        self.check_clients()
+        if self.keys.cluster == "local":
+            return
+        refused = refusal_of(self.script(name, folder.absolute() / "logs" / "slurm", folder))
+        if refused is not None:
+            where = f"launch.partition={self.keys.partition}: " if self.keys.partition else ""
+            raise UserError(f"{where}SLURM refuses the job, and nothing was sent: {refused}")
 
     def script(self, name: str, logs: Path, code: Path, points: int | None = None) -> str:
         """Return the sbatch script of one run, or of an array of `points`."""
@@ -156,6 +174,9 @@ class Slurm:
             f"{shlex.quote(os.getcwd())}",
             # Otherwise the code in the current folder, perhaps edited since, would come first.
             "export PYTHONSAFEPATH=1",
+            # The script runs on the job's first node, where rank 0 is.
+            f"export LUNARIS_MASTER_PORT=$({shlex.quote(sys.executable)} -I -S "
+            f'{shlex.quote(str(code / "lunaris" / "launch" / "free_port.py"))} "$SLURM_JOB_ID")',
         ]
 
     def _start_here(self, tasks: list[Task], logs: Path, code: Path) -> list[Any]:
@@ -177,6 +198,16 @@ class Slurm:
             # The jobs outlive this process; Python warns about the running child.
             warnings.simplefilter("ignore", ResourceWarning)
             return executor.submit_array(tasks)
+
+
+def check_folder(folder: Path) -> None:
+    """Raise UserError for a folder whose name SLURM or submitit would take for a pattern."""
+    for character in "%\\":
+        if character in str(folder):
+            raise UserError(
+                f"out_dir={folder}: must not contain {character}, which SLURM replaces in the "
+                "names of a job's logs; choose another out_dir"
+            )
 
 
 def wait_until_ended(paths: Sequence[Path]) -> list[RunState]:

@@ -6,7 +6,6 @@ import os
 import subprocess
 import sys
 import time
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,12 +15,12 @@ from lunaris.atomic_files import read_json
 from lunaris.config.schema.launch import SlurmLaunchConfig
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import Stopped
+from lunaris.launch.free_port import first_port
 from lunaris.launch.submitit_internals import REQUEUE_EXIT_CODE
 from lunaris.launch.worker import main
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import current_job_id
 
-_FIRST_PORT, _PORTS = 24_500, 8_000
 # SLURM checks time limits twice a minute, and may send the signal up to a minute early.
 _SIGNAL_EARLY_S = 60
 
@@ -128,10 +127,10 @@ def export_ranks() -> None:
     CUDA_VISIBLE_DEVICES stays as SLURM set it.
     """
     TorchDistributedEnvironment().export(overwrite=True, set_cuda_visible_devices=False)
-    # A port below those that the kernel gives to clients (submitit's may be one of them), and a
-    # different one after a requeue.
+    # The script has found a free port on the first node. The scripts of other launchers have not;
+    # there it is a port that the kernel gives to no client, and a different one after a requeue.
     attempt = f"{current_job_id()}:{os.environ.get('SLURM_RESTART_COUNT', '0')}"
-    os.environ["MASTER_PORT"] = str(_FIRST_PORT + zlib.crc32(attempt.encode()) % _PORTS)
+    os.environ["MASTER_PORT"] = os.environ.get("LUNARIS_MASTER_PORT") or str(first_port(attempt))
     if os.environ.get("SUBMITIT_EXECUTOR") == "local":
         os.environ["MASTER_ADDR"] = "127.0.0.1"
 

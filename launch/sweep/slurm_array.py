@@ -6,7 +6,7 @@ import shlex
 
 from lunaris.config.schema.base import component_keys
 from lunaris.errors import UserError
-from lunaris.launch.slurm import Slurm, wait_until_ended
+from lunaris.launch.slurm import Slurm, check_folder, wait_until_ended
 from lunaris.launch.sweep.points import Outcome, Point, Sweep, outcome_of
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.status import refuse_unknown, resolve_states
@@ -31,24 +31,32 @@ class SlurmPoints:
                     "hydra/launcher=slurm needs launch=slurm"
                 )
         launch = points[0].cfg.launch
+        check_folder(sweep.dir.absolute())
         if launch.dry_run:
             return _print_scripts(sweep, points)
         paths = [point.dir for point in points]
         known = resolve_states(paths)
         refuse_unknown(paths, known)
-        for launcher, _ in _by_launch(points):
-            launcher.check_clients()
-        sweep.freeze(points)
         states = zip(points, known, strict=True)
-        send_points(
-            sweep, [p for p, s in states if s.state != "done" and not (s.active and s.job_id)]
-        )
+        unsent = [p for p, s in states if s.state != "done" and not (s.active and s.job_id)]
+        check_points(sweep, unsent)
+        sweep.freeze(points)
+        send_points(sweep, unsent)
         if not launch.wait:
             # From the files: SLURM does not report a job that it has only just taken.
             written = [str(RunDir(path).read_status().get("state", "missing")) for path in paths]
             return [_outcome(p, state) for p, state in zip(points, written, strict=True)]
         ended = wait_until_ended(paths)
         return [_outcome(p, s.state, s.remark) for p, s in zip(points, ended, strict=True)]
+
+
+def check_points(sweep: Sweep, points: list[Point]) -> None:
+    """Raise UserError where SLURM would refuse one of the jobs; write and send nothing.
+
+    SLURM is asked once for each set of resources.
+    """
+    for launcher, _ in _by_launch(points):
+        launcher.check(sweep.name, sweep.dir)
 
 
 def send_points(sweep: Sweep, points: list[Point]) -> None:

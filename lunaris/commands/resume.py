@@ -267,8 +267,9 @@ def _submit(sweep: Sweep, points: list[Point]) -> int:
     launch = points[0].cfg.launch
     if hasattr(launch, "cluster"):
         from lunaris.launch.slurm import wait_until_ended
-        from lunaris.launch.sweep.slurm_array import send_points
+        from lunaris.launch.sweep.slurm_array import check_points, send_points
 
+        check_points(sweep, points)
         send_points(sweep, points)
         ended = wait_until_ended([point.dir for point in points]) if launch.wait else []
         return int(any(state.state != "done" for state in ended))

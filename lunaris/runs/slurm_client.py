@@ -1,4 +1,4 @@
-"""SLURM's commands: what `squeue` and `sacct` report of jobs, and `scancel`. No torch.
+"""SLURM's commands: what `squeue` and `sacct` report of jobs, `scancel`, and a test of scripts.
 
 The jobs of submitit's local executor are known here too: their ids are `LOCAL` and the process id
 of their controller, and they are cancelled by a signal.
@@ -23,6 +23,12 @@ _TIMEOUT_S = 30
 _WAITS_S = (0.5, 1.0, 2.0)
 # How SLURM says that it knows none of the jobs; anything else is no answer.
 _FORGOTTEN = "Invalid job id"
+# What the controller says of a script that it will never run, however long the job waits.
+_REFUSED = re.compile(
+    r"invalid|configuration is not available|can ?not be satisfied|not permitted|denied|"
+    r"more processors requested|problem",
+    re.IGNORECASE,
+)
 _SQUEUE = ("squeue", "-h", "-r", "-t", "all", "-o", "%i|%T|%r", "-j")
 _SACCT = ("sacct", "-n", "-P", "-X", "-o", "JobID,State,ExitCode", "-j")
 
@@ -60,6 +66,24 @@ def current_job_id() -> str | None:
     if "SLURM_ARRAY_JOB_ID" in os.environ:
         return f"{os.environ['SLURM_ARRAY_JOB_ID']}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     return os.environ.get("SLURM_JOB_ID")
+
+
+def refusal_of(script: str) -> str | None:
+    """Return why SLURM refuses a job with this script, or None where it would take it.
+
+    `sbatch --test-only` tests the script and sends nothing. What it only says of jobs that would
+    wait, like busy or drained nodes, is no refusal; nor is its silence.
+    """
+    done = _client("sbatch", "--test-only", stdin=script)
+    if done is None or done.returncode == 0:
+        return None
+    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    said = [re.sub(r"^(sbatch: error|allocation failure): ", "", line.strip()) for line in lines]
+    # sbatch does not ask the controller where it cannot read an option.
+    asked = any(line.startswith("allocation failure") for line in lines)
+    if asked and not _REFUSED.search(said[-1]):
+        return None
+    return "; ".join(dict.fromkeys(said)) or f"sbatch ended with exit code {done.returncode}"
 
 
 def cancel_jobs(job_ids: Sequence[str]) -> None:
@@ -155,8 +179,10 @@ def _record_of(job_id: str, found: dict[str, JobState]) -> JobState | None:
     return found.get(job_id) or found.get(job_id.partition("_")[0])
 
 
-def _client(*command: str) -> subprocess.CompletedProcess[str] | None:
+def _client(*command: str, stdin: str = "") -> subprocess.CompletedProcess[str] | None:
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
+        return subprocess.run(
+            command, input=stdin, capture_output=True, text=True, timeout=_TIMEOUT_S
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from lunaris.__main__ import main
 from lunaris.atomic_files import read_json
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import UserError
-from lunaris.launch import slurm, slurm_task
+from lunaris.launch import free_port, slurm, slurm_task
 from lunaris.launch.slurm import Slurm
 from lunaris.launch.slurm_task import Task
 from lunaris.runs.create import create
@@ -101,7 +102,10 @@ def test_without_slurm_the_message_says_what_else_there_is(
 
 
 def test_a_refused_run_is_failed_with_the_reason(
-    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny: Callable[..., Any],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     for name in ("sbatch", "srun"):
         client = tmp_path / "bin" / name
@@ -114,6 +118,8 @@ def test_a_refused_run_is_failed_with_the_reason(
         Slurm.of(cfg).submit(cfg, "test", [])
     status = RunDir(cfg.out_dir).read_status()
     assert status["state"] == "failed" and "invalid partition nope" in status["last_error"]
+    # The command prints the error, once.
+    assert "nope" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -262,6 +268,25 @@ def test_a_requeued_job_gets_another_port(monkeypatch: pytest.MonkeyPatch) -> No
         slurm_task.export_ranks()
         ports.append(int(os.environ["MASTER_PORT"]))
     assert ports[0] != ports[1] and all(24_500 <= port < 32_500 for port in ports)
+
+
+def test_a_taken_port_is_passed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Environment:
+        def export(self, **keys: object) -> None: ...
+
+    # As the job's script runs it.
+    command = [sys.executable, "-I", "-S", free_port.__file__, "7"]
+    first = int(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    with socket.socket() as taken:
+        taken.bind(("", first))
+        taken.listen()
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(done.stdout) != first and 24_500 <= int(done.stdout) < 32_500
+    monkeypatch.setattr(slurm_task, "TorchDistributedEnvironment", Environment)
+    monkeypatch.setenv("MASTER_PORT", "0")
+    monkeypatch.setenv("LUNARIS_MASTER_PORT", done.stdout.strip())
+    slurm_task.export_ranks()
+    assert os.environ["MASTER_PORT"] == done.stdout.strip()
 
 
 @pytest.mark.parametrize(

@@ -79,6 +79,13 @@ def test_an_invalid_point_sends_nothing_and_is_named(site: Any) -> None:
     assert site.cluster.client("squeue", "-h", "-t", "all", "-n", "invalid") == ""
 
 
+def test_a_point_that_slurm_refuses_keeps_the_others_from_being_sent(site: Any) -> None:
+    text = sweep(site, "half", "launch.partition=low,nosuch", code=2)
+    assert text.count("nosuch") == 2 and text.count("error:") == 1, text
+    assert not (site.dir / "sweeps/half").exists()
+    assert site.cluster.client("squeue", "-h", "-t", "all", "-n", "half") == ""
+
+
 def test_waiting_for_a_sweep_returns_each_point_s_loss(site: Any) -> None:
     text = sweep(site, "awaited", "seed=1,2", "launch.wait=true")
     assert "2 done" in text and "best: seed=" in text

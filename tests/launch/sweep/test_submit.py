@@ -18,6 +18,7 @@ from lunaris.launch.sweep import run_points
 from lunaris.launch.sweep.points import Point
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
+from lunaris.runs.slurm_client import refusal_of
 from lunaris.runs.sweep_manifest import read_manifest
 
 ARGV = ["train", "-m", "data=synthetic", "launch=slurm", "name=s"]
@@ -35,6 +36,7 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
         return [f"{len(arrays)}_{i}" for i in range(len(paths))]
 
     monkeypatch.setattr(Slurm, "send", send)
+    monkeypatch.setattr(Slurm, "check", lambda self, name, folder: None)
     return arrays
 
 
@@ -146,3 +148,59 @@ def test_our_slurm_launcher_refuses_points_of_another_launch(
     assert main(["train", "-m", "hydra/launcher=slurm", "launch=local", "seed=1,2"]) == 2
     assert "hydra/launcher=slurm needs launch=slurm" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
+
+
+SBATCH = """\
+#!/bin/sh
+echo "$@" >> {calls}
+grep -q partition=nope || exit 0
+echo 'sbatch: error: invalid partition specified: nope' >&2
+echo 'allocation failure: {said}' >&2
+exit 1
+"""
+
+
+@pytest.fixture
+def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Return a function that puts an `sbatch` in place, which refuses the partition `nope`."""
+    calls = tmp_path / "calls"
+    calls.touch()
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+
+    def put(said: str) -> None:
+        (tmp_path / "bin").mkdir()
+        for name in ("sbatch", "srun"):
+            client = tmp_path / "bin" / name
+            client.write_text(SBATCH.format(calls=calls, said=said))
+            client.chmod(0o755)
+
+    return put
+
+
+def test_a_point_that_slurm_refuses_keeps_the_sweep_from_being_sent(
+    sbatch: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sbatch("Invalid partition name specified")
+    assert main([*ARGV, "launch.partition=main,nope", "seed=1,2,3"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("error:") == 1 and said.count("invalid partition specified: nope") == 1
+    assert "launch.partition=nope: SLURM refuses" in said and not Path("sweeps").exists()
+    # Once for each set of resources; nothing else was asked.
+    assert (tmp_path / "calls").read_text() == "--test-only\n" * 2
+
+
+def test_a_job_that_would_wait_is_not_refused(sbatch: Any) -> None:
+    sbatch("Requested nodes are busy")
+    assert refusal_of("#SBATCH --partition=nope\n") is None
+
+
+@pytest.mark.parametrize("folder", ["a%j", "a\\\\b"])
+def test_a_folder_with_a_pattern_of_slurm_s_is_refused(
+    sent: list[list[str]], folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for flags, seeds in (["-m"], "seed=1,2"), ([], "seed=1"):
+        argv = ["train", *flags, "data=synthetic", "launch=slurm", seeds, f"out_dir='{folder}'"]
+        assert main(argv) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: out_dir=") and "must not contain" in said
+    assert not os.listdir() and not sent
