@@ -221,7 +221,7 @@ def _largest_id(shards: list[Shard]) -> tuple[int, bool]:
     for shard in shards:
         count = min(shard.tokens, max(1, share // shard.dtype.itemsize))
         exact &= count == shard.tokens
-        tokens = np.memmap(shard.path, shard.dtype, "r", shard.offset, (shard.tokens,))[:count]
+        tokens = np.fromfile(shard.path, shard.dtype, count, offset=shard.offset)
         if shard.dtype.kind == "i" and (least := int(tokens.min())) < 0:
             raise UserError(f"{shard.path}: holds the negative id {least}; allowed are {_ALLOWED}")
         found = int(tokens.max())

@@ -26,8 +26,8 @@ class ArrayStream(TokenStream):
         super().__init__([Shard(Path(name), 0, len(tokens), tokens.dtype)])
         self._tokens = tokens
 
-    def _map(self, i: int) -> np.ndarray:
-        return self._tokens
+    def _load(self, i: int, begin: int, n: int) -> np.ndarray:
+        return self._tokens[begin : begin + n]
 
 
 class SyntheticData:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import bisect
-import mmap
+import os
+import weakref
 from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 from lunaris.data.shuffle import permute
 from lunaris.errors import UserError
 
-# A memory map takes a file descriptor; beyond this many, the least recently used one is closed.
+# Beyond this many open files, the least recently used one is closed.
 _MOST_OPEN = 256
 
 
@@ -32,7 +33,11 @@ class Shard:
 
 
 class TokenStream:
-    """The tokens from `start` to `stop` of several shards in a row, read through memory maps."""
+    """The tokens from `start` to `stop` of several shards in a row.
+
+    They are read by `pread`, not through a memory map: where a file was cut or its disk fails, a
+    read returns too little or an error, while a map would kill the process (SIGBUS).
+    """
 
     def __init__(self, shards: list[Shard], start: int = 0, stop: int | None = None) -> None:
         self._shards = [shard for shard in shards if shard.tokens]
@@ -42,7 +47,8 @@ class TokenStream:
         self._start = start
         self._stop = total if stop is None else stop
         assert 0 <= self._start <= self._stop <= total
-        self._open: OrderedDict[int, tuple[mmap.mmap, np.ndarray]] = OrderedDict()
+        self._open: OrderedDict[int, int] = OrderedDict()
+        weakref.finalize(self, _close, self._open)
 
     def __len__(self) -> int:
         return self._stop - self._start
@@ -50,19 +56,16 @@ class TokenStream:
     def read(self, position: int, out: np.ndarray) -> None:
         """Write the tokens from `position` on to out ([n], any integer type).
 
-        Raises UserError where a shard was cut short after it was opened.
+        Raises UserError where a shard cannot be read or was cut after training started.
         """
         at = position + self._start
         assert 0 <= position and at + len(out) <= self._stop
         i = bisect.bisect_right(self._ends, at)
-        tokens = self._map(i)
-        begin = at - (self._ends[i] - len(tokens))
-        while begin + len(out) > len(tokens):
-            part = tokens[begin:]
-            out[: len(part)] = part
+        begin = at - (self._ends[i] - self._shards[i].tokens)
+        while len(out):
+            part = out[: self._shards[i].tokens - begin]
+            part[:] = self._load(i, begin, len(part))
             out, begin, i = out[len(part) :], 0, i + 1
-            tokens = self._map(i)
-        out[:] = tokens[begin : begin + len(out)]
 
     def mask(self) -> TokenStream | None:
         """Return the loss mask of the same tokens as a stream, or None if they have none."""
@@ -73,33 +76,43 @@ class TokenStream:
         """Return the shard that holds the token at `position`."""
         return self._shards[bisect.bisect_right(self._ends, position + self._start)].path
 
-    def _map(self, i: int) -> np.ndarray:
-        shard, opened = self._shards[i], self._open.get(i)
-        if opened is not None:
-            self._open.move_to_end(i)
-        else:
-            try:
-                with shard.path.open("rb") as file:
-                    mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            except (OSError, ValueError) as error:
-                raise UserError(f"{shard.path}: cannot be read: {error}") from error
-            self._require_whole(shard, mapped)
-            tokens = np.frombuffer(mapped, shard.dtype, shard.tokens, shard.offset)
-            opened = self._open[i] = mapped, tokens
-            if len(self._open) > _MOST_OPEN:
-                self._open.popitem(last=False)
-        self._require_whole(shard, opened[0])
-        return opened[1]
+    def _load(self, i: int, begin: int, n: int) -> np.ndarray:
+        """Return n tokens of the i-th shard from its token `begin` on ([n], the shard's type)."""
+        shard = self._shards[i]
+        tokens = np.empty(n, shard.dtype)
+        begin = shard.offset + begin * shard.dtype.itemsize
+        read = 0
+        try:
+            file = self._file(i)
+            while read < tokens.nbytes:
+                # A read that a signal ends may bring a part.
+                more = os.preadv(file, [tokens.view(np.uint8).data[read:]], begin + read)
+                if not more:
+                    raise UserError(
+                        f"{shard.path}: was cut to {os.fstat(file).st_size} bytes of "
+                        f"{shard.offset + shard.tokens * shard.dtype.itemsize} after training "
+                        "started; put it back, then start the run again"
+                    )
+                read += more
+        except OSError as error:
+            raise UserError(f"{shard.path}: cannot be read: {error}") from error
+        return tokens
 
-    @staticmethod
-    def _require_whole(shard: Shard, mapped: mmap.mmap) -> None:
-        # Reading a map past the end of its file kills the process (SIGBUS).
-        expected = shard.offset + shard.tokens * shard.dtype.itemsize
-        if mapped.size() < expected:
-            raise UserError(
-                f"{shard.path}: was cut to {mapped.size()} bytes of {expected} after training "
-                "started; put it back, then start the run again"
-            )
+    def _file(self, i: int) -> int:
+        """Return the descriptor of the i-th shard."""
+        file = self._open.get(i)
+        if file is None:
+            file = self._open[i] = os.open(self._shards[i].path, os.O_RDONLY | os.O_CLOEXEC)
+            if len(self._open) > _MOST_OPEN:
+                os.close(self._open.popitem(last=False)[1])
+        else:
+            self._open.move_to_end(i)
+        return file
+
+
+def _close(files: OrderedDict[int, int]) -> None:
+    for file in files.values():
+        os.close(file)
 
 
 class StreamSequences:

@@ -67,7 +67,7 @@ def test_integer_types_read_the_same(tmp_path: Path, dtype: str) -> None:
     assert np.array_equal(out, np.arange(110))
 
 
-def test_more_shards_than_open_maps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_shards_than_open_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lunaris.data.token_stream._MOST_OPEN", 2)
     write_shards(tmp_path / "s", [10] * 6)
     stream = TokenStream(inspect(tmp_path / "s").train)
