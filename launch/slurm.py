@@ -22,12 +22,13 @@ from lunaris.config.schema.launch import SlurmLaunchConfig
 from lunaris.config.schema.root import Config
 from lunaris.errors import Stopped, UserError
 from lunaris.launch import snapshot
+from lunaris.launch.arrays import split
 from lunaris.launch.local import output_to
 from lunaris.launch.slurm_task import Task
 from lunaris.launch.submitit_internals import sbatch_script
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
-from lunaris.runs.slurm_client import LOCAL, refusal_of
+from lunaris.runs.slurm_client import LOCAL, max_array_size, refusal_of
 from lunaris.runs.status import RunState, refuse_active, resolve_states
 
 _POLL_S = 2.0
@@ -91,11 +92,11 @@ class Slurm:
             )
 
     def send(self, paths: Sequence[Path], *, folder: Path, name: str) -> list[str]:
-        """Send the runs in frozen folders as one job, or one array; return a job id for each.
+        """Send the runs in frozen folders as one job, or as arrays; return a job id for each.
 
         The code is copied to `folder`/code; submitit's files go to `folder`/logs/slurm. Raises
-        UserError, having sent nothing, when SLURM is absent or refuses the job; the runs that it
-        refuses are failed, with its reason.
+        UserError when SLURM is absent or refuses a job; the runs that it refuses, and those that
+        would follow, are failed, with its reason.
         """
         check_folder(folder.absolute())
         self.check_clients()
@@ -106,24 +107,34 @@ class Slurm:
         logs.mkdir(parents=True, exist_ok=True)
         tasks = [Task(path.absolute()) for path in paths]
         if self.keys.cluster == "local":
-            sent = self._start_here(tasks, logs, code.path)
-        else:
-            executor = submitit.SlurmExecutor(logs, max_num_timeout=self.keys.max_num_timeout)
-            executor.update_parameters(**self.parameters(name, code.path))
+            return _record(paths, self._start_here(tasks, logs, code.path), LOCAL)
+        largest = max_array_size() if len(tasks) > 1 else None
+        parts = split(len(tasks), largest, self.keys.array_parallelism)
+        ids: list[str] = []
+        for part in parts:
+            parameters = self.parameters(name, code.path)
+            parameters["array_parallelism"] = part.parallelism
+            if part.after is not None:
+                _wait_for(parameters, ids[parts[part.after].first])
+            chosen = slice(part.first, part.first + part.size)
             try:
-                # submitit prints what its error says.
-                with redirect_stderr(io.StringIO()):
-                    sent = executor.submit_array(tasks)
+                sent = self._submit(tasks[chosen], logs, parameters)
             except (FailedJobError, FailedSubmissionError) as error:
                 reason = str(error).strip().replace("sbatch: error: ", "")
                 refused = f"SLURM refuses the job: {reason}"
-                for path in paths:
+                for path in paths[part.first :]:
                     RunDir(path).write_status(state="failed", last_error=refused)
-                raise UserError(f"launch=slurm: {refused}") from error
-        prefix = LOCAL if self.keys.cluster == "local" else ""
-        for path, job in zip(paths, sent, strict=True):
-            RunDir(path).write_status(job_id=prefix + job.job_id, job_log=str(job.paths.stdout))
-        return [prefix + job.job_id for job in sent]
+                before = f" ({part.first} points were sent before)" if part.first else ""
+                raise UserError(f"launch=slurm: {refused}{before}") from error
+            ids += _record(paths[chosen], sent, "")
+        return ids
+
+    def _submit(self, tasks: list[Task], logs: Path, parameters: dict[str, Any]) -> list[Any]:
+        executor = submitit.SlurmExecutor(logs, max_num_timeout=self.keys.max_num_timeout)
+        executor.update_parameters(**parameters)
+        # submitit prints what its error says.
+        with redirect_stderr(io.StringIO()):
+            return executor.submit_array(tasks)
 
     def check(self, name: str, folder: Path) -> None:
         """Raise UserError where SLURM would refuse jobs that `folder` is for; write nothing."""
@@ -221,6 +232,21 @@ def wait_until_ended(paths: Sequence[Path]) -> list[RunState]:
             if all(state.ended for state in states):
                 return states
         time.sleep(_POLL_S)
+
+
+def _record(paths: Sequence[Path], sent: list[Any], prefix: str) -> list[str]:
+    """Write the ids and logs of submitit's jobs into the folders of their runs; return the ids."""
+    for path, job in zip(paths, sent, strict=True):
+        RunDir(path).write_status(job_id=prefix + job.job_id, job_log=str(job.paths.stdout))
+    return [prefix + job.job_id for job in sent]
+
+
+def _wait_for(parameters: dict[str, Any], job_id: str) -> None:
+    """Let an array start when the array of a job has ended, in whatever way."""
+    further = parameters["additional_parameters"]
+    other = further.get("dependency")
+    after = f"afterany:{job_id.partition('_')[0]}"
+    further["dependency"] = f"{other},{after}" if other else after
 
 
 def _mark_queued(run_dir: RunDir, code: snapshot.Snapshot) -> None:

@@ -1,8 +1,9 @@
-"""The points of a sweep sent to SLURM as one job array."""
+"""The points of a sweep sent to SLURM as job arrays."""
 
 from __future__ import annotations
 
 import shlex
+from collections import Counter
 
 from lunaris.config.schema.base import component_keys
 from lunaris.errors import UserError
@@ -62,7 +63,8 @@ def check_points(sweep: Sweep, points: list[Point]) -> None:
 def send_points(sweep: Sweep, points: list[Point]) -> None:
     """Send points whose folders are frozen, and write their job ids into the manifest.
 
-    They are one array, or one for each set of resources where the points differ in `launch`.
+    Those that ask for the same resources are one array, or several where SLURM's largest one is
+    smaller.
     """
     if not points:
         print(f"sweep   {sweep.dir}: no point to send")
@@ -71,9 +73,10 @@ def send_points(sweep: Sweep, points: list[Point]) -> None:
         folder = sweep.dir.absolute()
         ids = launcher.send([p.dir.absolute() for p in group], folder=folder, name=sweep.name)
         sweep.record(group, dict(zip((p.name for p in group), ids, strict=True)))
-        shown = ids[0] if len(ids) == 1 else ids[0].partition("_")[0]
         one_job = len(ids) == 1 or launcher.keys.cluster == "local"
-        print(f"sent    {'job' if one_job else 'job array'} {shown} ({len(ids)} points)")
+        arrays = Counter(job_id.partition("_")[0] for job_id in ids)
+        for array, n in [(ids[0], len(ids))] if one_job else arrays.items():
+            print(f"sent    {'job' if one_job else 'job array'} {array} ({n} points)")
     print(f"sweep   {sweep.dir}\nstate   lunaris runs {shlex.quote(str(sweep.dir))}", flush=True)
 
 

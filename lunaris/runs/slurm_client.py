@@ -86,6 +86,13 @@ def refusal_of(script: str) -> str | None:
     return "; ".join(dict.fromkeys(said)) or f"sbatch ended with exit code {done.returncode}"
 
 
+def max_array_size() -> int | None:
+    """Return the number of jobs in SLURM's largest array, or None where it does not say."""
+    done = _client("scontrol", "show", "config")
+    match = re.search(r"^MaxArraySize\s*=\s*(\d+)", done.stdout, re.MULTILINE) if done else None
+    return int(match[1]) or None if match else None
+
+
 def cancel_jobs(job_ids: Sequence[str]) -> None:
     """Cancel jobs; those that have already ended are ignored.
 

@@ -10,8 +10,8 @@ Debian or Ubuntu, which `make cluster` installs: slurm-wlm munge, and slurmdbd m
 only processes that it started.
 
 Partitions: `low` (the default), `high` (preempts the others, which are requeued) and `grace`
-(as `low`, but a preempted job has 30 seconds to leave). Clocks are short. Memory is not enforced,
-as that takes cgroups, but each node has four fake GPUs.
+(as `low`, but a preempted job has 30 seconds to leave). Clocks are short, and an array has
+at most six jobs. Memory is not enforced, as that takes cgroups, but each node has four fake GPUs.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ SlurmctldTimeout=10
 BatchStartTimeout=10
 MessageTimeout=10
 MinJobAge=300
+MaxArraySize=6
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 {accounting}
 {nodes}

@@ -79,6 +79,24 @@ def test_an_invalid_point_sends_nothing_and_is_named(site: Any) -> None:
     assert site.cluster.client("squeue", "-h", "-t", "all", "-n", "invalid") == ""
 
 
+def test_a_sweep_above_the_largest_array_is_several_with_one_limit(site: Any) -> None:
+    """The cluster takes six jobs in an array."""
+    seeds = ",".join(map(str, range(14)))
+    hold = "launch.additional_parameters.hold=true"
+    text = sweep(site, "large", f"seed={seeds}", "launch.array_parallelism=2", hold)
+    assert text.count("sent    job array") == 3 and "(2 points)" in text, text
+    manifest = json.loads((site.dir / "sweeps/large/manifest.json").read_text())
+    ids = [p["job_id"].split("_") for p in manifest["points"]]
+    arrays = list(dict.fromkeys(job for job, _ in ids))
+    assert [int(i) for _, i in ids] == [*range(6), *range(6), 0, 1]
+    for array in arrays:
+        shown = site.cluster.client("scontrol", "show", "job", array)
+        assert "ArrayTaskThrottle=1" in shown
+        assert (f"Dependency=afterany:{arrays[0]}_" in shown) == (array == arrays[2])
+    assert set(states(site, "sweeps/large").values()) == {"queued"}
+    assert site.lunaris("cancel", "sweeps/large").count("cancelled job") == 14
+
+
 def test_a_point_that_slurm_refuses_keeps_the_others_from_being_sent(site: Any) -> None:
     text = sweep(site, "half", "launch.partition=low,nosuch", code=2)
     assert text.count("nosuch") == 2 and text.count("error:") == 1, text
