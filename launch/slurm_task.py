@@ -11,13 +11,13 @@ from pathlib import Path
 
 from submitit.helpers import TorchDistributedEnvironment
 
-from lunaris.atomic_files import read_json
 from lunaris.config.schema.launch import SlurmLaunchConfig
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import Stopped
 from lunaris.launch.free_port import first_port
 from lunaris.launch.submitit_internals import REQUEUE_EXIT_CODE
 from lunaris.launch.worker import main
+from lunaris.runs.first_cause import recorded_errors
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import current_job_id
 
@@ -137,11 +137,7 @@ def export_ranks() -> None:
 
 def _record_failure(run_dir: RunDir, rank: int) -> None:
     """Write the error of the rank that failed first to status.json. Any rank may call this."""
-    errors = {}
-    for file in run_dir.logs.glob(".error_*.json"):
-        message = read_json(file).get("message")
-        if isinstance(message, dict):
-            errors[int(file.stem.removeprefix(".error_"))] = message
+    errors = recorded_errors(run_dir.logs)
     if not errors:
         return
     first = min(errors, key=lambda r: (errors[r]["extraInfo"]["time"], r))

@@ -11,11 +11,12 @@ import re
 import shlex
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from lunaris.errors import UserError
+from lunaris.runs.first_cause import FirstCause, first_cause, last_attempt
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import LOCAL, UNREACHED, JobState, ask_slurm, is_process
 
@@ -137,17 +138,17 @@ def resolve_state(path: Path, status: dict[str, Any], job: JobState | None) -> R
     if job is not None and job.name in _AT_WORK:
         # The run has ended, but its job may be about to be requeued.
         ending = written in ("failed", "stopped") and job.name == "COMPLETING"
-        return _as_written(status) if ending else RunState("running", status, job.reason)
+        return _as_written(path, status) if ending else RunState("running", status, job.reason)
     ended = _ENDED.get(job.name, "failed") if job is not None else None
     if ended in ("timeout", "node_fail", "out_of_memory", "preempted", "cancelled"):
         return RunState(ended, status, error or (job.reason if job is not None else ""))
     if status.get("cancelled"):
         return RunState("cancelled", status)
     if written in ("failed", "stopped"):
-        return _as_written(status)
+        return _as_written(path, status)
     if ended is None and written in ACTIVE and _has_process(path, status):
         return RunState(str(written), status)
-    return _died(status, ended)
+    return _died(path, status, ended)
 
 
 def _may_have_job(status: dict[str, Any]) -> bool:
@@ -166,6 +167,11 @@ def logs_of(path: Path, status: dict[str, Any]) -> list[Path]:
     """Return the logs of a run, the most informative first: those of its ranks, then its job's."""
     files = (log for log in (path / "logs").glob("rank_*.log") if log.is_file())
     ranks = sorted(files, key=lambda log: (len(log.name), log.name))
+    failed = status.get("state") in ("failed", "running") and len(ranks) > 1
+    cause = _cause(path, status) if failed else None
+    if cause is not None:
+        # The others keep their order.
+        ranks.sort(key=lambda log: log.name != f"rank_{cause.rank}.log")
     job = Path(status["job_log"]) if status.get("job_log") else None
     return ranks + ([job] if job is not None and job.is_file() else [])
 
@@ -180,16 +186,22 @@ def last_line(logs: Sequence[Path]) -> str:
     return ""
 
 
-def _as_written(status: dict[str, Any]) -> RunState:
+def _as_written(path: Path, status: dict[str, Any]) -> RunState:
     """Return the state that a failed or stopped run wrote itself, with the cause of a stop."""
     state = status["state"]
     if state == "stopped":
         state = status.get("stop_cause") or _from_log(status) or "stopped"
+    cause = _cause(path, status) if state == "failed" else None
+    if cause is not None:
+        return RunState(cause.state, status, cause.message)
     return RunState(state, status, status.get("last_error") or "")
 
 
-def _died(status: dict[str, Any], ended: str | None) -> RunState:
+def _died(path: Path, status: dict[str, Any], ended: str | None) -> RunState:
     """Return the state of a run that wrote `queued` or `running`, but has no job and no process."""
+    cause = _cause(path, status) if status.get("state") == "running" else None
+    if cause is not None:
+        return RunState(cause.state, status, cause.message)
     logged = _from_log(status) if ended is None else None
     if logged is not None:
         return RunState(logged, status)
@@ -202,16 +214,16 @@ def _died(status: dict[str, Any], ended: str | None) -> RunState:
 
 def _from_log(status: dict[str, Any]) -> str | None:
     """Return the state that the job's log names for its last attempt, or None."""
-    job_log = Path(status.get("job_log") or "")
-    try:
-        with job_log.open("rb") as file:
-            file.seek(max(0, job_log.stat().st_size - 65536))
-            text = file.read().decode(errors="replace")
-    except OSError:
-        return None
-    # A requeued job appends to the same file.
-    text = text.rpartition("Starting with JobEnvironment")[2] or text
+    text = last_attempt(Path(status.get("job_log") or ""))
     return next((state for pattern, state in _IN_LOG if re.search(pattern, text)), None)
+
+
+def _cause(path: Path, status: dict[str, Any]) -> FirstCause | None:
+    """Return why the job of a run failed, where the files of its ranks and of the job tell."""
+    cause = first_cause(path, status) if status.get("job_id") else None
+    if cause is None or len(list((path / "logs").glob("rank_*.log"))) > 1:
+        return cause
+    return replace(cause, message=cause.message.removeprefix("rank 0: "))
 
 
 def _has_process(path: Path, status: dict[str, Any]) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -175,7 +177,38 @@ def test_a_python_error_of_any_rank_is_shown_with_its_log(site: Any) -> None:
     assert row["state"] == "failed"
     assert "failed by design" in row["remark"]
     table = site.lunaris("runs", "runs/broken")
-    assert "failed by design" in table and "runs/broken/logs/rank_0.log" in table
+    rank = re.search(r"rank (\d): ValueError: failed by design", table)
+    assert rank is not None and f"runs/broken/logs/rank_{rank[1]}.log" in table
+
+
+def test_a_killed_and_a_hung_rank_are_named_with_their_logs(site: Any) -> None:
+    pace = site.dir / "pace-ranks"
+    pace.write_text("0.3")
+    for run, number in (("gone", signal.SIGKILL), ("hung", signal.SIGSTOP)):
+        site.train(
+            run, DDP, "launch.tasks_per_node=2", "trainer.max_steps=1000",
+            "launch.collective_timeout_s=8", PACE=str(pace),
+        )  # fmt: skip
+        site.wait_for(lambda run=run: site.status(f"runs/{run}").get("step", 0) >= 1)
+        os.kill(rank_process(site.status(f"runs/{run}")["job_id"], 1), number)
+    for run, said in (("gone", "rank 1: killed by SIGKILL"), ("hung", "rank 1 has sent no heart")):
+        row = site.wait_for_state(f"runs/{run}", "failed")
+        assert row["remark"].startswith(said)
+        assert Path(row["logs"][0]).name == "rank_1.log"
+
+
+def rank_process(job_id: str, rank: int) -> int:
+    """Return the process of a rank of a job on this machine."""
+    wanted = {f"SLURM_JOB_ID={job_id}", f"SLURM_PROCID={rank}"}
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            entries = set(path.read_text(errors="replace").split("\0"))
+            command = (path.parent / "cmdline").read_text()
+        except OSError:
+            continue
+        if wanted <= entries and "submitit" in command:
+            return int(path.parent.name)
+    raise AssertionError(f"job {job_id} has no rank {rank}")
 
 
 def test_cancel_ends_a_waiting_and_a_running_job(site: Any) -> None:
