@@ -16,6 +16,7 @@ import threading
 import uuid
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from lunaris.atomic_files import read_json, write_json
@@ -28,14 +29,17 @@ _SPARE_S = 60
 # W&B draws no histogram of more bins.
 _MOST_BINS = 512
 STATE = "wandb.json"
+# What the log of W&B's service says where it stops sending rows.
+_GAVE_UP = "filestream: fatal error"
 
 
 @dataclass
 class FeedState:
     """What `wandb.json` in a run's folder says.
 
-    mode: online or offline, once W&B has started. rows: rows of `metrics.jsonl` given to W&B;
-    finished: whether W&B has confirmed them all. error: why it did not, or why it is offline.
+    mode: online or offline, once W&B has started. url: of the run, once W&B has taken it.
+    rows: rows of `metrics.jsonl` given to W&B; finished: whether W&B has confirmed them all.
+    error: why it did not, or why it is offline.
     """
 
     id: str
@@ -51,22 +55,31 @@ class FeedState:
 def read_state(run_dir: RunDir) -> FeedState | None:
     """Return the state of a run's feed, or None where there is none that can be read."""
     try:
-        return FeedState(**read_json(run_dir.path / STATE))
+        state = FeedState(**read_json(run_dir.path / STATE))
     except (OSError, ValueError, TypeError):
         return None
+    texts = (state.id, state.project)
+    optional = (state.entity, state.mode, state.url, state.error)
+    whole = all(isinstance(text, str) and text for text in texts) and isinstance(state.rows, int)
+    return state if whole and all(isinstance(text, str | None) for text in optional) else None
 
 
 def start_state(run_dir: RunDir, keys: dict[str, Any]) -> FeedState:
     """Write and return the state of a feed that starts.
 
-    The id, the project and the entity stay as they were, so that every attempt of a run continues
-    the same W&B run, whatever the environment says by then.
+    The id stays as it was, so that every attempt of a run continues the same W&B run. So do the
+    project and the entity once W&B has taken the run; until then `keys` may correct them, and the
+    environment counts where nothing did before.
     """
-    project = keys.get("project") or os.environ.get("WANDB_PROJECT") or "lunaris"
     before = read_state(run_dir)
-    state = FeedState(uuid.uuid4().hex[:12], project, keys.get("entity"))
-    if before is not None:
-        state = FeedState(before.id, before.project, before.entity)
+    project, entity = keys.get("project"), keys.get("entity")
+    if before is None:
+        project = project or os.environ.get("WANDB_PROJECT") or "lunaris"
+        state = FeedState(uuid.uuid4().hex[:12], project, entity)
+    elif before.url:
+        state = FeedState(before.id, before.project, before.entity, url=before.url)
+    else:
+        state = FeedState(before.id, project or before.project, entity or before.entity)
     write_json(run_dir.path / STATE, asdict(state))
     return state
 
@@ -91,7 +104,8 @@ def main(argv: list[str] | None = None) -> int:
         except Exception as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             state.error = state.error or f"{type(error).__name__}: {reason}"
-            write_json(run_dir.path / STATE, asdict(state))
+            with suppress(OSError):
+                write_json(run_dir.path / STATE, asdict(state))
             _tear_down()
     return 1
 
@@ -104,10 +118,23 @@ def _wait_for_the_end(ended: threading.Event, most_s: int) -> None:
 
 def _tear_down() -> None:
     """End W&B's service, which may be dead: the next try starts a fresh one."""
-    import wandb
-
     with suppress(Exception):
+        import wandb
+
         wandb.teardown()
+
+
+def _refusal(log: Path) -> str | None:
+    """Return why W&B's service gave up on the rows, from its own log; None where it did not.
+
+    `finish` returns as if all were well then.
+    """
+    with suppress(OSError, ValueError):
+        for line in log.read_text().splitlines():
+            message = str(json.loads(line).get("msg"))
+            if message.startswith(_GAVE_UP):
+                return message.removeprefix(_GAVE_UP).strip(": ")
+    return None
 
 
 class _Feed:
@@ -127,6 +154,8 @@ class _Feed:
             last = ended.wait(_POLL_S)
             self._send(wandb)
         self._run.finish(exit_code=0)
+        if (refusal := _refusal(Path(self._run.settings.log_internal))) is not None:
+            raise ConnectionError(f"W&B refused the rows: {refusal}")
         self._state.finished = True
         self._save()
 
@@ -147,7 +176,9 @@ class _Feed:
         )
         for name, summary in (("*", None), ("train/loss", "min"), ("val/loss", "min")):
             self._run.define_metric(name, step_metric="step", summary=summary)
-        state.mode, state.url = mode, None if mode == "offline" else self._run.url
+        state.mode = mode
+        if mode != "offline":
+            state.url = self._run.url
         self._save()
 
     def _send(self, wandb: Any) -> None:

@@ -66,7 +66,7 @@ class WandbLogger(Logger):
         state = None if self._told or self._process is None else read_state(self._dir)
         if state is not None and (state.mode or state.error):
             self._told = True
-            if state.url:
+            if state.mode == "online":
                 say(f"W&B: {state.url}")
             elif state.error and self._mode != "offline":
                 say(f"W&B ({self._mode}) did not start: {state.error}; it is written offline")
@@ -75,24 +75,23 @@ class WandbLogger(Logger):
         """Wait for W&B, at most `finish_timeout_s`, and say what it does not have."""
         if self._process is None:
             return
-        if self._step < self._last:
-            end_feed(self._process, _STOPPED_S)
-            return
+        stopped = self._step < self._last
+        most_s = _STOPPED_S if stopped else self._finish_timeout_s
         end_feed(
             self._process,
-            self._finish_timeout_s,
-            lambda: say(f"W&B: waiting for it, at most {self._finish_timeout_s:g} s"),
+            most_s,
+            None if stopped else lambda: say(f"W&B: waiting for it, at most {most_s:g} s"),
         )
-        self._conclude(read_state(self._dir))
+        self._conclude(read_state(self._dir), most_s)
 
-    def _conclude(self, state: FeedState | None) -> None:
+    def _conclude(self, state: FeedState | None, waited_s: float) -> None:
         if state is not None and state.finished and state.mode == "online":
             return
         command = f"`lunaris wandb-sync {shlex.quote(str(self._dir.path))}` sends it"
         if self._mode == "offline" and state is not None and state.finished:
             say(f"W&B is offline; {command}")
         else:
-            reason = (state and state.error) or f"no answer in {self._finish_timeout_s:g} s"
+            reason = (state and state.error) or f"no answer in {waited_s:g} s"
             say(f"W&B does not have all of this run ({reason}); {command}")
 
 

@@ -18,8 +18,8 @@ class FakeWandb(ThreadingHTTPServer):
     """Keeps the rows that clients send. `mode` may change while it runs.
 
     good; slow: each answer takes 0.4 s; hole: takes requests and never answers; hang_rows:
-    starts a run but never answers its rows; broken: HTTP 500 to everything; dead: cuts each
-    connection.
+    starts a run but never answers its rows; deny_rows: HTTP 403 to its rows; broken: HTTP 500 to
+    everything; dead: cuts each connection.
     """
 
     daemon_threads = True
@@ -74,6 +74,9 @@ class _Handler(BaseHTTPRequestHandler):
                 pass
             return
         if mode == "dead":
+            return
+        if mode == "deny_rows" and rows:
+            self._answer({"error": "no"}, 403)
             return
         if mode == "slow":
             time.sleep(0.4)

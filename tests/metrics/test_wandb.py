@@ -8,6 +8,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +17,12 @@ import pytest
 from wandb.proto import wandb_internal_pb2
 
 from lunaris.__main__ import main
+from lunaris.atomic_files import write_json
 from lunaris.config.compose import compose
 from lunaris.continuation.set_aside import set_aside
 from lunaris.metrics.loggers import LocalLogger, Loggers
 from lunaris.metrics.records import read_rows
-from lunaris.metrics.wandb_feed import FeedState, read_state, start_state
+from lunaris.metrics.wandb_feed import STATE, FeedState, read_state, start_state
 from lunaris.metrics.wandb_logger import WandbLogger
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
@@ -101,6 +103,7 @@ def use(monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> None:
         ("broken", False, "W&B does not have all of this run (CommError"),
         ("hole", False, "W&B does not have all of this run (CommError"),
         ("hang_rows", False, "W&B does not have all of this run (no answer in 8 s"),
+        ("deny_rows", False, "W&B does not have all of this run (ConnectionError: W&B refused the"),
     ],
 )
 def test_whatever_the_server_does(
@@ -280,9 +283,28 @@ def test_training_is_the_same_without_a_server(
     assert main(["wandb-sync", "runs/wandb", "--timeout", "0"]) == 2
 
 
+def test_a_project_counts_once_wandb_has_taken_the_run(tmp_path: Path) -> None:
+    """A mistyped entity can be corrected: W&B has not seen it."""
+    run_dir = RunDir(tmp_path)
+    first = start_state(run_dir, {"project": "p", "entity": "typo"})
+    state = start_state(run_dir, {"project": "q", "entity": "me"})
+    assert (state.id, state.project, state.entity) == (first.id, "q", "me")
+    state.url = "https://wandb.example/me/q"
+    write_json(tmp_path / STATE, asdict(state))
+    assert start_state(run_dir, {"project": "r", "entity": "you"}) == state
+
+
+@pytest.mark.parametrize("change", [{"id": 3}, {"rows": "many"}, {"url": []}, {"project": None}])
+def test_a_state_of_other_types_is_none(change: dict[str, Any], tmp_path: Path) -> None:
+    state = asdict(start_state(RunDir(tmp_path), {"project": "p"}))
+    write_json(tmp_path / STATE, state | change)
+    assert read_state(RunDir(tmp_path)) is None
+
+
 def test_a_stopped_run_does_not_wait(
-    serving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+    serving: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     with serving("hole") as server:
         use(monkeypatch, server.env)
         loggers = begin(tmp_path, None, last=100, init_timeout_s=600.0, finish_timeout_s=600.0)
@@ -290,5 +312,8 @@ def test_a_stopped_run_does_not_wait(
         began = time.monotonic()
         loggers.finish()
         assert time.monotonic() - began < 30
+    assert (
+        f"(no answer in 5 s); `lunaris wandb-sync {tmp_path}` sends it" in capsys.readouterr().out
+    )
     left = subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True, text=True)
     assert not left.stdout
