@@ -25,7 +25,7 @@ from lunaris.launch import snapshot
 from lunaris.launch.arrays import split
 from lunaris.launch.local import output_to
 from lunaris.launch.slurm_task import Task
-from lunaris.launch.submitit_internals import sbatch_script
+from lunaris.launch.submitit_internals import HOLD_SIGNALS, PYTHON, sbatch_script
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import LOCAL, max_array_size, refusal_of
@@ -130,7 +130,9 @@ class Slurm:
         return ids
 
     def _submit(self, tasks: list[Task], logs: Path, parameters: dict[str, Any]) -> list[Any]:
-        executor = submitit.SlurmExecutor(logs, max_num_timeout=self.keys.max_num_timeout)
+        executor = submitit.SlurmExecutor(
+            logs, max_num_timeout=self.keys.max_num_timeout, python=PYTHON
+        )
         executor.update_parameters(**parameters)
         # submitit prints what its error says.
         with redirect_stderr(io.StringIO()):
@@ -167,7 +169,7 @@ class Slurm:
             "gpus_per_node": keys.gpus_per_node or None,
             "mem": None if keys.mem_gb is None else f"{round(keys.mem_gb * 1024)}MB",
             "time": keys.timeout_min,
-            "setup": self._setup(code),
+            "setup": [HOLD_SIGNALS, *self._setup(code)],
             "stderr_to_stdout": True,
             # A failed rank must end the job. A job step does not inherit --cpus-per-task.
             "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={keys.cpus_per_task}"],

@@ -18,6 +18,14 @@ from submitit.slurm.slurm import _make_sbatch_string
 REQUEUE_EXIT_CODE: int = LOCAL_REQUEUE_RETURN_CODE
 # The module that a job of submitit runs.
 JOB_MODULE = "submitit.core._submit"
+# A line of the job's script, and the command that then starts python in each task: a signal that
+# arrives before python can handle it waits until it does. An `env` older than coreutils 8.31 cannot
+# block signals; there the variable is empty.
+HOLD_SIGNALS = (
+    "LUNARIS_ENV='env --block-signal=TERM --block-signal=USR1 --block-signal=USR2'; "
+    "$LUNARIS_ENV true 2>/dev/null || LUNARIS_ENV="
+)
+PYTHON = f"$LUNARIS_ENV {shlex.quote(sys.executable)}"
 
 
 def sbatch_script(logs: Path, parameters: dict[str, Any], points: int | None = None) -> str:
@@ -25,5 +33,5 @@ def sbatch_script(logs: Path, parameters: dict[str, Any], points: int | None = N
 
     logs: the folder in which submitit keeps its files. parameters: submitit's own names.
     """
-    command = f"{shlex.quote(sys.executable)} -u -m {JOB_MODULE} {shlex.quote(str(logs))}"
+    command = f"{PYTHON} -u -m {JOB_MODULE} {shlex.quote(str(logs))}"
     return _make_sbatch_string(command=command, folder=logs, map_count=points, **parameters)

@@ -12,7 +12,7 @@ from types import FrameType
 
 from lunaris.errors import Stopped
 
-_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2)
+_STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2)
 
 
 @functools.cache
@@ -38,9 +38,10 @@ def saving(received: signal.Signals) -> str:
 
 
 class StopSignal:
-    """Records SIGTERM, SIGINT and SIGUSR2 while its context is open.
+    """Records SIGTERM, SIGINT, SIGUSR1 and SIGUSR2 while its context is open.
 
-    SLURM sends SIGTERM at preemption and the signal of `--signal` (SIGUSR2) before the time limit.
+    SLURM sends SIGTERM at preemption and the signal of `--signal` (SIGUSR2, at some sites SIGUSR1)
+    before the time limit.
     A second SIGINT raises KeyboardInterrupt at once. A nested StopSignal starts with the signal
     that the outer one has received. While the interpreter ends, the signals are ignored: the work
     is done, and a process that one of them killed would look as if it had failed.
@@ -61,6 +62,8 @@ class StopSignal:
             outer = getattr(before, "__self__", None)
             if isinstance(outer, StopSignal):
                 self.received = self.received or outer.received
+        # The script of a job blocks them until here, so that none is lost while python starts.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOP_SIGNALS)
         return self
 
     def __exit__(self, *error: object) -> None:

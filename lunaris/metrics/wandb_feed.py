@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
     run_dir, keys = RunDir(args[0]), json.loads(args[1])
     # What ends a job goes to all its processes. The end of this one is its standard input.
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR2):
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2):
         signal.signal(number, signal.SIG_IGN)
     ended = threading.Event()
     most_s = int(keys["finish_timeout_s"]) + _SPARE_S

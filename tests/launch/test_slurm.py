@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from lunaris.errors import UserError
 from lunaris.launch import free_port, slurm, slurm_task
 from lunaris.launch.slurm import Slurm
 from lunaris.launch.slurm_task import Task
+from lunaris.launch.submitit_internals import HOLD_SIGNALS, PYTHON
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
 
@@ -207,6 +209,26 @@ def test_a_signal_before_training_reaches_it() -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         with StopSignal() as inner:
             assert inner.received is signal.SIGTERM
+
+
+@pytest.mark.parametrize("name", ["TERM", "USR1", "USR2"])
+def test_a_signal_while_python_starts_waits_for_its_handler(tmp_path: Path, name: str) -> None:
+    """The script starts python as a task does; python hears of the signal from StopSignal."""
+    code = (
+        "import os, sys, pathlib, time; pathlib.Path('up').touch()\n"
+        "while not os.path.exists('go'): time.sleep(0.01)\n"
+        "from lunaris.distributed.signals import StopSignal\n"
+        "with StopSignal() as stop: print(stop.name)"
+    )
+    script = tmp_path / "job.sh"
+    script.write_text(f'{HOLD_SIGNALS}\nexec {PYTHON} -c "$1"\n')
+    job = subprocess.Popen(["bash", str(script), code], cwd=tmp_path, stdout=subprocess.PIPE)
+    while not (tmp_path / "up").exists():
+        time.sleep(0.01)
+    job.send_signal(getattr(signal, f"SIG{name}"))
+    (tmp_path / "go").touch()
+    assert job.communicate(timeout=60)[0].decode().strip() == f"SIG{name}"
+    assert job.returncode == 0
 
 
 @pytest.mark.slow

@@ -139,6 +139,31 @@ def test_preempted_twice_a_run_repeats_and_loses_nothing(site: Any, undisturbed:
     assert len(pairs) == 2 and all(stop == resume for stop, resume in pairs)
 
 
+def test_preempted_while_python_starts_a_run_is_requeued(site: Any, tmp_path: Path) -> None:
+    """In a partition with GraceTime, SLURM requeues only what still runs at its end."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import os, pathlib, time\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "if 'SLURM_PROCID' in os.environ and not (folder / 'go').exists():\n"
+        "    (folder / 'up').touch()\n"
+        "    while not (folder / 'go').exists():\n"
+        "        time.sleep(0.05)\n"
+    )
+    env = {"PYTHONPATH": f"{tmp_path}:{site.env['PYTHONPATH']}"}
+    site.train("early", "launch.partition=grace", on(site, 3), **env)
+    site.wait_for((tmp_path / "up").exists)
+    preemptor = site.cluster.client(
+        "sbatch", "--parsable", "-p", "high", "--exclusive", "-o", "/dev/null",
+        "-w", site.cluster.nodes[3], "--wrap", "true",
+    )  # fmt: skip
+    time.sleep(5)  # By then SLURM has signalled the job.
+    assert site.cluster.client("squeue", "-h", "-j", preemptor, "-o", "%T") == "PENDING"
+    (tmp_path / "go").touch()
+    site.wait_for_state("runs/early", "done", "failed")
+    assert site.status("runs/early")["state"] == "done"
+    assert site.status("runs/early")["attempts"] == 2
+
+
 def test_signalled_by_hand_a_run_is_requeued_once(site: Any) -> None:
     pace = site.dir / "pace-signalled"
     pace.write_text("0.5")
