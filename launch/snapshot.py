@@ -9,6 +9,7 @@ import subprocess
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
+from threading import Timer
 from typing import Any
 
 import lunaris
@@ -20,6 +21,8 @@ _INSTALLED = {"lunaris": "lunaris", "conf": "lunaris/conf", "launch": "lunaris/l
 _CODE = (".py", ".yaml", ".yml", ".json", ".toml")
 _LARGEST = 4 << 20
 _LONGEST_DIFF = 1 << 20
+_LONGEST_NEW_FILE = 1 << 16
+_GIT_S = 60
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Snapshot:
 
     path: Path
     commit: str | None = None
-    # The difference to the commit, with new files; cut after 2**20 characters.
+    # The difference to the commit, with the new files that the copy has; cut after 2**20
+    # characters. New files of more than 2**16 bytes are only named.
     diff: str = ""
 
     def provenance(self) -> dict[str, Any]:
@@ -62,7 +66,7 @@ def take(folder: Path) -> Snapshot:
             shutil.rmtree(unfinished)
     if root is None:
         return Snapshot(path)
-    return Snapshot(path, _git(root, "rev-parse", "HEAD").strip() or None, _diff(root))
+    return Snapshot(path, _git(root, "rev-parse", "HEAD").strip() or None, _diff(root, files))
 
 
 def _checkout() -> Path | None:
@@ -104,19 +108,46 @@ def _package_files() -> dict[str, Path]:
     return files
 
 
-def _diff(root: Path) -> str:
-    text = _git(root, "diff", "HEAD")
+def _diff(root: Path, files: dict[str, Path]) -> str:
+    """Return the difference of the checkout to its commit, with those of `files` that are new.
+
+    Other new files, like those of a corpus in the checkout, are no part of the code.
+    """
+    text = _git(root, "diff", "HEAD", most=_LONGEST_DIFF + 1)
+    copied = {str(source.relative_to(root)) for source in files.values()}
     for name in _git(root, "ls-files", "--others", "--exclude-standard", "-z").split("\0"):
-        if name.endswith(_CODE):
-            # It exits with 1, because the files differ.
-            text += _git(root, "diff", "--no-index", "--", os.devnull, name)
-    cut = f"\n(cut: {len(text):,} characters)\n" if len(text) > _LONGEST_DIFF else ""
+        if len(text) > _LONGEST_DIFF:
+            break
+        if name in copied and name.endswith(_CODE):
+            text += _new_file(root / name, name)
+    cut = "\n(cut: it is longer)\n" if len(text) > _LONGEST_DIFF else ""
     return text[:_LONGEST_DIFF] + cut
 
 
-def _git(root: Path, *args: str) -> str:
+def _new_file(path: Path, name: str) -> str:
+    """Return a new file as `git diff` shows it; of a large one only its size."""
+    size = path.stat().st_size
+    head = f"diff --git a/{name} b/{name}\nnew file mode 100644\n"
+    if size > _LONGEST_NEW_FILE:
+        return f"{head}({size:,} bytes, not shown)\n"
+    lines = path.read_text(errors="replace").splitlines()
+    shown = "".join(f"+{line}\n" for line in lines)
+    return f"{head}--- {os.devnull}\n+++ b/{name}\n@@ -0,0 +1,{len(lines)} @@\n{shown}"
+
+
+def _git(root: Path, *args: str, most: int = -1) -> str:
+    """Return what git prints, of at most `most` bytes where that is given; "" without git."""
     try:
-        done = subprocess.run(["git", "-C", str(root), *args], capture_output=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired):
+        with subprocess.Popen(
+            ["git", "-C", str(root), *args], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+        ) as process:
+            assert process.stdout is not None
+            limit = Timer(_GIT_S, process.kill)
+            limit.start()
+            text = process.stdout.read(most)
+            # Where more was to come.
+            process.stdout.close()
+            limit.cancel()
+    except OSError:
         return ""
-    return done.stdout.decode(errors="replace")
+    return text.decode(errors="replace")

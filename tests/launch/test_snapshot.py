@@ -52,6 +52,35 @@ def test_commit_and_difference_are_told(checkout: Path, tmp_path: Path) -> None:
     assert "-x = 1\n+x = 2\n" in taken.diff and "+y = 1" in taken.diff
 
 
+def test_many_and_large_new_files_are_bounded(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (checkout / "corpus").mkdir()
+    for i in range(300):
+        (checkout / "corpus" / f"{i}.json").write_text("[1]\n")
+    (checkout / "corpus" / "all.json").write_text("word\n" * 100_000)
+    (checkout / "lunaris" / "table.json").write_text("row\n" * 50_000)
+    started: list[list[str]] = []
+    popen = subprocess.Popen
+
+    def counted(command: list[str], **keys: object) -> object:
+        started.append(command)
+        return popen(command, **keys)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(subprocess, "Popen", counted)
+    taken = snapshot.take(tmp_path / "code")
+    assert len(started) == 4
+    assert "corpus/" not in taken.diff and "word" not in taken.diff
+    assert "b/lunaris/table.json\nnew file mode 100644\n(200,000 bytes, not shown)" in taken.diff
+    assert "+y = 1" in taken.diff and len(taken.diff) < 5_000
+
+
+def test_a_long_difference_is_cut(checkout: Path, tmp_path: Path) -> None:
+    (checkout / "lunaris/__init__.py").write_text("x = 1\n" * 400_000)
+    diff = snapshot.take(tmp_path / "code").diff
+    assert diff.endswith("\n(cut: it is longer)\n") and len(diff) < (1 << 20) + 100
+
+
 def test_the_same_code_is_copied_once_and_other_code_beside_it(
     checkout: Path, tmp_path: Path
 ) -> None:
