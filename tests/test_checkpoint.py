@@ -90,7 +90,7 @@ def test_a_half_written_checkpoint_is_not_seen(
     (run_dir.checkpoints / "step_00000100").mkdir()
     assert steps(run_dir) == [4, 8]
     assert newest(run_dir.checkpoints).name == "step_00000008"
-    with pytest.raises(UserError, match="no checkpoint of step 5; there are 8, 4"):
+    with pytest.raises(UserError, match="no checkpoint of step 5; its checkpoint steps: 8, 4"):
         newest(run_dir.checkpoints, 5)
 
 

@@ -131,7 +131,11 @@ def _start(
 ) -> tuple[int, list[str]]:
     """Return the step from which the run continues, and what its schedule makes of that."""
     if at is not None and at not in steps:
-        listed = f"there are {', '.join(map(str, sorted(steps)))}" if steps else "there is none"
+        listed = (
+            f"its checkpoint steps: {', '.join(map(str, sorted(steps)))}"
+            if steps
+            else "it has none"
+        )
         raise UserError(f"--at {at}: {run_dir.path} has no checkpoint of this step; {listed}")
     step = max(steps, default=0) if at is None else at
     found = horizon(cfg, new, step)

@@ -88,7 +88,11 @@ def _step(folder: Path, at: int | None) -> int:
     steps = [step_of(path) for path in checkpoint_folders(folder / "checkpoints")]
     steps = [step for step in steps if is_complete(folder / "checkpoints" / f"step_{step:08d}")]
     if not steps or (at is not None and at not in steps):
-        found = f"there are {', '.join(map(str, sorted(steps)))}" if steps else "there is none"
+        found = (
+            f"its checkpoint steps: {', '.join(map(str, sorted(steps)))}"
+            if steps
+            else "it has none"
+        )
         wanted = "--weights" if at is None else f"--at {at}"
         raise UserError(f"{wanted}: {folder} has no such checkpoint; {found}")
     return max(steps) if at is None else at

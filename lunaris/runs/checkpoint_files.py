@@ -91,7 +91,7 @@ def newest(folder: Path, step: int | None = None) -> Path:
             warnings.warn(f"checkpoint {path} is damaged, skipped: {fault}", stacklevel=2)
     steps = ", ".join(str(step_of(path)) for path in complete(folder))
     wanted = "no complete checkpoint" if step is None else f"no checkpoint of step {step}"
-    raise UserError(f"{folder}: {wanted}" + (f"; there are {steps}" if steps else ""))
+    raise UserError(f"{folder}: {wanted}" + (f"; its checkpoint steps: {steps}" if steps else ""))
 
 
 def remove(path: Path) -> None:

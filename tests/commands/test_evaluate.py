@@ -98,7 +98,7 @@ def test_of_a_few_sequences_each_source_counts_by_its_length(
         (["data.dir=${nope}"], "must be a folder, or a list of folders"),
         (["data.dir=???"], "must be a folder, or a list of folders"),
         (["--max-sequences", "0"], "--max-sequences 0: must be at least 1"),
-        (["--step", "3"], "no checkpoint of step 3; there are 8, 4"),
+        (["--step", "3"], "no checkpoint of step 3; its checkpoint steps: 8, 4"),
     ],
 )
 def test_bad_input_is_one_message(finished: RunDir, arguments: list[str], message: str) -> None:

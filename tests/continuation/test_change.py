@@ -236,7 +236,7 @@ BAD = [
     (["trainer.max_steps=many"], "trainer.max_steps=many: must be a whole number"),
     (["trainer.max_steps=6"], "trainer.max_steps=6: the run is at step 8; give more steps, or go"),
     (["optimizer.learning_rate=1e-3"], "trainer.max_steps=8: the run is at step 8; give more"),
-    (["--at", "5"], "--at 5: runs/run has no checkpoint of this step; there are 4, 8"),
+    (["--at", "5"], "--at 5: runs/run has no checkpoint of this step; its checkpoint steps: 4, 8"),
     (["schedule.warmup_steps=99"], "schedule.warmup_steps=99: must be at most trainer.max_steps=8"),
     (["parallelism=ddp", "parallelism.expert_parallel=3"], "must divide the world"),
     (["schedule=wds"], "schedule=wds: no such option; allowed are constant, cosine, wsd"),
@@ -284,7 +284,7 @@ def test_a_run_without_a_checkpoint_begins_with_the_change(
     shutil.rmtree(finished.checkpoints)
     finished.write_status(state="failed")
     assert resume(finished, "--at", "4") == 2
-    assert "no checkpoint of this step; there is none" in capsys.readouterr().err
+    assert "no checkpoint of this step; it has none" in capsys.readouterr().err
     assert resume(finished, "trainer.max_steps=4", "optimizer.learning_rate=1e-3") == 0
     assert [row["step"] for row in numbers(finished)] == [0, 1, 2, 3, 4]
     assert [change.step for change in read_changes(finished.path)] == [0]

@@ -161,14 +161,17 @@ def test_bad_weights_write_nothing(
         (["init_from=runs/run", "init_from_drop=0.5"], "init_from_drop=0.5: changes experts that"),
         (["init_from_noise=-1"], "init_from_noise=-1.0: must be at least 0"),
         (["init_from_drop=1"], "init_from_drop=1.0: must be between 0.0 and 0.99"),
-        (["--weights", "--at", "3"], "--at 3: runs/run has no such checkpoint; there are 4, 8"),
+        (
+            ["--weights", "--at", "3"],
+            "--at 3: runs/run has no such checkpoint; its checkpoint steps: 4, 8",
+        ),
         (["--at", "4"], "--at 4: goes with --weights"),
     ]:
         assert main([*base, *words]) == 2, words
         assert expected in capsys.readouterr().err
         assert listing() == before, words
     assert main(["fork", "runs/empty", "--weights", "name=new"]) == 2
-    assert "--weights: runs/empty has no such checkpoint; there is none" in capsys.readouterr().err
+    assert "--weights: runs/empty has no such checkpoint; it has none" in capsys.readouterr().err
 
 
 def test_another_tokenizer_is_refused(
