@@ -46,6 +46,7 @@ def update(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
+@cache  # Seven look-ups for every point of a sweep.
 def _version(name: str) -> str | None:
     try:
         return metadata.version(name)

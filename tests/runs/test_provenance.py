@@ -36,3 +36,12 @@ def test_the_job_is_recorded_without_the_rest_of_the_environment(
     monkeypatch.setenv("SLURM_TOKEN", "secret")
     monkeypatch.setenv("MY_ARRAY", "x")
     assert provenance.machine()["slurm"] == {"SLURM_ARRAY_TASK_ID": "2", "SLURM_JOB_ID": "7"}
+
+
+def test_versions_are_read_once_for_all_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[str] = []
+    monkeypatch.setattr(provenance.metadata, "version", lambda name: read.append(name) or "1")
+    provenance._version.cache_clear()
+    assert provenance.collect("x", [])["versions"] == provenance.collect("x", [])["versions"]
+    provenance._version.cache_clear()
+    assert sorted(read) == sorted(provenance._PACKAGES)
