@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,7 +37,9 @@ def main(argv: list[str]) -> int:
         rows = _validate(runs, args)
     if args.json:
         one = len(runs) == 1 and not given.texts and not args.choices
-        print(json.dumps({k: v for k, v in rows[0].items() if k != "run"} if one else rows))
+        # JSON has no NaN.
+        plain = [{k: v if _finite(v) else None for k, v in row.items()} for row in rows]
+        print(json.dumps({k: v for k, v in plain[0].items() if k != "run"} if one else plain))
     elif len(rows) == 1:
         print(f"{rows[0].pop('run')}, step {rows[0].pop('step')}")
         for name, value in rows[0].items():
@@ -143,6 +146,10 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 def _first(rows: list[dict[str, Any]], names: tuple[str, ...]) -> dict[str, Any]:
     return next(row for row in rows if tuple(row) == names)
+
+
+def _finite(value: Any) -> bool:
+    return not isinstance(value, float) or math.isfinite(value)
 
 
 def _shown(value: Any) -> str:

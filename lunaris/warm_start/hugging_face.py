@@ -91,22 +91,38 @@ class HuggingFaceFolder:
         """Raises UserError for an unknown class, a damaged file, and tensors without a place."""
         self._said = f"init_from={folder}"
         self.config = read_json(folder / "config.json")
+        if not self.config:
+            raise UserError(f"{self._said}: config.json cannot be read as JSON")
         kind = str(self.config.get("model_type"))
         if kind not in _CLASSES:
             raise UserError(
                 f"{self._said}: config.json names model_type={kind}; what can be read are "
                 f"{', '.join(_CLASSES)}{did_you_mean(kind, _CLASSES)}"
             )
-        files = sorted(folder.glob("*.safetensors"))
-        if not files:
-            raise UserError(f"{self._said}: holds no *.safetensors file")
         self._stored: dict[str, StoredTensor] = {}
-        for file in files:
+        for file in self._files(folder):
             self._stored |= read_header(file, self._said)
         # The shared experts of a class that always has some, where there are none.
         self._stored = {n: stored for n, stored in self._stored.items() if 0 not in stored.shape}
         self._built = self._build()
         self.shapes: Shapes = {name: built.shape for name, built in self._built.items()}
+
+    def _files(self, folder: Path) -> list[Path]:
+        """Return the files that hold the weights: those of the index, where there is one."""
+        index = folder / "model.safetensors.index.json"
+        if not index.is_file():
+            files = sorted(folder.glob("*.safetensors"))
+            if not files:
+                raise UserError(f"{self._said}: holds no *.safetensors file")
+            return files
+        places = read_json(index).get("weight_map")
+        if not isinstance(places, dict) or not places:
+            raise UserError(f"{self._said}: {index.name} has no weight_map")
+        names = sorted({str(name) for name in places.values()})
+        for name in names:
+            if Path(name).name != name or not (folder / name).is_file():
+                raise UserError(f"{self._said}: {index.name} names {name}, which is not there")
+        return [folder / name for name in names]
 
     def fill(self, targets: dict[str, Tensor]) -> None:
         """Copy this process's shards of tensors of the same shapes into `targets`, in place."""
@@ -128,6 +144,7 @@ class HuggingFaceFolder:
         pairs: list[tuple[str, Any, str, Any]] = [
             ("hidden_act", found.get("hidden_act"), "model.activation",
              {"swiglu": "silu", "geglu": "gelu"}.get(model.activation, model.activation)),
+            ("rms_norm_eps", found.get("rms_norm_eps"), "the epsilon of norms", 1e-6),
             ("the norm", found.get("norm_placement", "pre"), "model.norm", model.norm),
             ("num_attention_heads", found.get("num_attention_heads"), "model.n_heads",
              model.n_heads),

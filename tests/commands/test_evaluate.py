@@ -109,3 +109,12 @@ def test_bad_input_is_one_message(finished: RunDir, arguments: list[str], messag
 def test_a_folder_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="not a run's folder"):
         main([str(tmp_path)])
+
+
+def test_json_has_no_nan(
+    finished: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"run": "x", "step": 8, "val/loss": float("nan")}]
+    monkeypatch.setattr("lunaris.commands.evaluate._validate", lambda runs, args: rows)
+    assert main([str(finished.path), "--json"]) == 0
+    assert capsys.readouterr().out == '{"step": 8, "val/loss": null}\n'

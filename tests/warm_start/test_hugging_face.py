@@ -109,6 +109,11 @@ def test_weights_come_back_bit_for_bit(
     state = write_folder(Path("hf"), kind, first)
     if kind == "dots1":
         assert any(v.any() for n, v in state.items() if n.endswith("balance_bias"))
+    if kind == "qwen3":
+        # A file that another export left is no part of the weights: the index does not name it.
+        names = {"weight_map": {path.name: path.name for path in Path("hf").glob("*.safetensors")}}
+        Path("hf/model.safetensors.index.json").write_text(json.dumps(names))
+        write_safetensors(Path("hf/left.safetensors"), {"left.weight": torch.zeros(2)})
     still = [*STILL, "moe.bias_update_rate=1e-30"] if kind == "dots1" else STILL
     again = run_here(tiny(*KINDS[kind], "model.norm=pre", *still, "init_from=hf", name="again"))
     found, _ = load_trained(again.read_config(), again, None)
@@ -143,8 +148,13 @@ def test_bad_folders_write_nothing(
     write_folder(Path("hf"), "qwen3", first)
     write_folder(Path("gpt"), "qwen4", first)
     write_folder(Path("theta"), "qwen3", first, rope_theta=1.0, rope_parameters=None)
-    for name in ("cut", "no_header", "extra", "none"):
+    write_folder(Path("eps"), "qwen3", first, rms_norm_eps=1e-5)
+    for name in ("cut", "no_header", "extra", "none", "config", "index", "absent"):
         write_folder(Path(name), "qwen3", first)
+    Path("config/config.json").write_text('{"model_type": "qwen3"')
+    Path("index/model.safetensors.index.json").write_text("[]")
+    names = {"weight_map": {"model.norm.weight": "model-00003-of-00003.safetensors"}}
+    Path("absent/model.safetensors.index.json").write_text(json.dumps(names))
     cut = Path("cut/model-00002-of-00002.safetensors")
     cut.write_bytes(cut.read_bytes()[:-4])
     Path("no_header/model-00001-of-00002.safetensors").write_bytes(b"\xff" * 40)
@@ -164,6 +174,10 @@ def test_bad_folders_write_nothing(
         (["init_from=cut"], "model-00002-of-00002.safetensors is damaged: "),
         (["init_from=no_header"], "model-00001-of-00002.safetensors is damaged: its header has an"),
         (["init_from=extra"], "holds model.vision.weight, which has no place in the model"),
+        (["init_from=eps"], "rms_norm_eps=1e-05 there, the epsilon of norms=1e-06 here"),
+        (["init_from=config"], "init_from=config: config.json cannot be read as JSON"),
+        (["init_from=index"], "model.safetensors.index.json has no weight_map"),
+        (["init_from=absent"], "names model-00003-of-00003.safetensors, which is not there"),
         (["init_from=none"], "init_from=none: holds no *.safetensors file"),
     ]:
         assert main(["fork", str(first.path), "name=new", "out_dir=new", *words]) == 2, words
