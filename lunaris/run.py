@@ -34,7 +34,7 @@ from lunaris.optim.groups import restore_settings, settings_of
 from lunaris.optim.guard import StepGuard
 from lunaris.parallelism.base import Parallelism, unwrap
 from lunaris.precision import Precision
-from lunaris.run_summary import conclude, describe
+from lunaris.run_summary import conclude, describe, write_parameters
 from lunaris.runs.changes import read_changes
 from lunaris.runs.data_fingerprint import save_data_fingerprint
 from lunaris.runs.facts import facts_of
@@ -154,6 +154,7 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
     # A row that is still to be completed is cut where a later process has logged it.
     run.logger.start(run_dir, cfg, state.step - (state.unfinished is not None))
     run.logger.message(describe(run))
+    write_parameters(run)
     if start is not None:
         run.logger.message(str(start))
     return run

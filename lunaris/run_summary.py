@@ -51,6 +51,13 @@ def describe(run: Run) -> str:
     return "\n".join(lines)
 
 
+def write_parameters(run: Run) -> None:
+    """Write the numbers of parameters to `status.json`, for reports, which build no model."""
+    if run.parallelism.is_writer:
+        count = unwrap(run.model).count_parameters()
+        run.dir.write_status(parameters=count.total, active_parameters=count.active)
+
+
 def conclude(run: Run) -> str:
     """Return how the run ended, where its results are, and the commands to run next."""
     folder = run.dir.path

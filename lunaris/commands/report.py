@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import webbrowser
+from collections.abc import Sequence
 from pathlib import Path
 
 from lunaris.errors import UserError
-from lunaris.runs.discovery import find_runs, is_sweep
+from lunaris.runs.discovery import FoundRun, find_runs, is_run, is_sweep
 from lunaris.runs.sweep_manifest import read_manifest
 
 
@@ -15,12 +16,11 @@ def main(argv: list[str]) -> int:
     """Write the page, and pictures with --png; print where they are."""
     args = _parser().parse_args(argv)
     folders = [Path(text) for text in args.dir]
-    if len(folders) > 1:
-        raise UserError(f"{' '.join(args.dir)}: give one folder, of a run or of a sweep")
     folder = folders[0]
-    found = find_runs(folder)
-    sweep = is_sweep(folder)
-    if len(found) != 1 and not sweep:
+    several = len(folders) > 1
+    found = _find_several(folders) if several else find_runs(folder)
+    sweep = not several and is_sweep(folder)
+    if len(found) != 1 and not sweep and not several:
         raise UserError(f"{folder}: holds {len(found)} runs; give the folder of one, or a sweep's")
     if args.png is not None and Path(args.png).exists() and not Path(args.png).is_dir():
         raise UserError(f"--png {args.png}: is a file; give a folder")
@@ -28,12 +28,15 @@ def main(argv: list[str]) -> int:
     from lunaris.report.page import NAME, write
     from lunaris.report.record import read_records
     from lunaris.report.run_page import run_page
+    from lunaris.report.runs_page import runs_page
     from lunaris.report.sweep_page import sweep_page
 
-    to = Path(args.to) if args.to else folder / NAME
+    to = Path(args.to) if args.to else Path(NAME) if several else folder / NAME
     records = read_records(found)
     if sweep:
         page = sweep_page(folder, read_manifest(folder), records)
+    elif several:
+        page = runs_page(records)
     else:
         page = run_page(records[0], _defaults())
     write(page, to)
@@ -41,11 +44,28 @@ def main(argv: list[str]) -> int:
     if args.png is not None:
         from lunaris.report.pictures import write_pictures
 
-        pictures = write_pictures(page.charts(), Path(args.png), None if sweep else records[0])
+        record = None if sweep or several else records[0]
+        pictures = write_pictures(page.charts(), Path(args.png), record)
         print(f"pictures   {len(pictures)} in {args.png}")
     if args.open:
         webbrowser.open(to.resolve().as_uri())
     return 0
+
+
+def _find_several(folders: Sequence[Path]) -> list[FoundRun]:
+    """Return the run of each folder. Raises UserError for any other folder, and one given twice."""
+    found: dict[Path, FoundRun] = {}
+    for folder in folders:
+        if not folder.is_dir():
+            raise UserError(f"{folder}: no such folder")
+        if is_sweep(folder):
+            raise UserError(f"{folder}: is a sweep; give it alone, or some of its points' folders")
+        if not is_run(folder):
+            raise UserError(f"{folder}: not a run's folder; several folders are those of runs")
+        if folder.resolve() in found:
+            raise UserError(f"{folder}: is given twice; give each run once")
+        (found[folder.resolve()],) = find_runs(folder)
+    return list(found.values())
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -53,12 +73,18 @@ def _parser() -> argparse.ArgumentParser:
         prog="lunaris report",
         description="Write one HTML file that shows a run (losses, learning rate, speed, memory, "
         "the load of its experts, its config and where it comes from) or a sweep (its points in a "
-        "table, their curves, what each key did). The file holds everything and opens from disk "
-        "without a network.",
-        epilog="examples: lunaris report runs/first; lunaris report sweeps/lr --png pictures",
+        "table, their curves, what each key did). Of two or more runs, it shows them side by side: "
+        "their numbers, the keys that differ, their curves over each other. The file holds "
+        "everything and opens from disk without a network.",
+        epilog="examples: lunaris report runs/first; lunaris report sweeps/lr --png pictures; "
+        "lunaris report runs/first runs/second --to both.html",
     )
-    parser.add_argument("dir", nargs="+", help="the folder of a run or of a sweep")
-    parser.add_argument("--to", metavar="FILE", help="the file (default: DIR/report.html)")
+    parser.add_argument("dir", nargs="+", help="the folder of a run or of a sweep, or of each run")
+    parser.add_argument(
+        "--to",
+        metavar="FILE",
+        help="the file (default: DIR/report.html; report.html here for several runs)",
+    )
     parser.add_argument("--png", metavar="DIR", help="write the charts as pictures too")
     parser.add_argument("--open", action="store_true", help="show the page in the browser")
     return parser

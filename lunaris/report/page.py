@@ -25,10 +25,14 @@ _ASSETS = Path(__file__).parent / "assets"
 
 @dataclass(frozen=True)
 class View:
-    """One of the figures that a chart can show: traces of plotly.js, by a label to choose it."""
+    """One of the figures that a chart can show: traces of plotly.js, by a label to choose it.
+
+    x: the title of the horizontal axis, where it is not that of the chart's layout.
+    """
 
     label: str
     traces: list[dict[str, Any]]
+    x: str = ""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,9 @@ class Chart:
     def figure(self) -> dict[str, Any]:
         """Return what the page's script draws."""
         return {
-            "views": [{"label": view.label, "traces": view.traces} for view in self.views],
+            "views": [
+                {"label": view.label, "traces": view.traces, "x": view.x} for view in self.views
+            ],
             "layout": self.layout,
             "height": self.height,
         }
@@ -109,12 +115,16 @@ class Facts:
 
 @dataclass(frozen=True)
 class Code:
-    """A command, which the reader can copy, or a text as it is; summary: folds the text away."""
+    """A command, which the reader can copy, or a text as it is.
+
+    summary: folds the text away. label: a line above it.
+    """
 
     kind: ClassVar[str] = "code"
     text: str
     summary: str = ""
     command: bool = False
+    label: str = ""
 
 
 Block = Chart | Table | Notes | Facts | Code

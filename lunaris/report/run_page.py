@@ -11,7 +11,7 @@ from lunaris.report.findings import findings
 from lunaris.report.page import Block, Cell, Code, Facts, Note, Notes, Page, Section, Table
 from lunaris.report.record import RunRecord
 
-_FOLDER_KEYS = ("name", "out_dir", "config_version")
+FOLDER_KEYS = ("name", "out_dir", "config_version")
 
 
 def run_page(record: RunRecord, defaults: dict[str, Any]) -> Page:
@@ -87,6 +87,8 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ("last validation loss", shown_number(record.last("val/loss"))),
         ("last training loss", shown_number(record.last("train/main_loss"))),
         ("tokens", f"{tokens * length:,.0f}" if tokens and isinstance(length, int) else "–"),
+        ("parameters", _count(status.get("parameters"))),
+        ("active a token", _count(status.get("active_parameters"))),
         ("tokens a second, median", f"{median(speeds):,.0f}" if speeds else "–"),
         ("MFU, median", f"{median(mfu):.1%}" if mfu else ""),
         ("peak memory of a process", f"{memory:.2f} GiB" if memory is not None else "–"),
@@ -95,6 +97,10 @@ def _facts(record: RunRecord) -> list[tuple[str, str]]:
         ("last written", _when(status.get("time"))),
     ]
     return [(name, text) for name, text in pairs if text]
+
+
+def _count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
 
 
 def _restarts(record: RunRecord) -> list[int | None]:
@@ -142,7 +148,7 @@ def _config(record: RunRecord, defaults: dict[str, Any]) -> Section:
     rows = [
         [Cell(key), Cell(shown(value)), Cell(shown(defaults[key]) if key in defaults else "–")]
         for key, value in record.config.items()
-        if key not in _FOLDER_KEYS and not (key in defaults and defaults[key] == value)
+        if key not in FOLDER_KEYS and not (key in defaults and defaults[key] == value)
     ]
     blocks: list[Block] = [
         Table(["key", "this run", "default"], rows)

@@ -52,7 +52,8 @@ def _is_number_or_null(value: object) -> bool:
 # What the entries of the files must be; others, which a custom part may have written, pass.
 _STATUS: dict[str, Callable[[object], bool]] = {
     "state": _is_text, "step": _is_count, "attempts": _is_count, "max_steps": _is_count,
-    "timeouts": _is_count, "tokens": _is_count, "job_id": _is_text_or_null,
+    "timeouts": _is_count, "tokens": _is_count, "parameters": _is_count,
+    "active_parameters": _is_count, "job_id": _is_text_or_null,
     "job_log": _is_text_or_null, "last_error": _is_text_or_null, "time": _is_number_or_null,
     "best_val_loss": _is_number_or_null,
 }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from lunaris.__main__ import main
+from lunaris.runs.sweep_manifest import ManifestPoint, write_points
 
 
 @pytest.fixture
@@ -16,6 +18,8 @@ def run() -> Path:
     folder = Path("runs/x")
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text("name: x\n")
+    shutil.copytree(folder, "runs/y")
+    write_points(Path("sweep"), "lunaris train -m seed=1", [ManifestPoint("a", ["seed=1"], "a")])
     return folder
 
 
@@ -28,6 +32,13 @@ def run() -> Path:
         (["runs/x", "--to", "empty"], "empty: is a folder; give the report a file"),
         (["runs/x", "--to", "notes.txt/report.html"], "notes.txt/report.html: cannot be written"),
         (["runs/x", "--png", "notes.txt"], "--png notes.txt: is a file; give a folder"),
+        (["runs/x", "nowhere"], "nowhere: no such folder"),
+        (["runs/x", "empty"], "empty: not a run's folder; several folders are those of runs"),
+        (["runs", "runs/x"], "runs: not a run's folder; several folders are those of runs"),
+        (["runs/x", "./runs/../runs/x/"], "runs/../runs/x: is given twice; give each run once"),
+        (["runs/x", "sweep"], "sweep: is a sweep; give it alone, or some of its points' folders"),
+        (["sweep", "sweep"], "sweep: is a sweep; give it alone, or some of its points' folders"),
+        (["runs/x", "runs/y", "--to", "notes.txt"], "notes.txt: exists and is no report"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

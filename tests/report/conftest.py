@@ -39,6 +39,7 @@ class Parsed(HTMLParser):
     figures: dict[str, Any] = field(default_factory=dict)
     tables: list[list[list[str]]] = field(default_factory=list)
     _inside: str = ""
+    _in_cell: bool = False
 
     def __post_init__(self) -> None:
         super().__init__()
@@ -53,17 +54,20 @@ class Parsed(HTMLParser):
             self.tables[-1].append([])
         if tag in ("td", "th"):
             self.tables[-1][-1].append("")
+            self._in_cell = True
 
     def handle_endtag(self, tag: str) -> None:
         if tag in ("script", "style"):
             self._inside = ""
+        if tag in ("td", "th"):
+            self._in_cell = False
 
     def handle_data(self, data: str) -> None:
         if self._inside == "figures":
             self.figures = json.loads(data)
         elif not self._inside:
             self.text += data
-            if self.tables and self.tables[-1] and self.tables[-1][-1]:
+            if self._in_cell:
                 self.tables[-1][-1][-1] += data.strip()
 
     def trace(self, chart: str, name: str | None = None, view: int = 0) -> dict[str, Any]:

@@ -67,7 +67,7 @@
     };
   }
 
-  function layout(figure, traces) {
+  function layout(figure, view) {
     const given = figure.layout, small = narrow.matches;
     const legend = given.showlegend
       ? { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: small ? 10 : 12 } }
@@ -79,7 +79,8 @@
     const marked = lines.some((shape) => shape.yref === "paper");
     return {
       ...given, legend, shapes: lines, height: figure.height,
-      xaxis: axis(given.xaxis, small), yaxis: axis(given.yaxis, small),
+      xaxis: axis(view.x ? { ...given.xaxis, title: { text: view.x } } : given.xaxis, small),
+      yaxis: axis(given.yaxis, small),
       margin: given.margin || { l: 48, r: 12, t: given.showlegend || marked ? 34 : 12, b: 40 },
       paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: css("--text"), size: 12, family: "inherit" },
@@ -93,12 +94,12 @@
 
   function draw(box) {
     const figure = figures[box.dataset.chart];
-    const traces = figure.views[chosen.get(box) || 0].traces.map(themed);
+    const view = figure.views[chosen.get(box) || 0];
     const options = {
       responsive: true, displaylogo: false, displayModeBar: narrow.matches ? false : "hover",
       modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
     };
-    return Plotly.react(box, traces, layout(figure, traces), options);
+    return Plotly.react(box, view.traces.map(themed), layout(figure, view), options);
   }
 
   const drawn = new Set();
