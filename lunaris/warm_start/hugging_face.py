@@ -92,7 +92,7 @@ class HuggingFaceFolder:
         self._said = f"init_from={folder}"
         self.config = read_json(folder / "config.json")
         if not self.config:
-            raise UserError(f"{self._said}: config.json cannot be read as JSON")
+            raise UserError(f"{self._said}: config.json is empty or not JSON")
         kind = str(self.config.get("model_type"))
         if kind not in _CLASSES:
             raise UserError(

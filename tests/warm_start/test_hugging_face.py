@@ -175,7 +175,7 @@ def test_bad_folders_write_nothing(
         (["init_from=no_header"], "model-00001-of-00002.safetensors is damaged: its header has an"),
         (["init_from=extra"], "holds model.vision.weight, which has no place in the model"),
         (["init_from=eps"], "rms_norm_eps=1e-05 there, the epsilon of norms=1e-06 here"),
-        (["init_from=config"], "init_from=config: config.json cannot be read as JSON"),
+        (["init_from=config"], "init_from=config: config.json is empty or not JSON"),
         (["init_from=index"], "model.safetensors.index.json has no weight_map"),
         (["init_from=absent"], "names model-00003-of-00003.safetensors, which is not there"),
         (["init_from=none"], "init_from=none: holds no *.safetensors file"),

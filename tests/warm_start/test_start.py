@@ -150,7 +150,7 @@ def test_bad_weights_write_nothing(
         (["init_from=notes/x.pt"], "init_from=notes/x.pt: not a file of weights that torch.load"),
         (["init_from=notes/list.pt"], "init_from=notes/list.pt: holds no named tensors"),
         (["init_from=notes/other.pt"], "init_from=notes/other.pt: holds more than named tensors"),
-        (["init_from=hf"], "init_from=hf: config.json names model_type=None; what can be"),
+        (["init_from=hf"], "init_from=hf: config.json is empty or not JSON"),
         (["init_from=runs/empty"], "init_from=runs/empty: the run has no complete checkpoint"),
         (["init_from=cut/step_00000008"], "cut/step_00000008 is damaged: __0_0.distcp"),
         (["init_from=runs/run", "model.d_model=32"], "embedding.weight: (64, 16) there, (64, 32)"),
