@@ -22,6 +22,15 @@ def replace_file(path: Path, content: bytes) -> None:
     temporary.replace(path)
 
 
+def remove_temporaries(folder: Path) -> None:
+    """Remove what a process left in a folder that was killed while it replaced a file there.
+
+    The caller holds the folder's lock: no other process writes into it.
+    """
+    for path in folder.glob(".*.tmp"):
+        path.unlink()
+
+
 def write_durably(path: Path, content: bytes) -> None:
     """Replace a file and return once the change survives a power cut."""
     replace_file(path, content)

@@ -21,7 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, TextIO
 
-from lunaris.atomic_files import FileInUse, file_lock, write_durably
+from lunaris.atomic_files import FileInUse, file_lock, remove_temporaries, write_durably
 from lunaris.data import manifest as manifests
 from lunaris.data.manifest import Manifest, SourceEntry
 from lunaris.data.prepare.chunks import Chunk, Cursor
@@ -51,6 +51,7 @@ def write_shards(spec: PrepareSpec, *, wait_for_lock: bool = False) -> Manifest:
             shutil.rmtree(folder / manifests.UNFINISHED, ignore_errors=True)
             return made
         note = read_note(spec)
+        remove_temporaries(folder)
         made = _Preparation(spec, folder_tokenizer(spec), note).run()
         made.write(folder)
         shutil.rmtree(folder / manifests.UNFINISHED)

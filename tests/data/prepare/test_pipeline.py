@@ -536,6 +536,31 @@ def test_interrupted_and_continued_gives_the_same_bytes(
     assert contents("killed") == contents("whole")
 
 
+def test_a_file_cut_off_by_a_kill_is_removed(
+    tokenizer: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The new content of a file, written beside it, when the process ends before the rename."""
+    write_jsonl(Path("a.jsonl"), texts(20, 16))
+    make(tokenizer, "whole", files="a.jsonl")
+    for name in ("tokenizer.json", "manifest.json"):
+        with monkeypatch.context() as patch:
+            replace = Path.replace
+
+            def cut(path: Path, target: Path, last: str = name, real: Any = replace) -> Path:
+                if Path(target).name == last:
+                    raise Interrupted
+                return real(path, target)
+
+            patch.setattr(Path, "replace", cut)
+            with pytest.raises(Interrupted):
+                make(tokenizer, "killed", files="a.jsonl")
+        # Another process has another number, so that it does not replace this file.
+        left = next(path for path in Path("killed").iterdir() if path.name.endswith(".tmp"))
+        left.rename(left.with_name(f".{name}.0.tmp"))
+    make(tokenizer, "killed", files="a.jsonl")
+    assert contents("killed") == contents("whole")
+
+
 def test_done_is_done(tokenizer: Path) -> None:
     write_jsonl(Path("a.jsonl"), texts(20, 16))
     make(tokenizer, files="a.jsonl")
