@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help train test test-fast faults cluster lint format clean
+.PHONY: help train test test-fast faults cluster docs lint format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -28,6 +28,9 @@ faults: $(VENV)/dev.stamp ## Run the long form of the fault tests and print how 
 cluster: ## Install SLURM from Debian's packages for the cluster tests (root).
 	bash tests/slurm/install.sh
 
+docs: $(VENV)/docs.stamp ## Build the site of the documentation into build/site, links checked.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict -f docs/site/mkdocs.yml
+
 lint: $(VENV)/dev.stamp ## Check style and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -48,4 +51,8 @@ $(VENV)/run.stamp: pyproject.toml
 
 $(VENV)/dev.stamp: $(VENV)/run.stamp
 	$(BIN)/pip install --disable-pip-version-check --progress-bar off -q -e '.[dev,hf]'
+	touch $@
+
+$(VENV)/docs.stamp: $(VENV)/run.stamp
+	$(BIN)/pip install --disable-pip-version-check --progress-bar off -q -e '.[docs]'
 	touch $@
