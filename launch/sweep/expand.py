@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +21,7 @@ from lunaris.config.overrides import check, open_maps, parse
 from lunaris.config.run_names import sweep_name
 from lunaris.config.trust import allow_tree
 from lunaris.errors import UserError
+from lunaris.launch.sweep.pairs import combine
 from lunaris.launch.sweep.points import Sweep
 
 if TYPE_CHECKING:
@@ -72,7 +72,9 @@ class SweepRequest:
             if not (o.is_sweep_override() or o.is_hydra_override())
         ]
         shared = {*task, *rewritten}
-        return Sweep(Path(folder), self.command, shared, Composer(self.source))
+        return Sweep(
+            Path(folder), self.command, shared, Composer(self.source), zipped=self.flags.zipped
+        )
 
     def hydra_config(self, composer: Composer) -> DictConfig:
         """Return Hydra's own part of the config, which names the sweeper and the launcher.
@@ -108,7 +110,7 @@ class SweepRequest:
                 # It knows the options that a `glob(…)` stands for.
                 override.config_loader = _option_loader(self.source)
         try:
-            return expand([*given, *task])
+            return expand([*given, *task], self.flags.zipped)
         except (HydraException, ValueError) as error:
             if isinstance(error, UserError):
                 raise
@@ -122,20 +124,23 @@ def read_request(flags: Flags, command: str) -> SweepRequest:
     return SweepRequest(flags, command, parsed)
 
 
-def expand(overrides: list[Override]) -> list[list[str]]:
+def expand(overrides: list[Override], zipped: Sequence[str] = ()) -> list[list[str]]:
     """Return the overrides of every point: the product of all swept values.
 
-    The last override of a key counts. Raises UserError for an interval, and for a key without any
-    value.
+    The last override of a key counts. zipped: what each `--zip` names, whose keys step together.
+    Raises UserError for an interval, for a key without any value, and for keys that cannot be
+    paired.
     """
-    last: dict[str, list[str]] = {}
+    last: dict[str, tuple[Override, list[str]]] = {}
     for override in overrides:
-        key = override.get_key_element()
+        key = override.key_or_group
         last.pop(key, None)
-        last[key] = [f"{key}={value}" for value in _values(override)]
-        if not last[key]:
+        texts = [f"{override.get_key_element()}={value}" for value in _values(override)]
+        if not texts:
             raise UserError(f"{override.input_line}: stands for no value; there is nothing to run")
-    return [list(point) for point in itertools.product(*last.values())]
+        last[key] = override, texts
+    swept = [key for key, (override, _) in last.items() if override.is_sweep_override()]
+    return combine({key: texts for key, (_, texts) in last.items()}, swept, zipped)
 
 
 def _values(override: Override) -> Iterator[str]:

@@ -144,7 +144,7 @@ class Product(Sweeper):
     def sweep(self, arguments: list[str]) -> Sequence[JobReturn]:
         """Check and launch the points; return how each ended."""
         given = [f"{key}={value}" for key, value in self._params.items()]
-        points = expand(parse([*given, *arguments], self._config_loader))
+        points = expand(parse([*given, *arguments], self._config_loader), self._sweep.zipped)
         if not isinstance(self._launcher, _PointLauncher):
             # Hydra's launchers would find a wrong point only at its turn. The manifest fixes the
             # order of the points before their processes add to it in any order.

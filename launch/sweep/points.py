@@ -57,7 +57,7 @@ class Sweep:
     """A sweep: its folder, the command that asked for it, and how its points ended.
 
     shared: the overrides that all points have; the others of a point make its name. warned: what
-    was printed of experiments that win over an option.
+    was printed of experiments that win over an option. zipped: what each `--zip` names.
     """
 
     dir: Path
@@ -66,6 +66,7 @@ class Sweep:
     composer: Composer = field(default_factory=Composer)
     outcomes: list[Outcome] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
+    zipped: Sequence[str] = ()
 
     @property
     def name(self) -> str:

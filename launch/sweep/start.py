@@ -28,6 +28,11 @@ def sweep(flags: Flags, command: str) -> int:
     swept = request.sweep()
     hydra = request.hydra_config(swept.composer)
     targets = [hydra.sweeper._target_, hydra.launcher._target_]
+    if flags.zipped and targets[0] != PRODUCT:
+        raise UserError(
+            f"--zip: goes with hydra/sweeper=lunaris, which runs every combination; {targets[0]} "
+            "chooses the points itself"
+        )
     launcher = point_launcher(targets[1])
     if targets[0] == PRODUCT and launcher is not None and not hydra.callbacks:
         points = request.expand(hydra.sweeper.params or {})

@@ -25,6 +25,7 @@ _EXAMPLES = [
     ("lunaris train experiment=smoke", "a preset of many overrides"),
     ("lunaris train -m moe.n_experts=4,8,16", "a sweep, one point after the other"),
     ("lunaris train -m moe.n_experts=4,8,16 --dry-run", "its points, checked; nothing is written"),
+    ("lunaris train -m --zip moe.n_experts=8,16 moe=switch,top2", "two points, the values paired"),
     ("lunaris train parallelism=fsdp launch.processes=8", "eight GPUs of this machine"),
     ("lunaris train -m launch=slurm moe.n_experts=8,16", "a job array"),
 ]

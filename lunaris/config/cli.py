@@ -14,11 +14,19 @@ from lunaris.errors import UserError, did_you_mean
 
 # Width of an option's name in the help.
 _WIDTH = 22
+# What a flag means whose value is left out.
+_BEFORE_OVERRIDE = {
+    "-c": "--cfg=job", "--cfg": "--cfg=job", "-i": "--info=all", "--info": "--info=all",
+    "--zip": "--zip=",
+}  # fmt: skip
 
 
 @dataclass
 class Flags:
-    """The flags of a command line; `overrides` are its other words."""
+    """The flags of a command line; `overrides` are its other words.
+
+    zipped: what each `--zip` names, "" where it names no key.
+    """
 
     overrides: list[str] = field(default_factory=list)
     help: bool = False
@@ -34,6 +42,7 @@ class Flags:
     config_dir: str | None = None
     trust: list[str] = field(default_factory=list)
     dry_run: bool = False
+    zipped: list[str] = field(default_factory=list)
 
     @property
     def source(self) -> Source:
@@ -79,6 +88,12 @@ def parser(prog: str) -> argparse.ArgumentParser:
     )  # fmt: skip
     add_flag(flags)
     add("--dry-run", action="store_true", help="with -m: list the points, write and send nothing")
+    add(
+        "--zip", nargs="?", const="", action="append", default=[], dest="zipped",
+        metavar="KEY,KEY",
+        help="with -m: pair the i-th values of the named keys, or of all swept keys; the others "
+        "are multiplied; may be given several times",
+    )  # fmt: skip
     add("--hydra-help", action="store_true", help="Hydra's own help")
     add_one("-sc", "--shell-completion", action="store_true", help="with install=SHELL: completion")
     return made
@@ -87,18 +102,20 @@ def parser(prog: str) -> argparse.ArgumentParser:
 def parse_flags(argv: list[str], prog: str = "lunaris train") -> Flags:
     """Return the flags and overrides of a command line. Raises UserError for an unknown flag.
 
-    `--cfg` and `--info` may stand without a value before an override.
+    `--cfg`, `--info` and `--zip` may stand without a value before an override.
     """
     spread: list[str] = []
     for text in argv:
         # argparse would take the override for the flag's value.
-        if spread and spread[-1] in ("-c", "--cfg", "-i", "--info") and "=" in text:
-            spread[-1] = "--cfg=job" if "c" in spread[-1] else "--info=all"
+        if spread and spread[-1] in _BEFORE_OVERRIDE and "=" in text:
+            spread[-1] = _BEFORE_OVERRIDE[spread[-1]]
         spread.append(text)
     flags = Flags(**vars(parser(prog).parse_intermixed_args(spread)))
     for name, value in (("--resolve", flags.resolve), ("--package", flags.package)):
         if value and not flags.cfg:
             raise UserError(f"{name}: goes with --cfg")
+    if flags.zipped and not flags.multirun:
+        raise UserError("--zip: goes with -m, a sweep: lunaris train -m --zip KEY=A,B KEY=C,D")
     if flags.dry_run and not flags.multirun:
         raise UserError(
             "--dry-run: goes with -m; of one run, `lunaris plan` shows the cost and --cfg job the "
