@@ -54,8 +54,9 @@ class TrainState:
     `sequences` is the position in the data: the number of the next sequence of the global order.
     left_out: the ranges of sequences that the run does not train on. guard: the state of
     `lunaris.optim.guard.StepGuard`. losses: that of `lunaris.metrics.loss_means.LossMeans`, empty
-    in older checkpoints. unfinished: the metrics of the last step where a signal stopped its
-    evaluation, so that its row is not logged yet; otherwise None.
+    in older checkpoints. churn: that of `lunaris.metrics.churn.RoutingChurn`. unfinished: the
+    metrics of the last step where a signal stopped its evaluation, so that its row is not logged
+    yet; otherwise None.
     """
 
     step: int = 0
@@ -65,6 +66,7 @@ class TrainState:
     left_out: list[list[int]] = field(default_factory=list)
     guard: dict[str, Any] = field(default_factory=dict)
     losses: dict[str, Any] = field(default_factory=dict)
+    churn: dict[str, Any] = field(default_factory=dict)
     unfinished: dict[str, Any] | None = None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -22,6 +21,7 @@ from lunaris.distributed.signals import StopSignal
 from lunaris.errors import UserError
 from lunaris.evaluate import Evaluator
 from lunaris.lifecycle import explain_out_of_memory, step_advice, supervise, weights_advice
+from lunaris.metrics.churn import RoutingChurn
 from lunaris.metrics.loggers import Loggers
 from lunaris.metrics.loss_means import LossMeans
 from lunaris.metrics.plot import plot_loss
@@ -119,6 +119,7 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
         guard.load_state_dict(state.guard)
     order = _order(run_dir, state)
 
+    churn, stopped = RoutingChurn(state.churn), lambda: stop.received is not None
     trainer, seq_len = cfg.trainer, cfg.model.max_seq_len
     peak = peak_flops(parallelism.device)
     per_rank = trainer.batch_size * trainer.gradient_accumulation_steps
@@ -136,9 +137,7 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
         schedule=schedule,
         order=order,
         loader=loader_of(cfg, data, parallelism, start=state.sequences, order=order),
-        evaluator=evaluator_of(
-            cfg, data, parallelism, most, stopped=lambda: stop.received is not None
-        ),
+        evaluator=evaluator_of(cfg, data, parallelism, most, churn=churn, stopped=stopped),
         checkpoints=checkpoints,
         logger=loggers_of(cfg) if parallelism.is_writer else Loggers({}),
         losses=LossMeans(parallelism.device, state.losses),
@@ -219,15 +218,11 @@ def loader_of(
 
 
 def evaluator_of(
-    cfg: Config,
-    data: Any,
-    parallelism: Parallelism,
-    most: int | None,
-    stopped: Callable[[], bool] = lambda: False,
+    cfg: Config, data: Any, parallelism: Parallelism, most: int | None, **keys: Any
 ) -> Evaluator:
     """Return the evaluator over the validation part.
 
-    most: sequences of each source, or None for all. stopped: whether to stop before the next batch.
+    most: sequences of each source, or None for all. keys: `stopped` and `churn` of Evaluator.
     """
     return Evaluator(
         data.val(cfg.model.max_seq_len),
@@ -237,7 +232,7 @@ def evaluator_of(
         batch_size=cfg.trainer.batch_size,
         max_sequences=most,
         eot_id=_masked_id(cfg, data),
-        stopped=stopped,
+        **keys,
     )
 
 

@@ -19,6 +19,7 @@ from lunaris.data.order import SequenceOrder
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import RunFailed, Stopped
 from lunaris.evaluate import EvaluationStopped, Evaluator
+from lunaris.metrics.expert_health import LayerRouting, expert_row
 from lunaris.metrics.loggers import Logger
 from lunaris.metrics.loss_means import LossMeans
 from lunaris.metrics.records import Row
@@ -64,8 +65,8 @@ class StepStats:
     """What one optimizer step measured, over all processes and micro-steps; on the device.
 
     losses: each [] mean over the global batch; weights: their factors in the loss that is
-    minimised; grad_norm: [] before clipping; load: [n_moe_layers, n_experts] tokens routed;
-    dropped: [n_moe_layers] assignments.
+    minimised; grad_norm: [] before clipping; load, dropped, confidence: of each routed layer, as in
+    `ModelOutput`.
     """
 
     losses: dict[str, Tensor]
@@ -73,6 +74,7 @@ class StepStats:
     grad_norm: Tensor
     load: Tensor
     dropped: Tensor
+    confidence: Tensor
 
     def loss(self) -> Tensor:
         """Return the loss that is minimised, [] float64."""
@@ -154,7 +156,9 @@ def train_step(run: Run, batch: Batch) -> StepStats:
                 loss = out.total
             run.precision.scaler.scale(loss).backward()
         values = {f"{name}_loss": loss.value for name, loss in out.losses.items()}
-        for name, value in {**values, "load": out.load, "dropped": out.dropped}.items():
+        for name in ("load", "dropped", "confidence"):
+            values[name] = getattr(out, name)
+        for name, value in values.items():
             totals[name] = totals.get(name, 0) + value.detach().double()
     run.precision.scaler.unscale_(run.optimizer)
     grad_norm = clip_grad_norm(run.model.parameters(), run.cfg.trainer.grad_clip)
@@ -166,6 +170,7 @@ def train_step(run: Run, batch: Batch) -> StepStats:
         grad_norm,
         totals["load"],
         totals["dropped"],
+        totals["confidence"] / (micro_steps * world),
     )
     at = StepRange(run.state.step + 1, *sequences_of_step(run))
     loss = stats.loss()
@@ -227,7 +232,7 @@ def step_row(run: Run, stats: StepStats) -> Row:
     }
     if run.precision.scaler.is_enabled():
         row["train/loss_scale"] = run.precision.scaler.get_scale()
-    row |= moe_row(unwrap(run.model).moe_layers(), stats)
+    row |= moe_row(unwrap(run.model), stats)
     row |= run.meter.row()
     peak_gb = peak_memory_gb(run.parallelism.device)
     row["perf/peak_memory_gb"] = run.parallelism.gather(peak_gb)
@@ -235,20 +240,11 @@ def step_row(run: Run, stats: StepStats) -> Row:
     return row
 
 
-def moe_row(layers: list[int], stats: StepStats) -> Row:
-    """Return each layer's expert shares (sum 1) and drop rate, and the extremes over all layers."""
-    row: Row = {}
-    shares = []
-    for i, load, dropped in zip(layers, stats.load.tolist(), stats.dropped.tolist(), strict=True):
-        total = sum(load)
-        if total > 0:
-            share = [tokens / total for tokens in load]
-            row[f"moe/layer_{i:02d}/load"] = share
-            row[f"moe/layer_{i:02d}/drop_rate"] = dropped / total
-            shares += [s * len(load) for s in share]
-    if shares:
-        row |= {"moe/max_load": max(shares), "moe/min_load": min(shares)}
-    return row
+def moe_row(model: Transformer, stats: StepStats) -> Row:
+    """Return the `moe/` metrics of a step; waits for the device."""
+    columns = (x.tolist() for x in (stats.load, stats.dropped, stats.confidence))
+    numbers = [{n: x.item() for n, x in found.items()} for found in model.routing_numbers()]
+    return expert_row(map(LayerRouting, model.moe_layers(), *columns, numbers))
 
 
 def evaluate(run: Run) -> Row:
@@ -277,6 +273,7 @@ def save(run: Run, *, last: bool) -> None:
     run.state.scaler = run.precision.scaler.state_dict()
     run.state.guard = run.guard.state_dict()
     run.state.losses = run.losses.state_dict()
+    run.state.churn = run.evaluator.churn.state_dict()
     run.checkpoints.save(run.model, run.optimizer, run.state, last=last)
     write_progress(run)
 

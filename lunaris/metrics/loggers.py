@@ -10,6 +10,7 @@ from typing import Protocol
 
 from lunaris.config.schema.root import Config
 from lunaris.console import Below, is_terminal, phase, say
+from lunaris.metrics.expert_health import AlarmBell
 from lunaris.metrics.progress import Progress
 from lunaris.metrics.records import MetricsFile, Row
 from lunaris.metrics.time_left import TimeLeft, in_words
@@ -95,6 +96,7 @@ class LocalLogger:
         self._time = TimeLeft(
             trainer.max_steps, trainer.eval_interval, cfg.checkpoint.save_interval
         )
+        self._bell = AlarmBell(getattr(cfg.moe, "balancing", None))
         self._extras: set[str] = set()
         self._began, self._drawn = time.monotonic(), 0.0
         self._progress = Progress(step, trainer.max_steps)
@@ -119,7 +121,7 @@ class LocalLogger:
             self._below.refresh()
 
     def log(self, row: Row) -> None:
-        """Write the row and show its losses and its speed."""
+        """Write the row and show its losses, its speed and what is wrong with the experts."""
         self._file.append(row)
         self._progress.take(row)
         if "val/loss" in row:
@@ -129,6 +131,8 @@ class LocalLogger:
             say(self._progress.line(row))
         elif "val/loss" in row:
             say(self._progress.short_line(row))
+        for line in self._bell.take(row):
+            say(line)
 
     def message(self, text: str) -> None:
         """Print lines."""

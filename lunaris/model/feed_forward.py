@@ -27,13 +27,17 @@ class RoutingStats(NamedTuple):
     """What one call of a routed feed-forward reports about its routing.
 
     They are returned, not stored, so that a recomputed forward does not count twice. loss: []
-    float32, weighted, with a gradient. load: [E] float32, tokens sent to each expert before drops;
-    dropped: [] float32, assignments dropped by capacity; both without a gradient.
+    float32, weighted, with a gradient. The others have none. load: [E] float32, tokens sent to
+    each expert before drops. dropped: [] float32, assignments dropped by capacity. confidence: []
+    float32, the mean over tokens of the largest gate; None where there is no such number. experts:
+    [B, L, k] int64, the choice of each token, in evaluation only.
     """
 
     loss: Tensor
     load: Tensor
     dropped: Tensor
+    confidence: Tensor | None = None
+    experts: Tensor | None = None
 
 
 class RoutedFeedForward(nn.Module):
@@ -49,3 +53,10 @@ class RoutedFeedForward(nn.Module):
         load: [E] float32, tokens of the step over all micro-steps and processes.
         """
         raise NotImplementedError
+
+    def routing_numbers(self) -> dict[str, Tensor]:
+        """Return what else is logged of the routing, [] each, as `moe/layer_NN/NAME`.
+
+        Called when a row is logged, after the step; every process has the same numbers.
+        """
+        return {}

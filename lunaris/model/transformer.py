@@ -41,13 +41,17 @@ class ModelOutput(NamedTuple):
 
     outputs: the results of its heads. aux_loss: [] float32, weighted routing losses, summed over
     layers. load: [n_moe_layers, E] tokens sent to each expert; dropped: [n_moe_layers] assignments
-    that capacity dropped; both float32 without a gradient.
+    that capacity dropped; confidence: [n_moe_layers] mean over tokens of the largest gate, NaN
+    where a layer has none; all float32 without a gradient. experts: of each such layer, in
+    evaluation, the choices ([B, L, k] int64).
     """
 
     outputs: dict[str, Tensor]
     aux_loss: Tensor
     load: Tensor
     dropped: Tensor
+    confidence: Tensor
+    experts: tuple[Tensor | None, ...] = ()
 
 
 class ParameterCount(NamedTuple):
@@ -270,6 +274,10 @@ class Transformer(nn.Module):
         for (_, feed_forward), row in zip(self._routed(), load, strict=True):
             feed_forward.update_balance(row)
 
+    def routing_numbers(self) -> list[dict[str, Tensor]]:
+        """Return what each routed layer logs besides its `ModelOutput`, [] each, by name."""
+        return [feed_forward.routing_numbers() for _, feed_forward in self._routed()]
+
     def balance_buffers(self) -> list[Tensor]:
         """Return the buffers of the routed layers, which `update_balance` may change."""
         return [buffer for _, feed_forward in self._routed() for buffer in feed_forward.buffers()]
@@ -298,10 +306,18 @@ class Transformer(nn.Module):
 def _output(outputs: dict[str, Tensor], stats: list[RoutingStats]) -> ModelOutput:
     if not stats:
         zero = torch.zeros((), device=next(iter(outputs.values())).device)
-        return ModelOutput(outputs, zero, zero.new_zeros(0, 0), zero.new_zeros(0))
+        none = zero.new_zeros(0)
+        return ModelOutput(outputs, zero, zero.new_zeros(0, 0), none, none)
     return ModelOutput(
         outputs,
         aux_loss=torch.stack([s.loss for s in stats]).sum(),
         load=torch.stack([s.load for s in stats]),
         dropped=torch.stack([s.dropped for s in stats]),
+        confidence=torch.stack(
+            [
+                s.loss.new_full((), torch.nan) if s.confidence is None else s.confidence
+                for s in stats
+            ]
+        ),
+        experts=tuple(s.experts for s in stats),
     )

@@ -61,7 +61,13 @@ class MoE(RoutedFeedForward):
         y = self.dropout(self._routed(x, chosen, gates)).type_as(x)
         if self.shared is not None:
             y = y + self.shared(x)
-        return y, RoutingStats(routing.loss, routing.load.detach(), dropped)
+        return y, RoutingStats(
+            routing.loss,
+            routing.load.detach(),
+            dropped,
+            gates.detach().amax(dim=-1).mean(),
+            None if self.training else routing.experts,
+        )
 
     def _routed(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
         """Return the gated sum of the chosen experts' outputs ([B, L, D] float32)."""
@@ -86,6 +92,9 @@ class MoE(RoutedFeedForward):
 
     def update_balance(self, load: Tensor) -> None:
         self.router.update_balance(load)
+
+    def routing_numbers(self) -> dict[str, Tensor]:
+        return self.router.routing_numbers()
 
 
 class _Dispatch(torch.autograd.Function):

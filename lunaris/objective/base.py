@@ -9,7 +9,7 @@ Shapes: A micro-steps, B sequences, L positions, D model width, V vocabulary, E 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import NamedTuple
 
@@ -44,19 +44,20 @@ class ObjectiveOutput:
     """The losses of one batch, and its routing.
 
     losses: by name; `main` (nats a target) is always there, is what evaluation reports, and comes
-    first. load: [n_moe_layers, E] tokens sent to each expert; dropped: [n_moe_layers] assignments
-    that capacity dropped; both float32 without a gradient.
+    first. The others are those of `ModelOutput`.
     """
 
     losses: dict[str, Loss]
     load: Tensor
     dropped: Tensor
+    confidence: Tensor
+    experts: tuple[Tensor | None, ...] = ()
 
     @classmethod
     def of(cls, losses: dict[str, Loss], out: ModelOutput) -> ObjectiveOutput:
         """Return these losses, and the routing losses (`aux`) and statistics of a forward."""
         aux = Loss(out.aux_loss, per_target=False)
-        return cls({**losses, "aux": aux}, out.load, out.dropped)
+        return cls({**losses, "aux": aux}, out.load, out.dropped, out.confidence, out.experts)
 
     def scaled(self, target_share: float | Tensor, micro_steps: int) -> ObjectiveOutput:
         """Return the part of a step's losses that this micro-step contributes.
@@ -69,7 +70,7 @@ class ObjectiveOutput:
             )
             for name, loss in self.losses.items()
         }
-        return ObjectiveOutput(losses, self.load, self.dropped)
+        return replace(self, losses=losses)
 
     @property
     def total(self) -> Tensor:

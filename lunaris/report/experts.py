@@ -5,10 +5,10 @@ A load is shown relative to the fair share: 1 is balanced, 0 an expert without a
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
+from lunaris.metrics.expert_health import layer_of, loads
 from lunaris.metrics.records import Row
 from lunaris.report.curves import FROM_ZERO, Mark, line, step_chart
 from lunaris.report.page import Chart, View
@@ -18,13 +18,25 @@ from lunaris.report.record import RunRecord
 _MOST_STEPS = 120
 _MOST_CELLS = 300_000
 _MOST_MOMENTS = 8
-_LAYER = re.compile(r"moe/layer_(\d+)/(\w+)")
 # What the page's script turns into colours, by theme: 0 is red, 1 neutral, 2 and more blue.
 _BALANCE = {"colorscale": "balance", "zmin": 0, "zmax": 2}
 
 _TITLES = {
+    "entropy": (
+        "Entropy of the loads",
+        "Relative to equal loads: 1 is balanced, 0 is one expert with every token.",
+    ),
     "drop_rate": ("Dropped assignments", "Share of a layer's assignments beyond the capacity."),
+    "confidence": ("Confidence of the router", "Mean over tokens of a token's largest gate."),
+    "bias_range": ("Range of the balance bias", "Largest minus smallest bias of a layer."),
+    "churn": (
+        "Churn of the routing",
+        "Share of the choices of the same validation tokens that changed since the evaluation "
+        "before.",
+    ),
 }
+# Numbers that another chart of the page shows.
+_SHOWN_ELSEWHERE = ("load", "max_over_mean")
 
 
 def expert_charts(record: RunRecord, marks: Sequence[Mark]) -> list[Chart]:
@@ -35,16 +47,6 @@ def expert_charts(record: RunRecord, marks: Sequence[Mark]) -> list[Chart]:
         rows = [row for row in record.rows if loads(row)]
         charts += [_by_layer(rows, layers), _over_time(rows, layers), _busiest(rows, layers)]
     return charts + _layer_numbers(record) + _extremes(record, marks)
-
-
-def loads(row: Row) -> dict[int, list[float]]:
-    """Return the load of each expert in each layer of a row, relative to the fair share."""
-    found = {}
-    for key, value in row.items():
-        match = _LAYER.fullmatch(key)
-        if match and match[2] == "load" and isinstance(value, list) and _are_numbers(value):
-            found[int(match[1])] = [share * len(value) for share in value]
-    return found
 
 
 def _by_layer(rows: list[Row], layers: list[int]) -> Chart:
@@ -114,9 +116,9 @@ def _layer_numbers(record: RunRecord) -> list[Chart]:
     """Return a heat map, layer by step, for each number that is logged for every layer."""
     found: dict[str, dict[int, str]] = {}
     for key in dict.fromkeys(key for row in record.rows for key in row):
-        match = _LAYER.fullmatch(key)
-        if match and match[2] != "load" and any(record.scalars(key)[1]):
-            found.setdefault(match[2], {})[int(match[1])] = key
+        layer = layer_of(key)
+        if layer and layer[1] not in _SHOWN_ELSEWHERE and any(record.scalars(key)[1]):
+            found.setdefault(layer[1], {})[layer[0]] = key
     charts = []
     for name, keys in found.items():
         rows = [row for row in record.rows if keys.values() & row.keys()]
@@ -182,10 +184,6 @@ def _evenly(rows: list[Row], most: int) -> list[Row]:
 
 def _short(value: float) -> float | None:
     return round(value, 3)
-
-
-def _are_numbers(values: list[Any]) -> bool:
-    return bool(values) and all(isinstance(v, int | float) and v == v for v in values)
 
 
 def _as_number(value: Any) -> float | None:

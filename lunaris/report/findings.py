@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from itertools import groupby
 from statistics import median
 
-from lunaris.report.experts import loads
+from lunaris.metrics.expert_health import expert_alarms
 from lunaris.report.page import Note
 from lunaris.report.record import RunRecord
 
-# An expert below this part of the fair share is dead; over so many rows in a row it counts.
-DEAD = 0.01
-DEAD_ROWS = 3
-# An expert above this many fair shares in the last rows is overloaded.
-OVERLOADED = 4.0
-_DROPPED = 0.1
 _WAITING = 0.1
 # A validation loss this far above the best one has risen.
 _RISEN = 0.02
@@ -131,68 +124,9 @@ def _steps(record: RunRecord) -> list[Note]:
 
 
 def _experts(record: RunRecord) -> list[Note]:
-    rows = [found for found in map(loads, record.rows) if found]
-    if not rows:
-        return []
     balancing = record.config.get("moe.balancing")
-    remedy = {
-        "aux_loss": "Raise moe.aux_loss_weight, or take moe.balancing=bias.",
-        "bias": "Raise moe.bias_update_rate.",
-    }.get(str(balancing), "Take moe.balancing=bias or moe.balancing=aux_loss.")
-    notes = []
-    dead = dead_experts(rows)
-    if dead:
-        shown = "; ".join(
-            f"layer {layer}: {', '.join(str(expert) for _, expert in group)}"
-            for layer, group in groupby(dead[:24], key=lambda pair: pair[0])
-        )
-        more = f" and {len(dead) - 24} more" if len(dead) > 24 else ""
-        text = (
-            f"{len(dead)} experts got under 1 % of the fair share in each of the last {DEAD_ROWS} "
-            f"rows ({shown}{more})."
-        )
-        notes.append(Note("warn", text, remedy))
-    last = rows[-DEAD_ROWS:]
-    busy = {layer: min(max(found[layer]) for found in last if layer in found) for layer in rows[-1]}
-    over = {layer: load for layer, load in busy.items() if load > OVERLOADED}
-    if over:
-        shown = ", ".join(f"layer {layer}: {load:.1f} times" for layer, load in over.items())
-        notes.append(
-            Note("warn", f"One expert gets far more than its fair share ({shown}).", remedy)
-        )
-    return notes + _drops(record)
-
-
-def dead_experts(rows: list[dict[int, list[float]]]) -> list[tuple[int, int]]:
-    """Return the (layer, expert) that are dead in each of the last rows of loads.
-
-    Fewer rows than DEAD_ROWS show none, since a single step may pass over an expert.
-    """
-    last = rows[-DEAD_ROWS:]
-    if len(last) < DEAD_ROWS:
-        return []
-    return [
-        (layer, expert)
-        for layer, load in sorted(last[-1].items())
-        for expert in range(len(load))
-        if all(expert < len(f.get(layer, ())) and f[layer][expert] < DEAD for f in last)
-    ]
-
-
-def _drops(record: RunRecord) -> list[Note]:
-    keys = {key for row in record.rows for key in row if key.endswith("/drop_rate")}
-    rates = {key: record.last(key) or 0.0 for key in keys}
-    worst = max(rates.values(), default=0.0)
-    if worst <= _DROPPED:
-        return []
-    layer = min(key for key, rate in rates.items() if rate == worst).split("/")[1]
-    return [
-        Note(
-            "warn",
-            f"The capacity drops up to {worst:.0%} of a layer's assignments ({layer}).",
-            "Raise moe.capacity_factor; null drops none.",
-        )
-    ]
+    alarms = expert_alarms(record.rows, None if balancing is None else str(balancing))
+    return [Note("warn", alarm.text, alarm.remedy) for alarm in alarms]
 
 
 def _speed(record: RunRecord) -> list[Note]:

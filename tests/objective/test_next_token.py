@@ -9,7 +9,7 @@ from lunaris.model.transformer import Head, ModelOutput
 from lunaris.objective.base import Loss, ObjectiveOutput
 from lunaris.objective.next_token import NextToken
 
-STATS = {"load": torch.zeros(1, 2), "dropped": torch.zeros(1)}
+STATS = {"load": torch.zeros(1, 2), "dropped": torch.zeros(1), "confidence": torch.zeros(1)}
 
 
 def test_targets_are_counted_for_a_batch_and_for_each_micro_step() -> None:

@@ -58,6 +58,10 @@ class Router(nn.Module):
         load: [E] float32, tokens of the step over all micro-steps and processes.
         """
 
+    def routing_numbers(self) -> dict[str, Tensor]:
+        """Return what is logged of this router, [] each, as `moe/layer_NN/NAME`."""
+        return {}
+
 
 class RouterFactory(Protocol):
     """Builds the router of each Mixture-of-Experts layer; layers may differ."""

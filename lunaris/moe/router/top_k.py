@@ -78,6 +78,12 @@ class TopKRouter(Router):
         if self.remembers_load:
             self.load_shares.copy_(load / load.sum())
 
+    def routing_numbers(self) -> dict[str, Tensor]:
+        """Return how far apart the balance biases are, where the router has them."""
+        if self.spec.balancing != "bias":
+            return {}
+        return {"bias_range": self.balance_bias.max() - self.balance_bias.min()}
+
     def parameter_roles(self) -> dict[str, Role]:
         return {"weight": Role.ROUTER}
 
