@@ -6,15 +6,26 @@ import argparse
 import webbrowser
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from lunaris.config.trust import add_flag, allow
 from lunaris.errors import UserError
 from lunaris.runs.discovery import FoundRun, find_runs, is_run, is_sweep
+from lunaris.runs.run_dir import RunDir
 from lunaris.runs.sweep_manifest import read_manifest
+
+if TYPE_CHECKING:
+    from lunaris.report.run_page import Sample
+
+# Of each sample: its length, and how freely its tokens are drawn.
+_SAMPLE_TOKENS = 100
+_TEMPERATURE = 0.8
 
 
 def main(argv: list[str]) -> int:
     """Write the page, and pictures with --png; print where they are."""
     args = _parser().parse_args(argv)
+    allow(args.trust)
     folders = [Path(text) for text in args.dir]
     folder = folders[0]
     several = len(folders) > 1
@@ -22,6 +33,8 @@ def main(argv: list[str]) -> int:
     sweep = not several and is_sweep(folder)
     if len(found) != 1 and not sweep and not several:
         raise UserError(f"{folder}: holds {len(found)} runs; give the folder of one, or a sweep's")
+    if args.prompt and len(found) + sweep + several != 1:
+        raise UserError("--prompt: is continued by the checkpoints of one run; give its folder")
     if args.png is not None and Path(args.png).exists() and not Path(args.png).is_dir():
         raise UserError(f"--png {args.png}: is a file; give a folder")
     # Imported here: `--help` and a wrong folder need no numpy and no Hydra.
@@ -38,7 +51,7 @@ def main(argv: list[str]) -> int:
     elif several:
         page = runs_page(records)
     else:
-        page = run_page(records[0], _defaults())
+        page = run_page(records[0], _defaults(), _samples(folder, args.prompt))
     write(page, to)
     print(f"report     {to}")
     if args.png is not None:
@@ -50,6 +63,34 @@ def main(argv: list[str]) -> int:
     if args.open:
         webbrowser.open(to.resolve().as_uri())
     return 0
+
+
+def _samples(folder: Path, prompts: Sequence[str]) -> list[Sample]:
+    """Return each prompt's continuations by the checkpoints of a run, the oldest first.
+
+    Raises UserError where the run has no checkpoint, or a prompt cannot be encoded.
+    """
+    if not prompts:
+        return []
+    # Only samples need torch.
+    from tqdm import tqdm
+
+    from lunaris.report.run_page import Sample
+    from lunaris.runs.checkpoint_files import complete
+    from lunaris.sampling import Request, Settings, sample_texts
+
+    run_dir = RunDir(folder)
+    steps = sorted(int(path.name.removeprefix("step_")) for path in complete(run_dir.checkpoints))
+    if not steps:
+        raise UserError(f"{folder}: --prompt: the run has no checkpoint")
+    cfg = run_dir.read_config()
+    settings = Settings(max_new_tokens=_SAMPLE_TOKENS, temperature=_TEMPERATURE)
+    requests = [Request(prompt, seed=0) for prompt in prompts]
+    texts = {(number, step): "" for number in range(len(prompts)) for step in steps}
+    for step in tqdm(steps, desc="samples", unit="checkpoint", leave=False):
+        for piece in sample_texts(cfg, run_dir, requests, settings, step=step):
+            texts[piece.index, step] += piece.text
+    return [Sample(step, prompts[number], text) for (number, step), text in texts.items()]
 
 
 def _find_several(folders: Sequence[Path]) -> list[FoundRun]:
@@ -86,6 +127,14 @@ def _parser() -> argparse.ArgumentParser:
         help="the file (default: DIR/report.html; report.html here for several runs)",
     )
     parser.add_argument("--png", metavar="DIR", help="write the charts as pictures too")
+    parser.add_argument(
+        "--prompt",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="continue this text with each checkpoint of the run, to see it learn; may be repeated",
+    )
+    add_flag(parser)
     parser.add_argument("--open", action="store_true", help="show the page in the browser")
     return parser
 

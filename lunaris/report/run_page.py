@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 from lunaris.report import curves, experts
 from lunaris.report.findings import findings
@@ -14,8 +15,19 @@ from lunaris.report.record import RunRecord
 FOLDER_KEYS = ("name", "out_dir", "config_version")
 
 
-def run_page(record: RunRecord, defaults: dict[str, Any]) -> Page:
-    """Return the page of a run. defaults: what a command without overrides composes, flat."""
+class Sample(NamedTuple):
+    """A text that a run's checkpoint of `step` continues `prompt` with."""
+
+    step: int
+    prompt: str
+    text: str
+
+
+def run_page(record: RunRecord, defaults: dict[str, Any], samples: Sequence[Sample] = ()) -> Page:
+    """Return the page of a run.
+
+    defaults: what a command without overrides composes, flat. samples: shown in their order.
+    """
     marks = marks_of(record)
     notes = findings(record) or [Note("good", "Nothing stands out in this run's numbers.")]
     training = curves.run_charts(record, marks)
@@ -28,8 +40,16 @@ def run_page(record: RunRecord, defaults: dict[str, Any]) -> Page:
     others = curves.other_charts(record, marks, curves.shown_keys(record))
     if others:
         sections.append(Section("others", "Other metrics", others))
+    if samples:
+        blocks = [
+            Code(sample.prompt + sample.text, label=f"step {sample.step:,}") for sample in samples
+        ]
+        sections.append(Section("samples", "Samples", blocks, _SAMPLES))
     sections += [_history(record), _config(record, defaults), _provenance(record)]
     return Page(record.name, str(record.path), sections, record.state.state)
+
+
+_SAMPLES = "The same prompts, continued by each of the run's checkpoints with the same seed."
 
 
 def marks_of(record: RunRecord) -> list[curves.Mark]:

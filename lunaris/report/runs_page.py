@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from datetime import timedelta
 from statistics import median
+from string import ascii_uppercase
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -31,6 +32,7 @@ from lunaris.runs.run_dir import RunDir
 
 # Lines that a reader can tell apart by colour; of more, the colour says the place in the order.
 _MOST_COLORS = 8
+_ABSENT = "–"
 _CHARTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
     ("train/main_loss", "Training loss", "train/main_loss, nats a token: the mean since the row "
      "before", {}),
@@ -43,17 +45,24 @@ _CHARTS: tuple[tuple[str, str, str, dict[str, Any]], ...] = (
 )  # fmt: skip
 
 
-class Named(NamedTuple):
-    """A run under the name that tells it from the other ones of the page."""
+# Longer names, such as those made of overrides, do not fit legends and the heads of tables.
+_LONGEST_NAME = 28
 
+
+class Named(NamedTuple):
+    """A run under the name that tells it from the other ones of the page.
+
+    label: the name, or where a name is too long a letter, which the first table explains.
+    """
+
+    label: str
     name: str
     record: RunRecord
 
 
 def runs_page(records: Sequence[RunRecord]) -> Page:
     """Return the page that compares two or more runs, in the order in which they are given."""
-    counts = Counter(record.name for record in records)
-    runs = [Named(r.name if counts[r.name] == 1 else str(r.path), r) for r in records]
+    runs = _named(records)
     charts = _charts(runs)
     sections = [Section("summary", "Summary", [_table(runs), Notes(_notes(runs))], _SORTED)]
     sections.append(Section("config", "What differs in their configs", [_differences(runs)]))
@@ -61,6 +70,16 @@ def runs_page(records: Sequence[RunRecord]) -> Page:
         sections.append(Section("curves", "Curves", charts, _AXES))
     sections.append(Section("commands", "Commands", _commands(runs), _REPRODUCED))
     return Page(f"{len(runs)} runs", ", ".join(str(r.path) for r in records), sections)
+
+
+def _named(records: Sequence[RunRecord]) -> list[Named]:
+    counts = Counter(record.name for record in records)
+    names = [r.name if counts[r.name] == 1 else str(r.path) for r in records]
+    labels = names
+    if any(len(name) > _LONGEST_NAME for name in names):
+        letters = ascii_uppercase if len(names) <= len(ascii_uppercase) else ()
+        labels = list(letters[: len(names)]) or [str(i) for i in range(1, len(names) + 1)]
+    return list(map(Named, labels, names, records))
 
 
 _SORTED = "A row is a run, in the order given; a click on a title sorts by its column."
@@ -76,7 +95,9 @@ def _table(runs: Sequence[Named]) -> Table:
         "run", "state", "best val loss", "last val loss", "last train loss", "step", "tokens",
         "time", "tokens/s", "parameters", "active", "skipped", "restarts",
     ]  # fmt: skip
-    return Table(head, [_row(run) for run in runs], sortable=True)
+    lettered = any(run.label != run.name for run in runs)
+    rows = [[Cell(run.label)] * lettered + _row(run) for run in runs]
+    return Table([""] * lettered + head, rows, sortable=True)
 
 
 def _row(run: Named) -> list[Cell]:
@@ -128,32 +149,44 @@ def _notes(runs: Sequence[Named]) -> list[Note]:
     for run in runs:
         for note in findings(run.record):
             if note.level in ("bad", "warn"):
-                notes.append(Note(note.level, f"{run.name}: {note.text}", note.remedy))
+                notes.append(Note(note.level, f"{run.label}: {note.text}", note.remedy))
     notes.sort(key=lambda note: note.level)
     return notes or [Note("good", "Nothing stands out in these runs' numbers.")]
 
 
 def _differences(runs: Sequence[Named]) -> Block:
-    """Return the keys whose values are not the same in all runs whose config can be read."""
+    """Return the keys whose values are not the same in all runs whose config can be read.
+
+    A key that only some of the chosen components have is left out where those agree on it: the
+    component's own row says that they differ.
+    """
     read = [run for run in runs if run.record.config]
     keys = dict.fromkeys(key for run in read for key in run.record.config)
+    chosen = {
+        key.removesuffix("_target_")
+        for key in keys
+        if key.endswith("._target_") and len({run.record.config.get(key) for run in read}) > 1
+    }
     rows = []
     for key in keys:
-        values = [
-            shown(run.record.config[key]) if key in run.record.config else "–" for run in read
-        ]
-        if key not in FOLDER_KEYS and len(set(values)) > 1:
+        values = [shown(run.record.config.get(key, _ABSENT)) for run in read]
+        compared = set(values)
+        if any(key.startswith(group) and key != f"{group}_target_" for group in chosen):
+            compared -= {_ABSENT}
+        if key not in FOLDER_KEYS and len(compared) > 1:
             rows.append([Cell(key), *(Cell(value) for value in values)])
     if not rows:
         return Notes([Note("info", "No key differs.")])
-    return Table(["key", *(run.name for run in read)], rows)
+    return Table(["key", *(run.label for run in read)], rows)
 
 
 def _commands(runs: Sequence[Named]) -> list[Block]:
     blocks: list[Block] = []
     for run in runs:
         lines = [_command(run.record), *(change.command for change in run.record.changes)]
-        blocks.append(Code("\n".join(line for line in lines if line), label=run.name, command=True))
+        blocks.append(
+            Code("\n".join(line for line in lines if line), label=run.label, command=True)
+        )
     return blocks
 
 
@@ -195,7 +228,7 @@ def _chart(
             continue
         color = place if len(runs) <= _MOST_COLORS else place / len(runs) + 1e-6
         markers = key == "val/loss"
-        trace = line(run.name, steps, values, color=color, markers=markers)
+        trace = line(run.label, steps, values, color=color, markers=markers)
         over_steps.append(trace)
         tokens = tokens_at(run.record, trace["x"])
         if tokens is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,33 @@ def test_only_the_keys_that_differ_are_shown(
     config.write_text(same)
     page = report_of(*pair, to="both.html")
     assert len(page.tables) == 1 and "No key differs." in page.text
+
+
+def test_keys_that_only_one_kind_of_component_has_are_folded(
+    pair: list[str], report_of: Callable[..., Any]
+) -> None:
+    config = Path("runs/b/config.yaml")
+    given = config.read_text()
+    for run, text in (("a", "_target_: x.Dense"), ("b", "_target_: x.MoE\n  n_experts: 8")):
+        Path(f"runs/{run}/config.yaml").write_text(f"{given}\nmoe:\n  {text}\n")
+    assert report_of(*pair, to="both.html").tables[1][1:] == [["moe._target_", "x.Dense", "x.MoE"]]
+    shutil.copytree("runs/b", "runs/c")
+    eight = config.read_text()
+    Path("runs/c/config.yaml").write_text(eight.replace("n_experts: 8", "n_experts: 4"))
+    assert report_of(*pair, "runs/c", to="both.html").tables[1][1:] == [
+        ["moe._target_", "x.Dense", "x.MoE", "x.MoE"],
+        ["moe.n_experts", "–", "8", "4"],
+    ]
+
+
+def test_long_names_get_letters(pair: list[str], report_of: Callable[..., Any]) -> None:
+    long = "moe.n_experts=16,optimizer.learning_rate=0.003"
+    shutil.copytree("runs/b", f"runs/{long}")
+    page = report_of("runs/a", f"runs/{long}", to="both.html")
+    assert [row[:2] for row in page.tables[0]] == [["", "run"], ["A", "a"], ["B", long]]
+    assert page.tables[1][0] == ["key", "A", "B"]
+    assert page.trace("runs-val-loss", "B")["name"] == "B"
+    assert "B: 3 steps were skipped" in page.text
 
 
 def test_curves_are_over_steps_and_tokens(pair: list[str], report_of: Callable[..., Any]) -> None:

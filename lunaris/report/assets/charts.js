@@ -5,6 +5,7 @@
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const narrow = matchMedia("(max-width: 600px)");
+  const touch = matchMedia("(hover: none)");
   const chosen = new Map();
 
   // Part of cividis, which the colour-blind read too, without the end that the page swallows.
@@ -89,6 +90,11 @@
         namelength: -1,
       },
       dragmode: small ? false : "zoom",
+      // Beside the legend there is no room for the tools, and a fill would hide the curves.
+      modebar: {
+        orientation: "v", bgcolor: "rgba(0,0,0,0)", color: css("--quiet"),
+        activecolor: css("--text"),
+      },
     };
   }
 
@@ -96,7 +102,7 @@
     const figure = figures[box.dataset.chart];
     const view = figure.views[chosen.get(box) || 0];
     const options = {
-      responsive: true, displaylogo: false, displayModeBar: narrow.matches ? false : "hover",
+      responsive: true, displaylogo: false, displayModeBar: narrow.matches || touch.matches ? false : "hover",
       modeBarButtonsToRemove: ["select2d", "lasso2d", "autoScale2d"],
     };
     return Plotly.react(box, view.traces.map(themed), layout(figure, view), options);
