@@ -105,6 +105,12 @@ def test_every_file_named_exists() -> None:
     assert found and not missing
 
 
+def test_every_page_is_in_the_navigation_of_the_site() -> None:
+    config = (ROOT / "docs" / "site" / "mkdocs.yml").read_text()
+    pages = {path.name for path in (ROOT / "docs").glob("*.md")}
+    assert not pages - set(re.findall(r"- (?:\w+: )?(\w+\.md)$", config, re.MULTILINE))
+
+
 def test_every_command_shown_exists() -> None:
     shown = {line.split()[1] for page in PAGES for line in shell_lines(page)}
     assert shown - {"--help", "COMMAND"} <= set(commands())
