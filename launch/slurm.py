@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import io
-import os
 import shlex
 import shutil
-import sys
 import time
 import warnings
 from collections.abc import Sequence
@@ -23,9 +21,15 @@ from lunaris.config.schema.root import Config
 from lunaris.errors import Stopped, UserError
 from lunaris.launch import snapshot
 from lunaris.launch.arrays import split
+from lunaris.launch.job_environment import (
+    python_command,
+    sbatch_options,
+    setup_lines,
+    srun_args,
+)
 from lunaris.launch.local import output_to
 from lunaris.launch.slurm_task import Task
-from lunaris.launch.submitit_internals import HOLD_SIGNALS, PYTHON, sbatch_script
+from lunaris.launch.submitit_internals import HOLD_SIGNALS, sbatch_script
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import LOCAL, max_array_size, refusal_of
@@ -112,7 +116,7 @@ class Slurm:
         parts = split(len(tasks), largest, self.keys.array_parallelism)
         ids: list[str] = []
         for part in parts:
-            parameters = self.parameters(name, code.path)
+            parameters = self.parameters(name, logs, code.path)
             parameters["array_parallelism"] = part.parallelism
             if part.after is not None:
                 _wait_for(parameters, ids[parts[part.after].first])
@@ -131,7 +135,9 @@ class Slurm:
 
     def _submit(self, tasks: list[Task], logs: Path, parameters: dict[str, Any]) -> list[Any]:
         executor = submitit.SlurmExecutor(
-            logs, max_num_timeout=self.keys.max_num_timeout, python=PYTHON
+            logs,
+            max_num_timeout=self.keys.max_num_timeout,
+            python=python_command(self.keys, _folder_of(logs)),
         )
         executor.update_parameters(**parameters)
         # submitit prints what its error says.
@@ -151,16 +157,12 @@ class Slurm:
 
     def script(self, name: str, logs: Path, code: Path, points: int | None = None) -> str:
         """Return the sbatch script of one run, or of an array of `points`."""
-        return sbatch_script(logs, self.parameters(name, code), points)
+        python = python_command(self.keys, _folder_of(logs))
+        return sbatch_script(logs, self.parameters(name, logs, code), python, points)
 
-    def parameters(self, name: str, code: Path) -> dict[str, Any]:
+    def parameters(self, name: str, logs: Path, code: Path) -> dict[str, Any]:
         """Return the options of the job's sbatch script under submitit's names."""
         keys = self.keys
-        further = {"requeue": True} | {
-            str(key).replace("_", "-"): value for key, value in keys.additional_parameters.items()
-        }
-        if further["requeue"] in (False, None):
-            further |= {"requeue": None, "no-requeue": True}
         same = ("nodes", "cpus_per_task", "signal_delay_s", "partition", "account", "qos",
                 "constraint", "array_parallelism")  # fmt: skip
         values = {key: getattr(keys, key) for key in same} | {
@@ -169,28 +171,13 @@ class Slurm:
             "gpus_per_node": keys.gpus_per_node or None,
             "mem": None if keys.mem_gb is None else f"{round(keys.mem_gb * 1024)}MB",
             "time": keys.timeout_min,
-            "setup": [HOLD_SIGNALS, *self._setup(code)],
+            "setup": [HOLD_SIGNALS, *setup_lines(keys, code)],
             "stderr_to_stdout": True,
-            # A failed rank must end the job. A job step does not inherit --cpus-per-task.
-            "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={keys.cpus_per_task}"],
-            "additional_parameters": {k: v for k, v in further.items() if v is not None},
+            "srun_args": srun_args(keys, _folder_of(logs)),
+            "additional_parameters": sbatch_options(keys),
         }
         # submitit sets a wckey by default; clusters that enforce such keys refuse it.
         return {key: value for key, value in values.items() if value is not None} | {"wckey": None}
-
-    def _setup(self, code: Path) -> list[str]:
-        """Return the lines of `launch.setup`, then those that put the snapshot on the path."""
-        return [
-            *map(str, self.keys.setup),
-            # Last, so that no `module load` puts another folder before it.
-            f"export PYTHONPATH={shlex.quote(str(code))}:${{PYTHONPATH:+$PYTHONPATH:}}"
-            f"{shlex.quote(os.getcwd())}",
-            # Otherwise the code in the current folder, perhaps edited since, would come first.
-            "export PYTHONSAFEPATH=1",
-            # The script runs on the job's first node, where rank 0 is.
-            f"export LUNARIS_MASTER_PORT=$({shlex.quote(sys.executable)} -I -S "
-            f'{shlex.quote(str(code / "lunaris" / "launch" / "free_port.py"))} "$SLURM_JOB_ID")',
-        ]
 
     def _start_here(self, tasks: list[Task], logs: Path, code: Path) -> list[Any]:
         """Start the jobs of the tasks with submitit's local executor; they run one at a time."""
@@ -204,13 +191,18 @@ class Slurm:
             stderr_to_stdout=True,
             setup=[
                 f"{{ ! command -v flock >/dev/null || {{ exec 9>>{turn} && flock 9; }}; }}",
-                *self._setup(code),
+                *setup_lines(self.keys, code),
             ],
         )
         with (logs / "local.log").open("ab") as log, output_to(log), warnings.catch_warnings():
             # The jobs outlive this process; Python warns about the running child.
             warnings.simplefilter("ignore", ResourceWarning)
             return executor.submit_array(tasks)
+
+
+def _folder_of(logs: Path) -> Path:
+    """Return the folder of the run or the sweep whose submitit files are in `logs`."""
+    return logs.parent.parent
 
 
 def check_folder(folder: Path) -> None:

@@ -7,7 +7,6 @@ changes one of them.
 from __future__ import annotations
 
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,16 @@ HOLD_SIGNALS = (
     "LUNARIS_ENV='env --block-signal=TERM --block-signal=USR1 --block-signal=USR2'; "
     "$LUNARIS_ENV true 2>/dev/null || LUNARIS_ENV="
 )
-PYTHON = f"$LUNARIS_ENV {shlex.quote(sys.executable)}"
+HELD = "$LUNARIS_ENV"
 
 
-def sbatch_script(logs: Path, parameters: dict[str, Any], points: int | None = None) -> str:
+def sbatch_script(
+    logs: Path, parameters: dict[str, Any], python: str, points: int | None = None
+) -> str:
     """Return the sbatch script of a job, or of an array of `points`, that submitit would write.
 
-    logs: the folder in which submitit keeps its files. parameters: submitit's own names.
+    logs: the folder in which submitit keeps its files. parameters: submitit's own names. python:
+    the command that starts it in a task.
     """
-    command = f"{PYTHON} -u -m {JOB_MODULE} {shlex.quote(str(logs))}"
+    command = f"{python} -u -m {JOB_MODULE} {shlex.quote(str(logs))}"
     return _make_sbatch_string(command=command, folder=logs, map_count=points, **parameters)

@@ -19,13 +19,37 @@ from lunaris.atomic_files import read_json
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import UserError
 from lunaris.launch import free_port, slurm, slurm_task
+from lunaris.launch.job_environment import setup_lines
 from lunaris.launch.slurm import Slurm
 from lunaris.launch.slurm_task import Task
-from lunaris.launch.submitit_internals import HOLD_SIGNALS, PYTHON
+from lunaris.launch.submitit_internals import HELD, HOLD_SIGNALS
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
 
-GOLDEN = Path(__file__).parent / "fsdp_4x8.sbatch"
+SCRIPTS = Path(__file__).parent / "scripts"
+# name of the recorded script -> overrides
+RECORDED = {
+    "fsdp_4x8": [
+        "model=large", "parallelism=fsdp",
+        "launch.nodes=4", "launch.gpus_per_node=8", "launch.cpus_per_task=12",
+        "launch.mem_gb=900", "launch.timeout_min=1440", "launch.partition=gpu",
+        "launch.account=lab", "launch.qos=high", "launch.constraint=h100",
+        "launch.setup=[module load cuda]", "launch.additional_parameters.exclude=node13",
+    ],
+    "container": [
+        "launch.container=/images/lunaris.sif", "launch.container_args=[--nv]",
+        'launch.container_binds=[/data,"/scratch/me:/tmp"]', "launch.exclusive=true",
+        'launch.srun_args=["--cpu-bind=cores"]',
+    ],
+    "pyxis": [
+        'launch.container="nvcr.io#nvidia/pytorch:26.01-py3"', "launch.container_runtime=pyxis",
+        "launch.container_binds=[/data]", "launch.python=/opt/venv/bin/python",
+    ],
+    "environment": [
+        "launch.modules=[cuda/12.8,gcc]", "launch.conda=moe", 'launch.dependency="afterok:17:18"',
+        "launch.mail=me@example.org", "launch.mail_type=FAIL",
+    ],
+}  # fmt: skip
 FAKE_CLIENT = """\
 #!/bin/sh
 echo "$0 $@" >> {calls}
@@ -63,21 +87,50 @@ def after_stop(tiny: Callable[..., Any], *overrides: str) -> tuple[int, dict[str
     return code, run_dir.read_status()
 
 
-def test_the_script_of_a_large_job_is_the_recorded_one(capsys: pytest.CaptureFixture[str]) -> None:
-    overrides = [
-        "model=large", "data=synthetic", "parallelism=fsdp", "launch=slurm",
-        "launch.nodes=4", "launch.gpus_per_node=8", "launch.cpus_per_task=12",
-        "launch.mem_gb=900", "launch.timeout_min=1440", "launch.partition=gpu",
-        "launch.account=lab", "launch.qos=high", "launch.constraint=h100",
-        "launch.setup=[module load cuda]", "launch.additional_parameters.exclude=node13",
-        "launch.dry_run=true", "name=moe-1b",
-    ]  # fmt: skip
-    assert main(["train", *overrides]) == 0
+@pytest.mark.parametrize("name", sorted(RECORDED))
+def test_the_script_of_a_job_is_the_recorded_one(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    overrides = ["data=synthetic", "launch=slurm", "launch.dry_run=true", f"name={name}"]
+    assert main(["train", *overrides, *RECORDED[name]]) == 0
     script = capsys.readouterr().out
-    for text, name in ((sys.executable, "PYTHON"), (os.getcwd(), "HERE")):
-        script = script.replace(text, name)
-    assert script == GOLDEN.read_text()
+    for text, word in ((sys.executable, "PYTHON"), (os.getcwd(), "HERE")):
+        script = script.replace(text, word)
+    assert script == (SCRIPTS / f"{name}.sbatch").read_text()
     assert not os.listdir()
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("launch.container_args=[--nv]", "launch.container_args=[--nv]: needs launch.container"),
+        ("launch.container_runtime=dockr", "launch.container_runtime=dockr: allowed are"),
+        ("launch.dependency=afterokay:7", "did you mean afterok?"),
+        ("launch.dependency=afterok", "launch.dependency=afterok: afterok needs job ids"),
+        ('launch.dependency="afterok:7,after:x"', "after needs job ids: after:17"),
+        ("launch.conda=a launch.venv=b", "launch.conda=a: only one of"),
+        ("launch.cluster=local launch.container=i.sif", "launch.container=i.sif: needs SLURM"),
+        ("launch.cluster=local launch.exclusive=true", "launch.exclusive=True: needs SLURM"),
+    ],
+)
+def test_what_a_job_cannot_have_is_refused(
+    override: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["train", "data=synthetic", "launch=slurm", *override.split()]) == 2
+    err = capsys.readouterr().err
+    assert message in err and len(err.splitlines()) == 1
+    assert not os.listdir()
+
+
+def test_a_script_loads_modules_also_where_only_login_shells_have_them(tmp_path: Path) -> None:
+    """And a module that cannot be loaded ends the job."""
+    keys = Slurm(modules=["cuda", "gcc/12"], setup=["echo after"]).keys
+    script = "\n".join(setup_lines(keys, Path("/code"))[:-3])
+    for status in (0, 1):
+        have = f'module() {{ echo "module $*"; return {status}; }}; {script}'
+        done = subprocess.run(["bash", "-c", have], capture_output=True, text=True, check=False)
+        expected = "module load cuda gcc/12\n" + "after\n" * (status == 0)
+        assert (done.stdout, done.returncode) == (expected, status), done.stderr
 
 
 def test_an_array_s_script_names_its_points_and_limit(tiny: Callable[..., Any]) -> None:
@@ -221,7 +274,7 @@ def test_a_signal_while_python_starts_waits_for_its_handler(tmp_path: Path, name
         "with StopSignal() as stop: print(stop.name)"
     )
     script = tmp_path / "job.sh"
-    script.write_text(f'{HOLD_SIGNALS}\nexec {PYTHON} -c "$1"\n')
+    script.write_text(f'{HOLD_SIGNALS}\nexec {HELD} {sys.executable} -c "$1"\n')
     job = subprocess.Popen(["bash", str(script), code], cwd=tmp_path, stdout=subprocess.PIPE)
     while not (tmp_path / "up").exists():
         time.sleep(0.01)

@@ -25,10 +25,11 @@ def test_the_script_is_the_one_that_submitit_sends(canary: Canary) -> None:
         from lunaris.launch.slurm import Slurm
         from lunaris.launch.submitit_internals import JOB_MODULE, sbatch_script
 
-        parameters = Slurm(nodes=2).parameters("name", Path("/code"))
-        script = sbatch_script(Path("/logs"), parameters, points=3)
+        logs = Path("/run/logs/slurm")
+        parameters = Slurm(nodes=2).parameters("name", logs, Path("/code"))
+        script = sbatch_script(logs, parameters, "python3", points=3)
         assert "#SBATCH --nodes=2\n" in script and "#SBATCH --array=0-2%3\n" in script
-        assert f"-u -m {JOB_MODULE} /logs" in script
+        assert f" python3 -u -m {JOB_MODULE} /run/logs/slurm" in script
 
 
 def test_a_job_runs_the_module_that_the_script_names(canary: Canary) -> None:

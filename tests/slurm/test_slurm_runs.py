@@ -196,6 +196,42 @@ def test_code_edited_after_sending_does_not_change_the_job(site: Any, tmp_path: 
     assert site.wait_for_state("runs/frozen", "done", "failed")["state"] == "done"
 
 
+def test_a_job_runs_in_its_container_after_another_with_its_modules(
+    site: Any, tmp_path: Path
+) -> None:
+    """Stand-ins take the place of `apptainer` and `module`, and write down how they are called."""
+    runtime = tmp_path / "bin" / "apptainer"
+    runtime.parent.mkdir()
+    runtime.write_text(
+        f'#!/bin/sh\necho "$@" >> {tmp_path}/called\n'
+        'while [ "$1" != image.sif ]; do shift; done; shift; exec "$@"\n'
+    )
+    runtime.chmod(0o755)
+    env = {
+        "PATH": f"{runtime.parent}:{os.environ['PATH']}",
+        "BASH_FUNC_module%%": f'() {{ echo "module $*" >> {tmp_path}/called; }}',
+    }
+    held = site.cluster.client(
+        "sbatch", "--parsable", "--hold", "-o", "/dev/null", "--wrap", "true"
+    )
+    site.train(
+        "inside", "launch.container=image.sif", "launch.container_binds=[/mnt]",
+        "launch.modules=[cuda]", f"launch.python={sys.executable}", "launch.exclusive=true",
+        f"launch.dependency='afterany:{held}'", "launch.srun_args=['--cpu-bind=none']",
+        "launch.mail=nobody@localhost", **env,
+    )  # fmt: skip
+    job_id = site.status("runs/inside")["job_id"]
+    shown = site.cluster.client("scontrol", "show", "job", job_id)
+    assert f"Dependency=afterany:{held}" in shown and "MailUser=nobody@localhost" in shown
+    assert "OverSubscribe=NO" in shown
+    site.cluster.client("scontrol", "release", held)
+    assert site.wait_for_state("runs/inside", "done", "failed")["state"] == "done"
+    loaded, called = (tmp_path / "called").read_text().splitlines()
+    run = site.dir / "runs" / "inside"
+    assert loaded == "module load cuda"
+    assert called.startswith(f"exec --bind {run} --bind {site.dir} --bind /mnt image.sif ")
+
+
 def test_a_python_error_of_any_rank_is_shown_with_its_log(site: Any) -> None:
     site.train("broken", DDP, "launch.tasks_per_node=2", "data.seed=13")
     row = site.wait_for_state("runs/broken", "failed", "done")

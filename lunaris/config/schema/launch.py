@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
 from lunaris.config.schema.base import Component, key
+from lunaris.errors import UserError, did_you_mean
+
+# The types of `sbatch --dependency`.
+_DEPENDENCIES = (
+    "after", "afterany", "afterburstbuffer", "aftercorr", "afterok", "afternotok", "singleton",
+)  # fmt: skip
 
 
 @dataclass
@@ -69,8 +76,34 @@ class SlurmLaunchConfig(LaunchConfig):
     qos: str | None = None
     # Features that nodes must have.
     constraint: str | None = None
-    # Shell lines run before the tasks start.
+    # Environment modules that the job loads first (`module load`).
+    modules: list[str] = field(default_factory=list)
+    # A conda environment, by name or folder, that the job activates.
+    conda: str | None = None
+    # The folder of a virtual environment that the job activates.
+    venv: str | None = None
+    # The tasks' python; null: that of conda, venv or the container, else the one of this command.
+    python: str | None = None
+    # Shell lines run before the tasks start, after modules, conda and venv.
     setup: list[str] = field(default_factory=list)
+    # An image in which the tasks run; null: none.
+    container: str | None = None
+    # What runs the container; pyxis: srun --container-image.
+    container_runtime: str = key("apptainer", allowed=("apptainer", "singularity", "pyxis"))
+    # Folders that the container sees besides the run's and the current one: HOST[:INSIDE].
+    container_binds: list[str] = field(default_factory=list)
+    # Further options of the container, like --nv for NVIDIA's driver.
+    container_args: list[str] = field(default_factory=list)
+    # Further options of srun, like --cpu-bind=cores.
+    srun_args: list[str] = field(default_factory=list)
+    # Jobs that must have ended before, as sbatch takes it: afterok:17.
+    dependency: str | None = None
+    # Whole nodes, which no other job shares.
+    exclusive: bool = False
+    # The address to which SLURM writes.
+    mail: str | None = None
+    # Of which events, as sbatch takes it.
+    mail_type: str = "END,FAIL"
     # Seconds before the limit at which SLURM signals the job to save and requeue.
     signal_delay_s: int = key(120, low=1)
     # Times that a job which ran out of time is requeued.
@@ -83,3 +116,33 @@ class SlurmLaunchConfig(LaunchConfig):
     dry_run: bool = False
     # Block until the job has ended; a sweep then returns each point's best validation loss.
     wait: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.conda is not None and self.venv is not None:
+            raise UserError(f"launch.conda={self.conda}: only one of launch.conda and launch.venv")
+        for name in ("container_binds", "container_args"):
+            if getattr(self, name) and self.container is None:
+                shown = ",".join(map(str, getattr(self, name)))
+                raise UserError(f"launch.{name}=[{shown}]: needs launch.container")
+        if self.dependency is not None:
+            self._check_dependency(self.dependency)
+        for name in ("container", "dependency", "mail", "srun_args", "exclusive", "python"):
+            if getattr(self, name) and self.cluster == "local":
+                shown = getattr(self, name)
+                raise UserError(
+                    f"launch.{name}={shown}: needs SLURM; launch.cluster=local starts the job here"
+                )
+
+    def _check_dependency(self, given: str) -> None:
+        """Raise UserError for what is no list of `TYPE:JOB[:JOB…]` or `singleton`."""
+        for part in re.split("[,?]", given):
+            kind, _, jobs = part.partition(":")
+            if kind not in _DEPENDENCIES:
+                allowed = f"allowed are {', '.join(_DEPENDENCIES)}"
+                raise UserError(
+                    f"launch.dependency={given}: {kind!r} is no type of dependency; "
+                    f"{allowed}{did_you_mean(kind, _DEPENDENCIES)}"
+                )
+            if kind != "singleton" and not re.fullmatch(r"\d+[\d:_+]*", jobs):
+                raise UserError(f"launch.dependency={given}: {kind} needs job ids: {kind}:17")

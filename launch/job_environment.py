@@ -1,0 +1,100 @@
+"""What surrounds the tasks of a SLURM job: modules, environments, a container, srun's options."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from lunaris.config.schema.launch import SlurmLaunchConfig
+from lunaris.launch.submitit_internals import HELD
+
+
+def setup_lines(keys: SlurmLaunchConfig, code: Path) -> list[str]:
+    """Return the lines of the job's script before its tasks start; code: the frozen copy."""
+    lines = []
+    if keys.modules:
+        # A script is no login shell, which is where some sites define `module`.
+        lines.append("command -v module >/dev/null || . /etc/profile")
+        lines.append(f"module load {shlex.join(keys.modules)} || exit 1")
+    if keys.conda is not None:
+        lines.append('eval "$(conda shell.bash hook)" || exit 1')
+        lines.append(f"conda activate {shlex.quote(keys.conda)} || exit 1")
+    if keys.venv is not None:
+        activate = Path(keys.venv).expanduser().absolute() / "bin" / "activate"
+        lines.append(f". {shlex.quote(str(activate))} || exit 1")
+    return [
+        *lines,
+        *map(str, keys.setup),
+        # Last, so that no `module load` puts another folder before it.
+        f"export PYTHONPATH={shlex.quote(str(code))}:${{PYTHONPATH:+$PYTHONPATH:}}"
+        f"{shlex.quote(os.getcwd())}",
+        # Otherwise the code in the current folder, perhaps edited since, would come first.
+        "export PYTHONSAFEPATH=1",
+        # The script runs on the job's first node, where rank 0 is, outside a container.
+        f"export LUNARIS_MASTER_PORT=$({_interpreter(keys, container=False)} -I -S "
+        f'{shlex.quote(str(code / "lunaris" / "launch" / "free_port.py"))} "$SLURM_JOB_ID")',
+    ]
+
+
+def python_command(keys: SlurmLaunchConfig, folder: Path) -> str:
+    """Return the command that starts python in each task, as the shell takes it.
+
+    folder: of the run or the sweep, which a container must see.
+    """
+    python = _interpreter(keys, container=keys.container is not None)
+    if keys.container is None:
+        return f"{HELD} {python}"
+    if keys.container_runtime == "pyxis":
+        # The command runs inside, where `env` may be older or absent.
+        return python
+    binds = [part for path in _binds(keys, folder) for part in ("--bind", path)]
+    inside = [keys.container_runtime, "exec", *binds, *keys.container_args, keys.container]
+    return f"{HELD} {shlex.join(inside)} {python}"
+
+
+def srun_args(keys: SlurmLaunchConfig, folder: Path) -> list[str]:
+    """Return the options of the job's srun."""
+    # A failed rank must end the job. A job step does not inherit --cpus-per-task.
+    args = ["--kill-on-bad-exit=1", f"--cpus-per-task={keys.cpus_per_task}"]
+    if keys.container is not None and keys.container_runtime == "pyxis":
+        mounts = ",".join(_whole(path) for path in _binds(keys, folder))
+        args += [f"--container-image={keys.container}", f"--container-mounts={mounts}"]
+        args += [f"--container-workdir={os.getcwd()}", *keys.container_args]
+    return [*args, *keys.srun_args]
+
+
+def sbatch_options(keys: SlurmLaunchConfig) -> dict[str, Any]:
+    """Return further options of sbatch by their names; those of `additional_parameters` count."""
+    mail = {} if keys.mail is None else {"mail-user": keys.mail, "mail-type": keys.mail_type}
+    found = {"requeue": True, "dependency": keys.dependency, **mail} | {
+        str(key).replace("_", "-"): value for key, value in keys.additional_parameters.items()
+    }
+    if keys.exclusive:
+        found.setdefault("exclusive", True)
+    if found["requeue"] in (False, None):
+        found |= {"requeue": None, "no-requeue": True}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _interpreter(keys: SlurmLaunchConfig, *, container: bool) -> str:
+    """Return the python of the tasks: `launch.python`, else that of the environment or here."""
+    if keys.python is not None and (container or keys.container is None):
+        return shlex.quote(keys.python)
+    own = container or keys.conda is not None or keys.venv is not None
+    return "python" if own else shlex.quote(sys.executable)
+
+
+def _binds(keys: SlurmLaunchConfig, folder: Path) -> list[str]:
+    """Return what the container sees of the host: the run, the current folder, and what is asked.
+
+    The copy of the code is in the folder of the run.
+    """
+    return list(dict.fromkeys([str(folder), os.getcwd(), *keys.container_binds]))
+
+
+def _whole(path: str) -> str:
+    """Return a bind as pyxis takes it, which needs the path inside the container."""
+    return path if ":" in path else f"{path}:{path}"
