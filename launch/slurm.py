@@ -29,7 +29,12 @@ from lunaris.launch.job_environment import (
 )
 from lunaris.launch.local import output_to
 from lunaris.launch.slurm_task import Task
-from lunaris.launch.submitit_internals import HOLD_SIGNALS, sbatch_script
+from lunaris.launch.submitit_internals import (
+    HOLD_SIGNALS,
+    SIGNALLED,
+    TRAP_SIGNALS,
+    sbatch_script,
+)
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import LOCAL, max_array_size, refusal_of
@@ -171,7 +176,12 @@ class Slurm:
             "gpus_per_node": keys.gpus_per_node or None,
             "mem": None if keys.mem_gb is None else f"{round(keys.mem_gb * 1024)}MB",
             "time": keys.timeout_min,
-            "setup": [HOLD_SIGNALS, *setup_lines(keys, code)],
+            "setup": [
+                TRAP_SIGNALS,
+                HOLD_SIGNALS,
+                *setup_lines(keys, code),
+                f"export {SIGNALLED}",
+            ],
             "stderr_to_stdout": True,
             "srun_args": srun_args(keys, _folder_of(logs)),
             "additional_parameters": sbatch_options(keys),

@@ -15,7 +15,7 @@ from lunaris.config.schema.launch import SlurmLaunchConfig
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import Stopped
 from lunaris.launch.free_port import first_port
-from lunaris.launch.submitit_internals import REQUEUE_EXIT_CODE
+from lunaris.launch.submitit_internals import REQUEUE_EXIT_CODE, SIGNALLED
 from lunaris.launch.worker import main
 from lunaris.runs.first_cause import recorded_errors
 from lunaris.runs.run_dir import RunDir
@@ -46,7 +46,7 @@ class Task:
             error_file = run_dir.logs / f".error_{rank}.json"
             error_file.unlink(missing_ok=True)
             os.environ["TORCHELASTIC_ERROR_FILE"] = str(error_file)
-            code = main([str(self.path)])
+            code = self._stopped_before() or main([str(self.path)])
             if code == Stopped.exit_code:
                 # The other ranks exit with 0: a rank that fails would end rank 0 too.
                 code = self._after_stop(run_dir, time.monotonic() - started) if rank == 0 else 0
@@ -54,6 +54,15 @@ class Task:
                 _record_failure(run_dir, rank)
         if code:
             sys.exit(code)
+
+    def _stopped_before(self) -> int:
+        """Return the code of a stop where a signal came before the script's tasks, else 0."""
+        if not os.environ.get(SIGNALLED):
+            return 0
+        print("stopped by a signal before the run started", flush=True)
+        if os.environ["RANK"] == "0":
+            RunDir(self.path).write_status(state="stopped")
+        return Stopped.exit_code
 
     def _after_stop(self, run_dir: RunDir, seconds: float) -> int:
         """Requeue the job unless SLURM does; return the exit code. Only rank 0 may call this."""
@@ -73,7 +82,7 @@ class Task:
         run_dir.write_status(state="queued", stop_cause=None, timeouts=timeouts)
         refusal = job.requeue()
         if refusal is None:
-            print(f"requeued: {cause} at step {run_dir.read_status().get('step')}", flush=True)
+            print(f"requeued: {cause} at step {run_dir.read_status().get('step', 0)}", flush=True)
             return REQUEUE_EXIT_CODE if job.local else 0
         run_dir.write_status(state="stopped", stop_cause=cause, last_error=refusal)
         return Stopped.exit_code

@@ -25,6 +25,10 @@ HOLD_SIGNALS = (
     "$LUNARIS_ENV true 2>/dev/null || LUNARIS_ENV="
 )
 HELD = "$LUNARIS_ENV"
+# The first line of the job's script: a signal before the tasks start does not end the script but is
+# handed on to them, in a variable; one that arrives later is srun's to forward.
+SIGNALLED = "LUNARIS_SIGNALLED"
+TRAP_SIGNALS = f"{SIGNALLED}=; trap '{SIGNALLED}=1' TERM USR1 USR2"
 
 
 def sbatch_script(

@@ -164,6 +164,25 @@ def test_preempted_while_python_starts_a_run_is_requeued(site: Any, tmp_path: Pa
     assert site.status("runs/early")["attempts"] == 2
 
 
+def test_signalled_in_the_lines_before_its_tasks_a_run_is_requeued(
+    site: Any, tmp_path: Path
+) -> None:
+    """As in `launch.setup`, which may load modules or copy data for minutes."""
+    wait = f"touch {tmp_path}/up; while [ ! -e {tmp_path}/go ]; do sleep 0.1; done"
+    site.train("setup", on(site, 3), f"launch.setup=['{wait}']")
+    site.wait_for((tmp_path / "up").exists)
+    job_id = site.status("runs/setup")["job_id"]
+    # SLURM itself signals the tasks alone; sites and persons signal the script as well.
+    site.cluster.client("scancel", "--full", "--signal=TERM", job_id)
+    time.sleep(1)
+    (tmp_path / "go").touch()
+    site.wait_for_state("runs/setup", "done", "failed", "stopped")
+    assert site.status("runs/setup")["state"] == "done"
+    # The first time, no rank has begun to train.
+    assert site.status("runs/setup")["attempts"] == 1
+    assert "Restarts=1 " in site.cluster.client("scontrol", "show", "job", job_id)
+
+
 def test_signalled_by_hand_a_run_is_requeued_once(site: Any) -> None:
     pace = site.dir / "pace-signalled"
     pace.write_text("0.5")
