@@ -91,9 +91,16 @@ def _report(made: Manifest, folder: str, seconds: float) -> None:
         f"({seconds:.1f} s)"
     )
     if not tokens.get("val"):
+        few = sum(source.documents for source in made.sources) < 10
         print(
             "note: no document fell into the validation part, so training will have no val/loss; "
-            "raise data.val_fraction (in another data.dir) or give more text"
+            + (
+                "a text file is one document: cut it into files (`split -l 200 FILE pieces/`), or "
+                "take its lines (data.format=lines), with data.val_fraction=0.1"
+                if few
+                else "raise data.val_fraction or give more text"
+            )
+            + ", in another data.dir"
         )
     print(f"next: lunaris train data=shards {quote(f'data.dir={folder}')}")
 

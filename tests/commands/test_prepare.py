@@ -56,6 +56,41 @@ def test_named_sources_with_weights(capfd: pytest.CaptureFixture[str]) -> None:
     assert [(s.name, s.weight) for s in manifest.sources] == [("one", 0.25), ("two", 0.75)]
 
 
+def test_text_without_a_validation_part_says_what_to_do(capfd: pytest.CaptureFixture[str]) -> None:
+    Path("book.txt").write_text("".join(f"Line {i} of a book.\n" for i in range(500)))
+    assert main([*COMMAND, "data.files=book.txt"]) == 0
+    out = capfd.readouterr().out
+    assert "no val/loss; a text file is one document: cut it into files" in out
+    assert (
+        main(
+            [
+                *COMMAND[:2],
+                "data.dir=cut",
+                *COMMAND[3:],
+                "data.files=book.txt",
+                "data.format=lines",
+                "data.val_fraction=0.1",
+            ]
+        )
+        == 0
+    )
+    assert "note:" not in capfd.readouterr().out
+    write_corpus()
+    assert (
+        main(
+            [
+                *COMMAND[:2],
+                "data.dir=many",
+                *COMMAND[3:],
+                "data.files=a.jsonl",
+                "data.val_fraction=0.0001",
+            ]
+        )
+        == 0
+    )
+    assert "no val/loss; raise data.val_fraction or give more" in capfd.readouterr().out
+
+
 BAD = [
     (["data.files=[b.jsonl]"], "no file matches b.jsonl"),
     ([], "data.files"),
