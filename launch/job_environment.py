@@ -76,7 +76,10 @@ def sbatch_options(keys: SlurmLaunchConfig) -> dict[str, Any]:
         found.setdefault("exclusive", True)
     if found["requeue"] in (False, None):
         found |= {"requeue": None, "no-requeue": True}
-    return {name: value for name, value in found.items() if value is not None}
+    # A flag that is off is left out.
+    return {
+        name: value for name, value in found.items() if value is not None and value is not False
+    }
 
 
 def _interpreter(keys: SlurmLaunchConfig, *, container: bool) -> str:

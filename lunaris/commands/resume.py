@@ -27,6 +27,7 @@ from lunaris.runs.status import ACTIVE, STATES, RunState, refuse_unknown, resolv
 from lunaris.runs.sweep_manifest import ManifestPoint, read_manifest
 
 if TYPE_CHECKING:
+    from lunaris.continuation.change import Continuation
     from lunaris.data.base import Data
     from lunaris.launch.sweep.points import Point, Sweep
 
@@ -46,17 +47,25 @@ def main(argv: list[str]) -> int:
             return _change_run(folder, args, shlex.join(["lunaris", "resume", *argv]), skipped)
         return _resume_run(folder, wanted, skipped)
     if is_sweep(folder):
-        for given in (*args.overrides, *(["--at"] if args.at is not None else [])):
+        others = [text for text in args.overrides if not _is_launch(text)]
+        for given in (*others, *(["--at"] if args.at is not None else [])):
             raise UserError(
-                f"{given}: goes with the folder of a run; each point of {folder} is one"
+                f"{given}: goes with the folder of a run, and each point of {folder} is one; of a "
+                "sweep, only keys of launch may change"
             )
         if skipped is not None:
             raise UserError(
                 f"--skip-sequences {args.skip_sequences}: goes with the folder of a run, not of a "
                 "sweep, whose points read their data in different orders"
             )
-        return _resume_sweep(folder, wanted)
+        return _resume_sweep(folder, wanted, args, shlex.join(["lunaris", "resume", *argv]))
     raise UserError(f"{folder}: not a run's folder and not a sweep's")
+
+
+def _is_launch(override: str) -> bool:
+    """Return whether an override chooses a launcher or one of its keys."""
+    name = override.partition("=")[0].lstrip("+~")
+    return name == "launch" or name.startswith("launch.")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -65,14 +74,19 @@ def _parser() -> argparse.ArgumentParser:
         description="Continue a run from its newest checkpoint, or the points of a sweep that are "
         "not done. They run here or as SLURM jobs, as they were launched, with the config of the "
         "folder and the code of today. KEY=VALUE changes a run from its newest checkpoint on, as "
-        "far as that does not change what its weights are; the change is recorded with its step.",
+        "far as that does not change what its weights are; the change is recorded with its step. "
+        "Of a sweep, keys of launch may change, such as the memory of points that ran out of it.",
         epilog="examples: lunaris resume runs/first trainer.max_steps=600; "
         "lunaris resume runs/first --at 200 optimizer.learning_rate=1e-3; "
-        "lunaris resume sweeps/first --only failed,timeout",
+        "lunaris resume sweeps/first --only failed,timeout; "
+        "lunaris resume sweeps/first --only out_of_memory launch.mem_gb=128",
     )
     parser.add_argument("dir", help="the folder of a run or a sweep")
     parser.add_argument(
-        "overrides", nargs="*", metavar="KEY=VALUE", help="of a run, the keys to change"
+        "overrides",
+        nargs="*",
+        metavar="KEY=VALUE",
+        help="the keys to change; of a sweep, those of launch",
     )
     parser.add_argument(
         "--at",
@@ -201,7 +215,13 @@ def _check_data(cfg: Config, folder: Path, checked: dict[str, Data]) -> None:
     check_data_fingerprint(checked[known], RunDir(folder))
 
 
-def _resume_sweep(folder: Path, wanted: tuple[str, ...]) -> int:
+def _resume_sweep(
+    folder: Path, wanted: tuple[str, ...], args: argparse.Namespace, given: str
+) -> int:
+    """Continue the points in the states `wanted`, with other keys of launch where args names them.
+
+    given: the command that does so.
+    """
     found = find_runs(folder)
     paths = [run.path for run in found]
     states = resolve_states(paths)
@@ -210,23 +230,31 @@ def _resume_sweep(folder: Path, wanted: tuple[str, ...]) -> int:
     if not chosen:
         print(f"{folder}: no point is {' or '.join(wanted)}; nothing to do")
         return 0
+    from lunaris.continuation.change import plan_change
     from lunaris.launch.sweep.points import Sweep
 
+    source = Source(dir=args.config_dir)
     manifest = read_manifest(folder)
     flags = parse_flags(shlex.split(manifest.command)[2:])
     check_overrides(flags.overrides, folder)
     sweep = Sweep(folder, manifest.command, set(flags.overrides), Composer(flags.source))
     rows = [row for row in manifest.points if row.name in chosen]
-    points = []
+    points, plans = [], []
     checked: dict[str, Data] = {}
     for row in rows:
         try:
-            points.append(_point(folder, row, flags, manifest.command, checked))
+            point = _point(folder, row, flags, manifest.command, checked)
+            if args.overrides:
+                run_dir = RunDir(point.dir)
+                plan = plan_change(run_dir, point.cfg, args.overrides, source=source, command=given)
+                plans.append(plan)
+                point = replace(point, cfg=plan.cfg)
+            points.append(point)
         except UserError as error:
             # The other points can be resumed without this one.
             print(f"error: {error}", file=sys.stderr)
     code = UserError.exit_code if len(points) < len(rows) else 0
-    return code if not points else _submit(sweep, points) or code
+    return code if not points else _submit(sweep, points, plans) or code
 
 
 def _point(
@@ -261,7 +289,8 @@ def _point(
     return Point(row.name, row.overrides, cfg, path)
 
 
-def _submit(sweep: Sweep, points: list[Point]) -> int:
+def _submit(sweep: Sweep, points: list[Point], plans: list[Continuation]) -> int:
+    """Start or send the points; write their changes (`plans`) once nothing refuses them."""
     from lunaris.launch.sweep.run_points import console, run_point
 
     launch = points[0].cfg.launch
@@ -270,9 +299,17 @@ def _submit(sweep: Sweep, points: list[Point]) -> int:
         from lunaris.launch.sweep.slurm_array import check_points, send_points
 
         check_points(sweep, points)
+        _write(plans)
         send_points(sweep, points)
         ended = wait_until_ended([point.dir for point in points]) if launch.wait else []
         return int(any(state.state != "done" for state in ended))
+    _write(plans)
     labels = [f"[{i + 1}/{len(points)}] {point.name}" for i, point in enumerate(points)]
     outcomes = [run_point(p, console(label)) for p, label in zip(points, labels, strict=True)]
     return int(any(outcome.state != "done" for outcome in outcomes))
+
+
+def _write(plans: list[Continuation]) -> None:
+    for plan in plans:
+        for line in plan.write():
+            print(f"{plan.run_dir.path.name}: {line}")

@@ -68,6 +68,28 @@ def test_of_a_moved_sweep_only_what_is_asked_for_runs_again(
 
 
 @pytest.mark.slow
+def test_of_a_sweep_only_the_launch_may_change(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "-m", *SMALL, "seed=1,2", "name=s"]) == 0
+    points = [RunDir(Path(f"sweeps/s/seed={seed}")) for seed in (1, 2)]
+    points[0].write_status(state="failed")
+    before = [point.config_path.read_text() for point in points]
+    capsys.readouterr()
+    for given in ("seed=3", "trainer.max_steps=4", "launches.processes=2"):
+        assert main(["resume", "sweeps/s", given]) == 2
+        assert f"{given}: goes with the folder of a run" in capsys.readouterr().err
+    assert main(["resume", "sweeps/s", "launch.max_restart=2"]) == 2
+    assert "did you mean launch.max_restarts?" in capsys.readouterr().err
+    assert [point.config_path.read_text() for point in points] == before
+    shutil.rmtree(points[0].checkpoints / "step_00000002")
+    assert main(["resume", "sweeps/s", "launch.max_restarts=2"]) == 0
+    out = capsys.readouterr().out
+    assert "seed=1: changed    from step 0: launch.max_restarts: 0 → 2" in out
+    assert points[0].read_status()["state"] == "done"
+    assert [point.read_config().launch.max_restarts for point in points] == [2, 0]
+    assert main(["resume", "sweeps/s"]) == 0
+
+
+@pytest.mark.slow
 def test_a_point_with_another_config_than_the_manifest_s_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

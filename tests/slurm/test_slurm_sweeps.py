@@ -104,6 +104,23 @@ def test_a_point_that_slurm_refuses_keeps_the_others_from_being_sent(site: Any) 
     assert site.cluster.client("squeue", "-h", "-t", "all", "-n", "half") == ""
 
 
+def test_points_are_resumed_with_other_resources(site: Any) -> None:
+    sweep(site, "grown", "seed=1,2", "launch.additional_parameters.hold=true")
+    site.lunaris("cancel", "sweeps/grown")
+    free = "launch.additional_parameters.hold=false"
+    command = ["resume", "sweeps/grown", "--trust", "paced", "--only", "cancelled"]
+    command += ["launch.timeout_min=7", free]
+    text = site.lunaris(*command, "launch.partition=nosuch", code=2)
+    assert "nosuch" in text and set(states(site, "sweeps/grown").values()) == {"cancelled"}
+    assert not list(site.dir.glob("sweeps/grown/*/changes.jsonl"))
+    text = site.lunaris(*command)
+    assert "seed=1: changed    from step 0: launch.timeout_min: 60 → 7" in text, text
+    job_id = site.status("sweeps/grown/seed=1")["job_id"].partition("_")[0]
+    assert "TimeLimit=00:07:00" in site.cluster.client("scontrol", "show", "job", job_id)
+    for point in ("sweeps/grown/seed=1", "sweeps/grown/seed=2"):
+        assert site.wait_for_state(point, "done", "failed")["state"] == "done"
+
+
 def test_waiting_for_a_sweep_returns_each_point_s_loss(site: Any) -> None:
     text = sweep(site, "awaited", "seed=1,2", "launch.wait=true")
     assert "2 done" in text and "best: seed=" in text
