@@ -7,6 +7,7 @@ import shlex
 import sys
 import tomllib
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ import pytest
 from lunaris.__main__ import commands, main
 from lunaris.config.cli import parse_flags
 from lunaris.config.compose import compose
+from lunaris.config.overrides import parse
 from lunaris.metrics.records import read_rows
 from lunaris.runs.run_dir import RunDir
 
@@ -81,12 +83,24 @@ def test_links_lead_to_files(page: Path) -> None:
             assert (page.parent / target).exists(), target
 
 
+def first_value(text: str) -> str:
+    (override,) = parse([text])
+    if not override.is_sweep_override() or override.is_hydra_override():
+        return text
+    key, value = override.get_key_element(), override.value()
+    found = value.start if hasattr(value, "start") else next(override.sweep_string_iterator())
+    return f"{key}={found}"
+
+
 @pytest.mark.parametrize("line", TRAIN)
 def test_training_commands_compose(line: str) -> None:
     flags = parse_flags(shlex.split(line, comments=True)[2:])
     if flags.multirun:
         # The first value of each swept key; tests/launch holds that all of them are expanded.
-        flags.overrides = [re.sub(r"=([^\[,]+),.*", r"=\1", text) for text in flags.overrides]
+        flags.overrides = [first_value(text) for text in flags.overrides]
+    if find_spec("hydra_plugins.hydra_optuna_sweeper") is None:
+        optuna = ("hydra/sweeper=optuna", "hydra.sweeper.")
+        flags.overrides = [text for text in flags.overrides if not text.startswith(optuna)]
     compose(flags.overrides, source=flags.source, check_data=False)
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import replace
+from math import isfinite
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
@@ -35,6 +37,7 @@ from lunaris.config.messages import explain
 from lunaris.config.overrides import open_maps, parse, quoted
 from lunaris.errors import UserError
 from lunaris.launch.sweep.expand import PRODUCT, SweepRequest, expand
+from lunaris.launch.sweep.optuna_study import OPTUNA
 from lunaris.launch.sweep.points import Outcome, PointLauncher, Sweep, outcome_of, submit_points
 from lunaris.launch.sweep.run_points import point_launcher, run_point
 from lunaris.runs.run_dir import RunDir
@@ -44,21 +47,27 @@ class PointFailed(RuntimeError):
     """Tells a sweeper that a point failed; the message is the point's last error."""
 
 
-def run_by_hydra(request: SweepRequest, sweep: Sweep, targets: list[str]) -> list[Outcome]:
+def run_by_hydra(
+    request: SweepRequest, sweep: Sweep, targets: list[str], extra: Sequence[str] = ()
+) -> list[Outcome]:
     """Let Hydra's sweeper or launcher run the sweep; return how its points ended.
 
-    targets: the `_target_`s of the sweeper and the launcher. Raises UserError.
+    targets: the `_target_`s of the sweeper and the launcher. extra: further overrides of Hydra's
+    part, which win. Raises UserError.
     """
-    folder = f"hydra.sweep.dir={quoted(str(sweep.dir))}"
-    call_hydra(request.flags, request.parsed, _SweepTask(sweep), [folder], targets)
-    if sweep.outcomes:
+    further = [f"hydra.sweep.dir={quoted(str(sweep.dir))}", *extra]
+    with suppress(PointFailed):
+        # A sweeper that ends at a failed point raises it; the summary shows it.
+        call_hydra(request.flags, request.parsed, _SweepTask(sweep), further, targets)
+    if sweep.outcomes and targets[0] != OPTUNA:
         return sweep.outcomes
     # Processes of another launcher leave nothing but the folders of the points.
     points = sweep.frozen_points()
     if PRODUCT not in targets:
         # The manifest then holds the points in the order in which their processes started.
         points.sort(key=lambda point: point.name)
-    return [outcome_of(point) for point in points]
+    # A study goes on: the points of earlier commands are its own.
+    return [*map(outcome_of, points), *sweep.outcomes]
 
 
 def call_hydra(
@@ -70,15 +79,15 @@ def call_hydra(
 ) -> None:
     """Let `hydra.main` do what the flags ask, and report its errors as ours.
 
-    parsed: the overrides of the flags. extra: further ones. targets: the plugins that the config
-    will ask for, of which ours are registered. Raises UserError.
+    parsed: the overrides of the flags. extra: further ones, which win. targets: the
+    plugins that the config will ask for, of which ours are registered. Raises UserError.
     """
     register_schemas(schema_nodes())
     for plugin in (Product, LocalSweep, SlurmArray):
         if f"{PLUGIN_PACKAGE}.{plugin.__name__}" in targets:
             register_plugin(plugin)
     try:
-        run_hydra_main(f"pkg://{CONFIG_MODULE}", task, _argv(flags, [*extra, *open_maps(parsed)]))
+        run_hydra_main(f"pkg://{CONFIG_MODULE}", task, _argv(flags, [*open_maps(parsed), *extra]))
     except SystemExit as ended:
         # `--hydra-help` ends with one.
         if ended.code:
@@ -178,10 +187,24 @@ class SlurmArray(_PointLauncher):
     """`hydra/launcher=slurm`: sends points as a job array."""
 
 
+class _PointReturn(JobReturn):
+    """What a sweeper gets of a point; Hydra's own prints all overrides when it has failed."""
+
+    @property
+    def return_value(self) -> Any:
+        if self.status is JobStatus.FAILED:
+            raise self._return_value
+        return self._return_value
+
+    @return_value.setter
+    def return_value(self, value: Any) -> None:
+        self._return_value = value
+
+
 def _returned(outcome: Outcome) -> JobReturn:
     """Return an outcome as Hydra's sweepers take it: the best validation loss, or the error."""
     failed = outcome.state == "failed"
-    result = JobReturn(
+    result = _PointReturn(
         overrides=outcome.point.overrides,
         cfg=outcome.point.cfg,
         working_dir=str(outcome.point.dir),
@@ -189,6 +212,10 @@ def _returned(outcome: Outcome) -> JobReturn:
         status=JobStatus.FAILED if failed else JobStatus.COMPLETED,
     )
     result.return_value = PointFailed(outcome.error) if failed else outcome.val_loss
+    if not failed and outcome.val_loss is not None and not isfinite(outcome.val_loss):
+        # Sweepers refuse it as a value, Optuna's with an error that ends the sweep.
+        result.status = JobStatus.FAILED
+        result.return_value = PointFailed(f"its validation loss is {outcome.val_loss}")
     return result
 
 

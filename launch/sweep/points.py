@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -126,6 +127,13 @@ class Sweep:
     def name_of(self, overrides: Sequence[str]) -> str:
         """Return the name of the point with these overrides."""
         return point_name([text for text in overrides if text not in self.shared])
+
+    def command_of(self, point: Point) -> str:
+        """Return the command that trains a point again, as a run of its own."""
+        own = [
+            text for text in point.overrides if text.partition("=")[0] not in ("name", "out_dir")
+        ]
+        return shlex.join(["lunaris", "train", *self.composer.source.flags(), *own])
 
     def _compose(self, overrides: list[str]) -> Point:
         name = self.name_of(overrides)

@@ -12,6 +12,7 @@ from lunaris.config.cli import Flags
 from lunaris.config.run_names import values_of
 from lunaris.errors import UserError
 from lunaris.launch.sweep.expand import PRODUCT, read_request
+from lunaris.launch.sweep.optuna_study import CHOICE, OPTUNA, require_plugin, study_overrides
 from lunaris.launch.sweep.points import Outcome, Point, Sweep, submit_points
 from lunaris.launch.sweep.run_points import point_launcher, shown_loss
 from lunaris.runs.run_dir import RunDir
@@ -25,6 +26,9 @@ def sweep(flags: Flags, command: str) -> int:
     if "RANK" in os.environ:
         raise UserError("--multirun: not under torchrun; give launch.processes=N instead")
     request = read_request(flags, command)
+    if any(text in flags.overrides for text in (CHOICE, f"+{CHOICE}")):
+        # Without it, Hydra would say that there is no such option.
+        require_plugin()
     swept = request.sweep()
     hydra = request.hydra_config(swept.composer)
     targets = [hydra.sweeper._target_, hydra.launcher._target_]
@@ -49,8 +53,9 @@ def sweep(flags: Flags, command: str) -> int:
         # Imported here because it imports all of Hydra.
         from lunaris.launch.sweep.hydra_bridge import run_by_hydra
 
+        extra = study_overrides(request, swept, hydra.sweeper) if targets[0] == OPTUNA else []
         # Of a point that was tried more than once, the last outcome counts.
-        ended = run_by_hydra(request, swept, targets)
+        ended = run_by_hydra(request, swept, targets, extra)
         outcomes = list({outcome.point.name: outcome for outcome in ended}.values())
     print(summary(swept, outcomes))
     return int(any(outcome.state == "failed" for outcome in outcomes))
@@ -84,6 +89,7 @@ def summary(sweep: Sweep, outcomes: list[Outcome]) -> str:
     if losses:
         best = min(losses, key=lambda o: o.val_loss or 0.0)
         lines.append(f"best: {best.point.name}, {shown_loss(best)} ({best.point.dir})")
+        lines.append(f"      {sweep.command_of(best.point)}")
     for outcome in outcomes:
         if outcome.state == "failed":
             lines.append(f"failed: {outcome.point.name}: {outcome.error}")

@@ -39,6 +39,13 @@ class Source:
     # Overrides of Hydra's part of the config, which come before those of the command line.
     overrides: tuple[str, ...] = ()
 
+    def flags(self) -> list[str]:
+        """Return the words of a command line that reads from here."""
+        named = {"--config-path": self.path, "--config-dir": self.dir}
+        words = [word for flag, folder in named.items() if folder for word in (flag, folder)]
+        words += ["--config-name", self.name] if self.name != "train" else []
+        return [*words, *self.overrides]
+
 
 # What is raised, besides a HydraException, for options that cannot be composed.
 _REFUSED = (OmegaConfBaseException, YAMLError, OSError, ValueError)
@@ -58,7 +65,7 @@ class Composer:
     """
 
     def __init__(self, source: Source | None = None) -> None:
-        self._source = source or Source()
+        self.source = source or Source()
         self._bases: dict[tuple[str, ...], _Base] = {}
 
     def compose(self, overrides: list[str], *, check_data: bool = True) -> Config:
@@ -77,9 +84,9 @@ class Composer:
         Raises UserError, in the words of this package, for what Hydra refuses. with_hydra: keep
         Hydra's part of the tree.
         """
-        _search_path(self._source)  # Reported before an option that its folder would hold.
-        parsed = parse([*self._source.overrides, *overrides])
-        check(parsed, config_dirs(self._source))
+        _search_path(self.source)  # Reported before an option that its folder would hold.
+        parsed = parse([*self.source.overrides, *overrides])
+        check(parsed, config_dirs(self.source))
         base = self._base([o for o in parsed if is_group_choice(o)])
         cfg = copy.deepcopy(base.tree)
         if with_hydra:
@@ -94,12 +101,12 @@ class Composer:
     def _base(self, choices: list[Override]) -> _Base:
         from hydra.errors import HydraException
 
-        texts = [*_search_path(self._source), *open_maps(choices)]
+        texts = [*_search_path(self.source), *open_maps(choices)]
         key = tuple(texts)
         if key not in self._bases:
             try:
                 tree = compose_options(
-                    self._source.name, texts, self._source.path, CONFIG_MODULE, schema_nodes()
+                    self.source.name, texts, self.source.path, CONFIG_MODULE, schema_nodes()
                 )
             except (HydraException, *_REFUSED) as error:
                 raise UserError(explain(error)) from error

@@ -39,9 +39,12 @@ def test_the_best_is_the_first_of_the_lowest_losses_of_points_that_are_done() ->
         outcome("e", "done"),
         outcome("f", "failed", None, "Bang"),
     ]
+    # A run of its own has a name and a folder of its own.
+    ended[2].point.overrides.extend(["seed=3", "model.name=a b", "name=c", "out_dir=x"])
     assert summary(Sweep(Path("s"), "", set()), ended).splitlines()[1:] == [
         "sweep s: 4 done, 2 failed",
         "best: c, val loss 0.2500 (s/c)",
+        "      lunaris train seed=3 'model.name=a b'",
         "failed: a: Boom",
         "        log: s/a",
         "failed: f: Bang",
