@@ -7,7 +7,7 @@ import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,11 @@ from typing import Any
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError
 
+from lunaris.config.frozen import to_tree
 from lunaris.config.schema.base import component_keys
 from lunaris.config.schema.launch import SlurmLaunchConfig
 from lunaris.config.schema.root import Config
+from lunaris.config.trust import targets_of
 from lunaris.errors import Stopped, UserError
 from lunaris.launch import snapshot
 from lunaris.launch.arrays import split
@@ -79,7 +81,12 @@ class Slurm:
         # Two commands that send one run at the same time: the second sees the job of the first.
         with run_dir.submission_lock():
             refuse_active(path)
-            (job_id,) = self.send([run_dir.path], folder=run_dir.path, name=str(cfg.name))
+            (job_id,) = self.send(
+                [run_dir.path],
+                folder=run_dir.path,
+                name=str(cfg.name),
+                targets=targets_of(to_tree(cfg)),
+            )
         print(_sent(job_id, self.keys, cfg.out_dir), flush=True)
         if not self.keys.wait:
             return 0
@@ -100,16 +107,19 @@ class Slurm:
                 "launch.dry_run=true to see the script"
             )
 
-    def send(self, paths: Sequence[Path], *, folder: Path, name: str) -> list[str]:
+    def send(
+        self, paths: Sequence[Path], *, folder: Path, name: str, targets: Iterable[str] = ()
+    ) -> list[str]:
         """Send the runs in frozen folders as one job, or as arrays; return a job id for each.
 
-        The code is copied to `folder`/code; submitit's files go to `folder`/logs/slurm. Raises
+        The code is copied to `folder`/code, with that of `targets` (dotted paths of classes that
+        the configs name); submitit's files go to `folder`/logs/slurm. Raises
         UserError when SLURM is absent or refuses a job; the runs that it refuses, and those that
         would follow, are failed, with its reason.
         """
         check_folder(folder.absolute())
         self.check_clients()
-        code = snapshot.take(folder / "code")
+        code = snapshot.take(folder / "code", targets)
         logs = folder.absolute() / "logs" / "slurm"
         for path in paths:
             _mark_queued(RunDir(path), code)

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import uuid
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Timer
@@ -15,6 +16,7 @@ from typing import Any
 import lunaris
 import lunaris.conf
 import lunaris.launch
+from lunaris.launch.own_code import own_files
 
 # Folders of the repository, and where each is in an installed package.
 _INSTALLED = {"lunaris": "lunaris", "conf": "lunaris/conf", "launch": "lunaris/launch"}
@@ -40,8 +42,11 @@ class Snapshot:
         return {"snapshot": str(self.path), "commit": self.commit, "diff": self.diff}
 
 
-def take(folder: Path) -> Snapshot:
+def take(folder: Path, targets: Iterable[str] = ()) -> Snapshot:
     """Copy the code that this process runs into `folder` and return the copy.
+
+    targets: dotted paths of custom classes, whose modules are copied wherever they are, unless
+    they are installed.
 
     Of a git checkout, all files of this package and every other Python file are copied, tracked or
     untracked, but not ignored; of an installed package, the package. The copy is named by a hash
@@ -49,6 +54,8 @@ def take(folder: Path) -> Snapshot:
     """
     root = _checkout()
     files = _checkout_files(root) if root is not None else _package_files()
+    own = own_files((t for t in targets if not t.startswith("lunaris.")), _CODE)
+    files = own | files
     digest = hashlib.sha256()
     for target in sorted(files):
         digest.update(f"{target}\0".encode())
@@ -114,7 +121,9 @@ def _diff(root: Path, files: dict[str, Path]) -> str:
     Other new files, like those of a corpus in the checkout, are no part of the code.
     """
     text = _git(root, "diff", "HEAD", most=_LONGEST_DIFF + 1)
-    copied = {str(source.relative_to(root)) for source in files.values()}
+    copied = {
+        str(source.relative_to(root)) for source in files.values() if source.is_relative_to(root)
+    }
     for name in _git(root, "ls-files", "--others", "--exclude-standard", "-z").split("\0"):
         if len(text) > _LONGEST_DIFF:
             break

@@ -5,7 +5,9 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 
+from lunaris.config.frozen import to_tree
 from lunaris.config.schema.base import component_keys
+from lunaris.config.trust import targets_of
 from lunaris.errors import UserError
 from lunaris.launch.slurm import Slurm, check_folder, wait_until_ended
 from lunaris.launch.sweep.points import Outcome, Point, Sweep, outcome_of
@@ -71,7 +73,9 @@ def send_points(sweep: Sweep, points: list[Point]) -> None:
         return
     for launcher, group in _by_launch(points):
         folder = sweep.dir.absolute()
-        ids = launcher.send([p.dir.absolute() for p in group], folder=folder, name=sweep.name)
+        targets = {target for p in group for target in targets_of(to_tree(p.cfg))}
+        paths = [p.dir.absolute() for p in group]
+        ids = launcher.send(paths, folder=folder, name=sweep.name, targets=targets)
         sweep.record(group, dict(zip((p.name for p in group), ids, strict=True)))
         one_job = len(ids) == 1 or launcher.keys.cluster == "local"
         arrays = Counter(job_id.partition("_")[0] for job_id in ids)

@@ -52,6 +52,11 @@ def allow_tree(tree: Any) -> None:
     allow(target for _, target in _of_tree(tree, ""))
 
 
+def targets_of(tree: Any) -> set[str]:
+    """Return the dotted paths of the classes that a config names, as plain dicts."""
+    return {target for _, target in _of_tree(tree, "")}
+
+
 def check_tree(tree: Any, path: Path) -> None:
     """Raise UserError where the content of a config file names a class that is not trusted."""
     _check(_of_tree(tree, ""), path)

@@ -206,11 +206,18 @@ def test_a_lost_node_is_told(states_without_node: dict[str, dict[str, Any]]) -> 
 
 def test_code_edited_after_sending_does_not_change_the_job(site: Any, tmp_path: Path) -> None:
     checkout = snapshot.take(tmp_path / "code").path
-    env = {"PYTHONPATH": f"{checkout}:{Path(__file__).parent}", "PYTHONSAFEPATH": "1"}
+    # A custom class outside of it, which imports a module beside it.
+    own = tmp_path / "own"
+    own.mkdir()
+    shutil.copy(Path(__file__).parent / "paced.py", own / "slowly.py")
+    (own / "paced.py").write_text("from slowly import *\n")
+    env = {"PYTHONPATH": f"{checkout}:{own}", "PYTHONSAFEPATH": "1"}
     site.train("frozen", "launch.additional_parameters.hold=true", **env)
     job_id = site.status("runs/frozen")["job_id"]
     (checkout / "lunaris" / "train.py").write_text("raise SystemExit('the edited code ran')\n")
     shutil.rmtree(checkout / "lunaris" / "conf")
+    for module in ("paced", "slowly"):
+        (own / f"{module}.py").write_text("raise SystemExit('the edited class ran')\n")
     site.cluster.client("scontrol", "release", job_id)
     assert site.wait_for_state("runs/frozen", "done", "failed")["state"] == "done"
 
