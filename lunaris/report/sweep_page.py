@@ -6,7 +6,7 @@ import shlex
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
+from statistics import mean
 from typing import Any, NamedTuple
 
 from lunaris.config.run_names import values_of
@@ -25,9 +25,9 @@ from lunaris.report.page import (
     View,
 )
 from lunaris.report.record import RunRecord
+from lunaris.runs.seeds import SEED, SeedGroup, by_seed
 from lunaris.runs.sweep_manifest import Manifest
 
-_SEED = "seed"
 # Points of a curve, so that hundreds of curves stay quick to draw.
 _MOST_POINTS = 150
 # Values of a key that differ by this factor are drawn on a logarithmic axis.
@@ -45,24 +45,12 @@ class Point(NamedTuple):
     loss: float | None
 
 
-class Group(NamedTuple):
-    """The points that differ in nothing but their seed; `losses` are theirs."""
-
-    values: dict[str, str]
-    losses: list[float]
-
-    @property
-    def spread(self) -> float | None:
-        """The standard deviation of the losses; None of fewer than two."""
-        return stdev(self.losses) if len(self.losses) > 1 else None
-
-
 def sweep_page(folder: Path, manifest: Manifest, records: Sequence[RunRecord]) -> Page:
     """Return the page of the sweep in `folder`. records: of its points, in their order."""
     points = [Point(r, values_of(r.overrides), r.val_loss()) for r in records]
     keys = list(dict.fromkeys(key for point in points for key in point.values))
     points.sort(key=lambda point: float("inf") if point.loss is None else point.loss)
-    groups = by_seed(points) if _SEED in keys else []
+    groups = by_seed((p.values, p.loss) for p in points) if SEED in keys else []
     counts = Counter(point.record.state.state for point in points)
     sections = [Section("summary", "Summary", _summary(folder, manifest, points, counts))]
     sections.append(Section("points", "Points", [_table(folder, points, keys)], _SORTED))
@@ -72,23 +60,13 @@ def sweep_page(folder: Path, manifest: Manifest, records: Sequence[RunRecord]) -
     curves = _curves(points)
     if curves:
         sections.append(Section("curves", "Curves", curves))
-    effects = _effects(points, [key for key in keys if key != _SEED])
+    effects = _effects(points, [key for key in keys if key != SEED])
     if effects:
         sections.append(Section("keys", "Swept keys", effects))
     return Page(manifest.name, str(folder), sections, _badge(counts))
 
 
 _SORTED = "The best validation loss first; a click on a title sorts by its column."
-
-
-def by_seed(points: Sequence[Point]) -> list[Group]:
-    """Return the points that have a loss, joined over their seeds, the lowest mean first."""
-    found: dict[tuple[tuple[str, str], ...], Group] = {}
-    for point in points:
-        values = {key: value for key, value in point.values.items() if key != _SEED}
-        group = found.setdefault(tuple(values.items()), Group(values, []))
-        group.losses.extend([] if point.loss is None else [point.loss])
-    return sorted((g for g in found.values() if g.losses), key=lambda group: mean(group.losses))
 
 
 def _badge(counts: Counter[str]) -> str:
@@ -157,14 +135,14 @@ def _table(folder: Path, points: Sequence[Point], keys: Sequence[str]) -> Table:
     return Table(head, rows, sortable=True, links=links)
 
 
-def _seed_table(groups: Sequence[Group]) -> Table:
+def _seed_table(groups: Sequence[SeedGroup]) -> Table:
     keys = list(dict.fromkeys(key for group in groups for key in group.values))
     shown = _short(keys)
     rows = [
         [
             *(Cell(group.values.get(key, "–"), number(group.values.get(key))) for key in keys),
             Cell(str(len(group.losses)), len(group.losses)),
-            _loss(mean(group.losses)),
+            _loss(group.mean),
             _loss(group.spread),
         ]
         for group in groups

@@ -91,7 +91,8 @@ def _fitting(table: Table, width: int) -> list[str]:
     for name in [*table.wide, *(["run", "step"] if table.swept else [])]:
         if _needed(table, heads) <= width:
             break
-        heads.remove(name)
+        if name in heads:
+            heads.remove(name)
     return heads
 
 

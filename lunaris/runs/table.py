@@ -12,6 +12,7 @@ from typing import Any
 
 from lunaris.config.run_names import unsaid_by
 from lunaris.errors import UserError, did_you_mean
+from lunaris.runs.seeds import SEED, by_seed
 from lunaris.runs.status import STATES, last_line
 
 Row = dict[str, Any]
@@ -49,9 +50,13 @@ class Table:
 
 
 def tables(rows: Sequence[Row]) -> list[Table]:
-    """Return a table for each sweep of some rows, and one for the runs between them."""
+    """Return a table for each sweep of some rows, and one for the runs between them.
+
+    A sweep over seeds has another one, of the means over them.
+    """
     groups = [(sweep, list(group)) for sweep, group in groupby(rows, key=lambda row: row["sweep"])]
-    return [_table(sweep, group) for sweep, group in groups]
+    made = [[_table(sweep, group), *_seed_tables(sweep, group)] for sweep, group in groups]
+    return [table for pair in made for table in pair]
 
 
 def sort_rows(rows: Sequence[Row], key: str, *, reverse: bool = False) -> list[Row]:
@@ -130,6 +135,23 @@ def _table(sweep: str | None, rows: list[Row]) -> Table:
         made.rows.append(cells)
         made.notes += _notes(row)
     return made
+
+
+def _seed_tables(sweep: str | None, rows: list[Row]) -> list[Table]:
+    """Return the table of the means over the seeds, where points differ in nothing else."""
+    if sweep is None or not any(SEED in row["values"] for row in rows):
+        return []
+    groups = by_seed((row["values"], row["best_val_loss"]) for row in rows)
+    if not any(len(group.losses) > 1 for group in groups):
+        return []
+    keys = list(dict.fromkeys(key for group in groups for key in group.values))
+    shown = list(short_keys(keys).values())
+    title = f"means of the best validation losses over the seeds of {sweep}"
+    made = Table(title, [*shown, "seeds", "mean", "spread"], swept=shown)
+    for group in groups:
+        cells = [group.values.get(key, "-") for key in keys]
+        made.rows.append([*cells, str(len(group.losses)), _loss(group.mean), _loss(group.spread)])
+    return [made]
 
 
 def short_keys(keys: Sequence[str]) -> dict[str, str]:
