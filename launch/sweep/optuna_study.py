@@ -66,8 +66,9 @@ def study_overrides(request: SweepRequest, sweep: Sweep, sweeper: Any) -> list[s
         # Points run one after the other here, so that each can be chosen by all before it.
         found["n_jobs"] = 1
     storage, name = sweeper.storage, sweeper.study_name
-    if storage is None:
+    if storage is None or isinstance(storage, str):
         _check_storage()
+    if storage is None:
         # As a URI, a path may hold any character.
         path = quote(str((sweep.dir / _FILE).absolute()))
         storage, name = f"sqlite:///file:{path}?uri=true", name or _NAME
@@ -177,22 +178,27 @@ def _remaining(storage: str, name: str, sweep: Sweep, sweeper: Any) -> dict[str,
     A new study needs none.
     """
     import optuna
+    from sqlalchemy.exc import SQLAlchemyError
 
     if sweeper.storage is None and not (sweep.dir / _FILE).exists():
         return {}
+    shown = sweeper.storage or sweep.dir / _FILE
     with _unwarned():
         try:
             study = optuna.load_study(study_name=name, storage=storage)
         except KeyError:
             return {}
+        except (SQLAlchemyError, ImportError, optuna.exceptions.StorageInternalError) as error:
+            place = "hydra.sweeper.storage=" if sweeper.storage else ""
+            cause = str(error).splitlines()[0]
+            raise UserError(f"{place}{shown}: cannot be opened as a study: {cause}") from error
         ended, again = _sorted(study, sweep)
         left = max(0, sweeper.n_trials - ended)
         for params in again[:left]:
             study.enqueue_trial(params)
         waiting = sum(t.state is optuna.trial.TrialState.WAITING for t in study.trials)
     retried = f", {min(waiting, left)} to be tried again" if min(waiting, left) else ""
-    shown = sweeper.storage or sweep.dir / _FILE
-    print(f"study   {shown}: {ended} of {sweeper.n_trials} points are done{retried}", flush=True)
+    print(f"study   {shown}: {ended} of {sweeper.n_trials} trials are done{retried}", flush=True)
     found: dict[str, Any] = {"n_trials": left}
     seed = sweeper.sampler.get("seed")
     if seed is not None:

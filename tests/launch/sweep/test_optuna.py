@@ -81,7 +81,7 @@ def test_the_same_command_goes_on_with_its_study(capsys: pytest.CaptureFixture[s
     first = points()
     assert main([*ARGV, trials(2)]) == 0
     shown = capsys.readouterr()
-    assert "study   sweeps/s/study.db: 2 of 2 points are done\n" in shown.out
+    assert "study   sweeps/s/study.db: 2 of 2 trials are done\n" in shown.out
     assert "sweep sweeps/s: 2 done" in shown.out and shown.err == ""
     assert main([*ARGV, trials(4)]) == 0
     shown = capsys.readouterr()
@@ -122,7 +122,7 @@ def test_a_failed_point_stops_no_other_and_is_tried_again(
     assert "1 done, 1 failed" in shown.out and f"failed: {failed}: exit code 1" in shown.out
     assert "Traceback" not in shown.err and "Error executing" not in shown.err
     assert main([*ARGV, trials(2)]) == 0
-    assert "1 of 2 points are done, 1 to be tried again" in capsys.readouterr().out
+    assert "1 of 2 trials are done, 1 to be tried again" in capsys.readouterr().out
     assert points() == [failed, other] and (starts(failed), starts(other)) == (2, 1)
 
 
@@ -152,7 +152,7 @@ def test_a_stopped_point_is_continued_first(
     monkeypatch.setattr(run_points, "run_point", run_point)
     done, stopped = points()
     assert main([*ARGV, trials(2)]) == 0
-    assert "1 of 2 points are done, 1 to be tried again" in capsys.readouterr().out
+    assert "1 of 2 trials are done, 1 to be tried again" in capsys.readouterr().out
     assert points() == [done, stopped] and starts(stopped) == 1
 
 
@@ -180,8 +180,19 @@ def test_points_of_other_values_are_not_one_study(capsys: pytest.CaptureFixture[
 def test_a_study_of_a_storage_that_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     argv = [*ARGV, "hydra.sweeper.storage=sqlite:///mine.db"]
     assert main([*argv, trials(1)]) == 0 and main([*argv, trials(2)]) == 0
-    assert "study   sqlite:///mine.db: 1 of 2 points are done" in capsys.readouterr().out
+    assert "study   sqlite:///mine.db: 1 of 2 trials are done" in capsys.readouterr().out
     assert Path("mine.db").is_file() and not STUDY.exists() and len(points()) == 2
+
+
+@needs_plugin
+def test_a_damaged_study_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    STUDY.parent.mkdir(parents=True)
+    STUDY.write_bytes(b"no database" * 100)
+    assert main(ARGV) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: sweeps/s/study.db: cannot be opened as a study: ")
+    assert "not a database" in said and said.count("\n") == 1
+    assert os.listdir("sweeps/s") == ["study.db"]
 
 
 @needs_plugin
@@ -206,6 +217,14 @@ def test_the_folder_may_have_any_name() -> None:
         (["optimizer.learning_rate=interval(-1,1)"], "optimizer.learning_rate=-1.0"),
         (["model.n_heads=range(2,7)"], "model.n_heads=7"),
         (["schedule=glob(*)"], "schedule=glob(*): hydra/sweeper=optuna takes a list"),
+        (
+            ["hydra.sweeper.storage=nope://x"],
+            "hydra.sweeper.storage=nope://x: cannot be opened as a study: Can't load plugin",
+        ),
+        (
+            ["hydra.sweeper.storage=sqlite:////nowhere/x.db"],
+            "hydra.sweeper.storage=sqlite:////nowhere/x.db: cannot be opened as a study",
+        ),
         (["launch=slurm"], "it needs launch.wait=true"),
         (["--zip", "seed=1,2"], "--zip: goes with hydra/sweeper=lunaris"),
         (["--dry-run"], "--dry-run: goes with the sweeper and launchers of this package"),
@@ -263,7 +282,7 @@ def test_real_points_whose_command_is_killed() -> None:
         process.kill()
     done = subprocess.run([*command, trials(3)], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"study   sweeps/s/study.db: [01] of 3 points are done", done.stdout)
+    assert re.search(r"study   sweeps/s/study.db: [01] of 3 trials are done", done.stdout)
     assert "sweep sweeps/s: 3 done" in done.stdout and done.stderr == ""
     states = [RunDir(Path("sweeps/s") / name).read_status()["state"] for name in points()]
     assert states == ["done"] * 3
