@@ -88,6 +88,8 @@ def is_run(command: str) -> bool:
             return "--dry-run" in rest
         case ["lunaris", "prepare", *rest]:
             return "data=hf" not in rest  # It needs the network.
+        case ["lunaris", "resume", *rest]:
+            return not any(word.startswith("launch.") for word in rest)  # It sends a job.
         case ["lunaris", name, *_]:
             return name in CHEAP
         case [program, *_]:
