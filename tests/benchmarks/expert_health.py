@@ -10,22 +10,15 @@ that are copied and compared.
 from __future__ import annotations
 
 import argparse
-import tempfile
-import time
-from collections.abc import Callable
 from statistics import median
 
 import torch
+from built import built_run, cpu_seconds
 
-from lunaris.config.compose import compose
-from lunaris.distributed import session
-from lunaris.distributed.signals import StopSignal
 from lunaris.metrics.churn import RoutingChurn
 from lunaris.metrics.expert_health import AlarmBell
 from lunaris.moe.layer import MoE
 from lunaris.parallelism.base import unwrap
-from lunaris.run import build
-from lunaris.runs.create import create
 from lunaris.train import Run, StepStats, moe_row, train_step
 
 
@@ -35,16 +28,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE")
     parser.add_argument("--rounds", type=int, default=9, help="steps to measure (default: 9)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        cfg = compose([*args.overrides, "name=benchmark", f"out_dir={folder}/run"])
-        run_dir = create(cfg, "benchmark", [])
-        with session.join(cfg.trainer.device, 600.0), StopSignal() as stop:
-            run = build(run_dir.read_config(), run_dir, stop)
-            try:
-                measure(run, args.rounds)
-            finally:
-                run.loader.close()
-                run.logger.finish()
+    with built_run(args.overrides) as run:
+        measure(run, args.rounds)
 
 
 def measure(run: Run, rounds: int) -> None:
@@ -86,14 +71,6 @@ def measure(run: Run, rounds: int) -> None:
     of = {"each row": f"{cfg.trainer.log_interval} steps"}
     for name, values in taken.items():
         print(f"{name:<16} {median(values):8.3%} of {of.get(name, 'a step')}")
-
-
-def cpu_seconds(action: Callable[[], object], times: int = 1) -> float:
-    """Return the process's CPU time of an action, the mean of `times`."""
-    began = time.process_time()
-    for _ in range(times):
-        action()
-    return (time.process_time() - began) / times
 
 
 if __name__ == "__main__":

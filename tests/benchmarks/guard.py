@@ -10,20 +10,13 @@ difference between two optimizer steps on the same gradients, with it and withou
 from __future__ import annotations
 
 import argparse
-import tempfile
-import time
-from collections.abc import Callable
 from statistics import median, quantiles
 
 import torch
+from built import built_run, cpu_seconds
 
-from lunaris.config.compose import compose
-from lunaris.distributed import session
-from lunaris.distributed.signals import StopSignal
 from lunaris.optim.guard import StepRange, restore_where, take_step
 from lunaris.parallelism.base import unwrap
-from lunaris.run import build
-from lunaris.runs.create import create
 from lunaris.train import Run, train_step
 
 
@@ -33,16 +26,8 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="OVERRIDE")
     parser.add_argument("--rounds", type=int, default=15, help="steps to measure (default: 15)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        cfg = compose([*args.overrides, "name=benchmark", f"out_dir={folder}/run"])
-        run_dir = create(cfg, "benchmark", [])
-        with session.join(cfg.trainer.device, 600.0), StopSignal() as stop:
-            run = build(run_dir.read_config(), run_dir, stop)
-            try:
-                measure(run, args.rounds)
-            finally:
-                run.loader.close()
-                run.logger.finish()
+    with built_run(args.overrides) as run:
+        measure(run, args.rounds)
 
 
 def measure(run: Run, rounds: int) -> None:
@@ -94,14 +79,6 @@ def found_inf_seconds(run: Run) -> float:
     without = [cpu_seconds(run.optimizer.step) for _ in range(5)]
     run.optimizer.zero_grad()
     return min(with_it) - min(without)
-
-
-def cpu_seconds(action: Callable[[], object], times: int = 1) -> float:
-    """Return the process's CPU time of an action, the mean of `times`."""
-    began = time.process_time()
-    for _ in range(times):
-        action()
-    return (time.process_time() - began) / times
 
 
 if __name__ == "__main__":

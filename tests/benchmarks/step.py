@@ -10,20 +10,15 @@ is how much of the step's time they would take.
 from __future__ import annotations
 
 import argparse
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from built import built_run
 from torch.profiler import ProfilerActivity, profile
 
-from lunaris.config.compose import compose
-from lunaris.distributed import session
-from lunaris.distributed.signals import StopSignal
 from lunaris.parallelism.base import unwrap
-from lunaris.run import build
-from lunaris.runs.create import create
 from lunaris.train import train_step
 
 
@@ -34,16 +29,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="steps a round (default: 10)")
     parser.add_argument("--rounds", type=int, default=5, help="the best counts (default: 5)")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        cfg = compose([*args.overrides, "name=benchmark", f"out_dir={folder}/run"])
-        run_dir = create(cfg, "benchmark", [])
-        with session.join(cfg.trainer.device, 600.0), StopSignal() as stop:
-            run = build(run_dir.read_config(), run_dir, stop)
-            try:
-                measure(run, args.steps, args.rounds)
-            finally:
-                run.loader.close()
-                run.logger.finish()
+    with built_run(args.overrides) as run:
+        measure(run, args.steps, args.rounds)
 
 
 def measure(run: Any, steps: int, rounds: int) -> None:
