@@ -222,6 +222,7 @@ def step_row(run: Run, stats: StepStats) -> Row:
     The losses are means over the steps since the last row that were not skipped.
     """
     report_skips(run)
+    tokens = run.state.sequences * run.cfg.model.max_seq_len
     row: Row = {
         **run.losses.row(begin_again=run.state.step % run.cfg.trainer.log_interval == 0),
         "train/skipped_steps": run.guard.skipped,
@@ -229,6 +230,8 @@ def step_row(run: Run, stats: StepStats) -> Row:
         "train/lr": run.optimizer.param_groups[0]["lr"],
         "train/grad_norm": stats.grad_norm.item(),
         "train/sequences": run.state.sequences,
+        "train/tokens": tokens,
+        "train/flops": tokens * run.meter.flops_per_token,
     }
     if run.precision.scaler.is_enabled():
         row["train/loss_scale"] = run.precision.scaler.get_scale()

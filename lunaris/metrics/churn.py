@@ -18,10 +18,11 @@ _MOST_TOKENS = 1024
 
 
 class RoutingChurn:
-    """Compares the experts chosen for the first validation tokens with the evaluation before.
+    """Compares the experts chosen for the first validation sequence with the evaluation before.
 
-    The process of rank 0 has one, since only its rows are logged. A checkpoint holds the choices: a
-    resumed run logs the numbers of one that never stopped.
+    That sequence is the same whatever the parallelism and the size of a batch. The process of rank
+    0 has one, since only its rows are logged. A checkpoint holds the choices: a resumed run logs
+    the numbers of one that never stopped.
     """
 
     def __init__(self, saved: dict[str, Any] | None = None) -> None:
@@ -30,12 +31,10 @@ class RoutingChurn:
         self._now: list[np.ndarray | None] = []
 
     def watch(self, experts: Sequence[Tensor | None]) -> None:
-        """Take the choices of an evaluation's first batch, of each routed layer ([B, L, k])."""
+        """Take the choices in an evaluation's first batch, of each routed layer ([B, L, k])."""
         widths = [0 if layer is None else layer.size(-1) for layer in experts]
         most = max(1, min(_MOST_TOKENS, _MOST_CHOICES // max(1, sum(widths))))
-        self._now = [
-            None if layer is None else _choices(layer.flatten(0, 1)[:most]) for layer in experts
-        ]
+        self._now = [None if layer is None else _choices(layer[0, :most]) for layer in experts]
 
     def row(self, layers: Sequence[int]) -> Row:
         """Return `moe/layer_NN/churn` of each layer that an earlier evaluation had.

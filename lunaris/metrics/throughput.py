@@ -36,7 +36,7 @@ class Meter:
     def __init__(self, tokens_per_step: int, flops_per_token: float, peak: float | None) -> None:
         """tokens_per_step: of all processes; peak: FLOP/s of all processes, or None."""
         self._tokens_per_step = tokens_per_step
-        self._flops_per_token = flops_per_token
+        self.flops_per_token = flops_per_token
         self._peak = peak
         self._restart()
 
@@ -59,7 +59,7 @@ class Meter:
         """
         seconds = max(time.perf_counter() - self._since - self._excluded, 1e-9)
         tokens_per_s = self._steps * self._tokens_per_step / seconds
-        mfu = tokens_per_s * self._flops_per_token / self._peak if self._peak else None
+        mfu = tokens_per_s * self.flops_per_token / self._peak if self._peak else None
         row = {
             "perf/tokens_per_s": tokens_per_s,
             "perf/mfu": mfu,

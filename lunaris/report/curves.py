@@ -14,6 +14,9 @@ from lunaris.report.record import RunRecord
 MOST_POINTS = 2000
 FROM_ZERO = {"rangemode": "tozero"}
 
+# How far a run has come, which is no chart of its own.
+_POSITION = ("train/sequences", "train/tokens", "train/flops")
+
 Trace = dict[str, Any]
 # The step of a vertical line, and the text at its top.
 Mark = tuple[int, str]
@@ -129,7 +132,7 @@ def run_charts(record: RunRecord, marks: Sequence[Mark]) -> list[Chart]:
 
 def other_charts(record: RunRecord, marks: Sequence[Mark], shown: Iterable[str]) -> list[Chart]:
     """Return a chart for each number that was logged and is not among the keys `shown`."""
-    known = {"train/perplexity", "val/perplexity", "train/sequences", *shown}
+    known = {"train/perplexity", "val/perplexity", *_POSITION, *shown}
     keys = dict.fromkeys(
         key
         for row in record.rows
