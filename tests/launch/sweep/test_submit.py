@@ -29,7 +29,11 @@ def sent(monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
     """Replace the sending of jobs; return the names of the points of each job array."""
     arrays: list[list[str]] = []
 
-    def send(self: Slurm, paths: list[Path], *, folder: Path, name: str) -> list[str]:
+    def send(
+        self: Slurm, paths: list[Path], *, folder: Path, name: str, targets: set[str]
+    ) -> list[str]:
+        # The classes that the configs name, whose code the copy holds.
+        assert "lunaris.moe.factory.MoEFactory" in targets
         arrays.append([path.name for path in paths])
         for i, path in enumerate(paths):
             RunDir(path).write_status(state="queued", job_id=f"local-{2**22 + i}")
