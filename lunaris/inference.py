@@ -16,7 +16,7 @@ from lunaris.precision import Precision
 from lunaris.run import bare_model, evaluator_of
 from lunaris.runs.checkpoint_files import newest
 from lunaris.runs.data_fingerprint import check_tokenizer, intact_tokenizer
-from lunaris.runs.facts import newest_facts
+from lunaris.runs.facts import newest_facts, step_of
 from lunaris.runs.run_dir import RunDir
 
 
@@ -73,4 +73,4 @@ def load_trained(
     )
     load_weights(path, model)
     model.eval()
-    return unwrap(model), int(path.name.removeprefix("step_"))
+    return unwrap(model), step_of(path)

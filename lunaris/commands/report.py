@@ -77,10 +77,11 @@ def _samples(folder: Path, prompts: Sequence[str]) -> list[Sample]:
 
     from lunaris.report.run_page import Sample
     from lunaris.runs.checkpoint_files import complete
+    from lunaris.runs.facts import step_of
     from lunaris.sampling import Request, Settings, sample_texts
 
     run_dir = RunDir(folder)
-    steps = sorted(int(path.name.removeprefix("step_")) for path in complete(run_dir.checkpoints))
+    steps = sorted(step_of(path) for path in complete(run_dir.checkpoints))
     if not steps:
         raise UserError(f"{folder}: --prompt: the run has no checkpoint")
     cfg = run_dir.read_config()

@@ -31,6 +31,7 @@ from lunaris.export.verify import (
 from lunaris.export.writer import DTYPES, write_weights
 from lunaris.inference import tokenizer_of
 from lunaris.runs.checkpoint_files import newest
+from lunaris.runs.facts import step_of
 from lunaris.runs.run_dir import RunDir
 
 # Buffers that only training reads, and the modules of the objective.
@@ -93,7 +94,7 @@ def export_run(
         _write_config(temporary, settings, family, dtype)
         if tokenizer is not None:
             _write_tokenizer(temporary, run_dir, tokenizer, cfg.model.max_seq_len)
-        at = int(checkpoint.name.removeprefix("step_"))
+        at = step_of(checkpoint)
         difference = None
         if check:
             difference = _check(temporary, settings, run_dir, family, at, dtype, text, tokenizer)

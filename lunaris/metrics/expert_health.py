@@ -157,8 +157,8 @@ def _dead(found: list[dict[int, list[float]]], remedy: str) -> list[Alarm]:
     )
     more = f" and {len(dead) - 24} more" if len(dead) > 24 else ""
     text = (
-        f"{_counted(len(dead), 'expert')} got under 1 % of the fair share in each of the "
-        f"last {DEAD_ROWS} rows ({shown}{more})."
+        f"{len(dead)} expert{'s' * (len(dead) != 1)} got under 1 % of the fair share in each of "
+        f"the last {DEAD_ROWS} rows ({shown}{more})."
     )
     return [Alarm("dead", tuple(sorted({layer for layer, _ in dead})), text, remedy)]
 
@@ -187,10 +187,6 @@ def _drops(rows: list[Row]) -> list[Alarm]:
     worst = max(over, key=lambda layer: over[layer])
     text = f"The capacity drops up to {over[worst]:.0%} of a layer's assignments (layer {worst})."
     return [Alarm("dropped", tuple(over), text, "Raise moe.capacity_factor; null drops none.")]
-
-
-def _counted(count: int, noun: str) -> str:
-    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def _are_numbers(values: list[Any]) -> bool:
