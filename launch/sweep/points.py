@@ -14,7 +14,7 @@ from lunaris.config.compose import Composer
 from lunaris.config.identity import differing, identity
 from lunaris.config.overruled import overruled
 from lunaris.config.run_names import point_name
-from lunaris.config.schema.logger import WandbLoggerConfig
+from lunaris.config.schema.logger import WANDB_TAG_LENGTH, WandbLoggerConfig
 from lunaris.config.schema.root import Config
 from lunaris.continuation.checks import check_start
 from lunaris.errors import UserError
@@ -146,10 +146,19 @@ class Sweep:
         cfg.name = name
         cfg.out_dir = str(self.dir / name)
         for logger in cfg.logger.values():
-            named = isinstance(logger, WandbLoggerConfig) and logger.group is None
-            if named and not os.environ.get("WANDB_RUN_GROUP"):
-                logger.group = self.name
+            if isinstance(logger, WandbLoggerConfig):
+                self._describe(logger, overrides)
         return Point(name, overrides, cfg, self.dir / name)
+
+    def _describe(self, logger: WandbLoggerConfig, overrides: list[str]) -> None:
+        """Tell W&B that a run is a point of this sweep, where no key or variable says otherwise."""
+        if logger.group is None and not os.environ.get("WANDB_RUN_GROUP"):
+            logger.group = self.name
+        if logger.job_type is None and not os.environ.get("WANDB_JOB_TYPE"):
+            logger.job_type = "sweep"
+        if not os.environ.get("WANDB_TAGS"):
+            own = [text.lstrip("+") for text in overrides if text not in self.shared]
+            logger.tags = [*logger.tags, *(text for text in own if len(text) <= WANDB_TAG_LENGTH)]
 
 
 def _refuse_equal(points: list[Point]) -> None:

@@ -58,6 +58,7 @@ def _keys(run_dir: RunDir, args: argparse.Namespace) -> dict[str, Any]:
         "project": args.project or found.project,
         "entity": args.entity or found.entity,
         "group": found.group,
+        "job_type": found.job_type,
         "tags": found.tags,
         "name": cfg.name,
         "mode": "online",

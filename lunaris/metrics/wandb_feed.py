@@ -167,6 +167,7 @@ class _Feed:
             project=state.project,
             entity=state.entity,
             group=keys.get("group"),
+            job_type=keys.get("job_type"),
             tags=keys.get("tags") or None,
             name=os.environ.get("WANDB_NAME") or keys["name"],
             dir=os.environ.get("WANDB_DIR") or str(self._dir.path),

@@ -35,8 +35,8 @@ class WandbLogger(Logger):
     def __init__(
         self, *, mode: str | None, init_timeout_s: float, finish_timeout_s: float, **keys: Any
     ) -> None:
-        """keys: `project`, `entity`, `group` and `tags`; where they and `mode` are not set, W&B's
-        environment variables count."""
+        """keys: `project`, `entity`, `group`, `job_type` and `tags`; where they and `mode` are not
+        set, W&B's environment variables count."""
         chosen = mode or os.environ.get("WANDB_MODE") or "online"
         self._mode = {"dryrun": "offline", "shared": "online"}.get(chosen, chosen)
         self._finish_timeout_s = finish_timeout_s

@@ -8,6 +8,9 @@ from typing import ClassVar
 from lunaris.config.schema.base import Component, key
 from lunaris.errors import UserError
 
+# The most characters of a tag that W&B takes.
+WANDB_TAG_LENGTH = 64
+
 
 @dataclass
 class LoggerConfig(Component):
@@ -31,14 +34,16 @@ class WandbLoggerConfig(LoggerConfig):
 
     _group_ = "logger.wandb"
     _target_: str = "lunaris.metrics.wandb_logger.WandbLogger"
-    # The project. Null here, in entity, group or mode: W&B's environment variables count
-    # (WANDB_PROJECT, WANDB_MODE, …).
+    # The project. Null here, in entity, group, job_type or mode: W&B's environment variables
+    # count (WANDB_PROJECT, WANDB_MODE, …).
     project: str | None = None
     # The user or team.
     entity: str | None = None
     # Runs that W&B shows together; null: in a sweep, its name.
     group: str | None = None
-    # Texts that W&B filters by.
+    # What W&B groups runs by within a group; null: in a sweep, `sweep`.
+    job_type: str | None = None
+    # Texts that W&B filters by; a sweep adds what differs between its points.
     tags: list[str] = field(default_factory=list)
     # Null: WANDB_MODE, else online.
     mode: str | None = key(None, allowed=("online", "offline", "disabled"))
@@ -50,9 +55,11 @@ class WandbLoggerConfig(LoggerConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for tag in self.tags:
-            if not 1 <= len(str(tag)) <= 64:
-                raise UserError(f"logger.wandb.tags={tag}: a tag must have 1 to 64 characters")
-        for name in ("project", "entity", "group"):
+            if not 1 <= len(str(tag)) <= WANDB_TAG_LENGTH:
+                raise UserError(
+                    f"logger.wandb.tags={tag}: a tag must have 1 to {WANDB_TAG_LENGTH} characters"
+                )
+        for name in ("project", "entity", "group", "job_type"):
             value = getattr(self, name)
             if value is not None and not 1 <= len(value) <= 128:
                 raise UserError(f"logger.wandb.{name}={value}: must have 1 to 128 characters")

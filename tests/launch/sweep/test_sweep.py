@@ -215,9 +215,16 @@ def test_names_and_folders_follow_the_overrides() -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_points_of_a_wandb_sweep_share_a_group() -> None:
-    assert main(["train", "-m", *TINY, "name=s", "logger=wandb", "seed=1,2"]) == 0
-    assert RunDir("sweeps/s/seed=1").read_config().logger["wandb"].group == "s"
+def test_wandb_learns_that_a_run_is_a_point_of_a_sweep(monkeypatch: pytest.MonkeyPatch) -> None:
+    swept = [*TINY, "logger=wandb", "logger.wandb.tags=[first]", "seed=1,2"]
+    assert main(["train", "-m", *swept, "name=s"]) == 0
+    found = RunDir("sweeps/s/seed=1").read_config().logger["wandb"]
+    assert (found.group, found.job_type, found.tags) == ("s", "sweep", ["first", "seed=1"])
+    for name in ("RUN_GROUP", "JOB_TYPE", "TAGS"):
+        monkeypatch.setenv(f"WANDB_{name}", "mine")
+    assert main(["train", "-m", *swept, "name=t", "logger.wandb.tags=[]"]) == 0
+    found = RunDir("sweeps/t/seed=1").read_config().logger["wandb"]
+    assert (found.group, found.job_type, found.tags) == (None, None, [])
 
 
 @pytest.mark.usefixtures("quick")
