@@ -1,12 +1,13 @@
 """A SLURM cluster of several nodes on this machine, for the tests and for trying things out.
 
-    python tests/slurm/cluster.py start DIR [--nodes 4] [--accounting]
+    python tests/slurm/cluster.py start DIR [--nodes 4] [--accounting] [--slurm FOLDER]
     export SLURM_CONF=DIR/slurm.conf            # now sbatch, squeue … talk to it
     python tests/slurm/cluster.py stop DIR
 
 It needs root (node names are put into /etc/hosts, in a marked block) and these packages of
 Debian or Ubuntu, which `make cluster` installs: slurm-wlm munge, and slurmdbd mariadb-server for
-`--accounting`. It installs nothing itself, uses ports, sockets and folders of its own, and ends
+`--accounting`. With `--slurm`, its programs are those in a folder that newer.py made. It installs
+nothing itself, uses ports, sockets and folders of its own, and ends
 only processes that it started.
 
 Partitions: `low` (the default), `high` (preempts the others, which are requeued) and `grace`
@@ -70,6 +71,7 @@ MessageTimeout=10
 MinJobAge=300
 MaxArraySize=6
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
+{plugins}
 {accounting}
 {nodes}
 PartitionName=low Nodes=ALL Default=YES PriorityTier=1 MaxTime=60 State=UP
@@ -114,8 +116,17 @@ def missing_packages(accounting: bool) -> str | None:
 class Cluster:
     """One cluster, whose every file is in `folder`."""
 
-    def __init__(self, folder: str | Path, *, nodes: int = 4, accounting: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        nodes: int = 4,
+        accounting: bool = False,
+        slurm: Path | None = None,
+    ) -> None:
+        """slurm: a folder of newer.py whose programs it runs; None: those that are installed."""
         self.dir = Path(folder).absolute()
+        self.slurm = None if slurm is None else slurm.absolute()
         self.n_nodes = nodes
         self.accounting = accounting
         self._children: list[subprocess.Popen[bytes]] = []
@@ -127,7 +138,10 @@ class Cluster:
     @property
     def env(self) -> dict[str, str]:
         """The environment in which SLURM's clients talk to this cluster."""
-        return os.environ | {"SLURM_CONF": str(self.conf)}
+        found = os.environ | {"SLURM_CONF": str(self.conf)}
+        if self.slurm is not None:
+            found["PATH"] = f"{self.slurm}/usr/bin:{self.slurm}/usr/sbin:{found['PATH']}"
+        return found
 
     @property
     def nodes(self) -> list[str]:
@@ -179,7 +193,8 @@ class Cluster:
     def start_node(self, node: str) -> None:
         """Start the daemon of one node."""
         (self.dir / "spool" / node).mkdir(exist_ok=True)
-        self._spawn(node, ["slurmd", "-D", "-N", node, "-f", str(self.conf)])
+        stepd = [] if self.slurm is None else ["-d", f"{self.slurm}/usr/sbin/slurmstepd"]
+        self._spawn(node, ["slurmd", "-D", "-N", node, "-f", str(self.conf), *stepd])
 
     def kill_node(self, node: str) -> None:
         """End a node as a power cut would: its daemon, its steps and their tasks, at once."""
@@ -205,7 +220,13 @@ class Cluster:
             for name, port in zip(names, node_ports, strict=True)
         )
         accounting = _ACCOUNTING_CONF.format(**values) if self.accounting else ""
-        self.conf.write_text(_SLURM_CONF.format(**values, nodes=nodes, accounting=accounting))
+        plugins = ""
+        if self.slurm is not None:
+            plugins = f"PluginDir={self.slurm}/usr/lib/x86_64-linux-gnu/slurm-wlm"
+            (self.dir / "cgroup.conf").write_text("CgroupPlugin=disabled\n")
+        self.conf.write_text(
+            _SLURM_CONF.format(**values, nodes=nodes, accounting=accounting, plugins=plugins)
+        )
         (self.dir / "gres.conf").write_text("Name=gpu File=/dev/tty[0-3]\n")
         dbd = self.dir / "slurmdbd.conf"
         dbd.write_text(_DBD_CONF.format(**values))
@@ -382,8 +403,9 @@ def main() -> int:
     parser.add_argument("dir")
     parser.add_argument("--nodes", type=int, default=4)
     parser.add_argument("--accounting", action="store_true", help="with slurmdbd and MariaDB")
+    parser.add_argument("--slurm", type=Path, metavar="FOLDER", help="its programs, of newer.py")
     args = parser.parse_args()
-    cluster = Cluster(args.dir, nodes=args.nodes, accounting=args.accounting)
+    cluster = Cluster(args.dir, nodes=args.nodes, accounting=args.accounting, slurm=args.slurm)
     if args.action == "stop":
         cluster.stop()
         return 0
@@ -393,6 +415,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     print(f"export SLURM_CONF={cluster.conf}")
+    if args.slurm is not None:
+        print(f"export PATH={args.slurm.absolute()}/usr/bin:$PATH")
     return 0
 
 

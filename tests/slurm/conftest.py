@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 import time
@@ -28,8 +27,8 @@ TINY = [
 ]  # fmt: skip
 
 
-def _cluster_module() -> Any:
-    spec = importlib.util.spec_from_file_location("slurm_cluster", _HERE / "cluster.py")
+def _module(name: str) -> Any:
+    spec = importlib.util.spec_from_file_location(f"slurm_{name}", _HERE / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -48,7 +47,7 @@ class Site:
             "PACE": str(self.pace),
             "PYTHONPATH": str(_HERE),
             "OMP_NUM_THREADS": "1",
-            "PATH": os.environ["PATH"],
+            "PATH": cluster.env["PATH"],
         }
 
     def lunaris(self, *args: str, code: int = 0, **env: str) -> str:
@@ -99,7 +98,8 @@ class Site:
         def reached() -> bool:
             # As `lunaris runs` sees it, but without a process for every look.
             with pytest.MonkeyPatch.context() as patch:
-                patch.setenv("SLURM_CONF", str(self.cluster.conf))
+                for name in ("SLURM_CONF", "PATH"):
+                    patch.setenv(name, self.env[name])
                 return resolve_states([self.dir / run])[0].state in states
 
         self.wait_for(reached, seconds)
@@ -117,13 +117,15 @@ class Site:
                 self.cluster.client("scontrol", "update", f"jobid={job}", "StartTime=now")
 
 
-def _site(tmp_path_factory: pytest.TempPathFactory, accounting: bool) -> Iterator[Site]:
-    module = _cluster_module()
+def _site(
+    tmp_path_factory: pytest.TempPathFactory, accounting: bool = False, slurm: Path | None = None
+) -> Iterator[Site]:
+    module = _module("cluster")
     reason = module.missing_packages(accounting)
     if reason:
         pytest.skip(reason)
     root = tmp_path_factory.mktemp("accounting" if accounting else "slurm")
-    cluster = module.Cluster(root / "cluster", nodes=6, accounting=accounting)
+    cluster = module.Cluster(root / "cluster", nodes=6, accounting=accounting, slurm=slurm)
     cluster.start()
     try:
         (root / "work").mkdir()
@@ -135,10 +137,19 @@ def _site(tmp_path_factory: pytest.TempPathFactory, accounting: bool) -> Iterato
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A cluster without accounting."""
-    yield from _site(tmp_path_factory, accounting=False)
+    yield from _site(tmp_path_factory)
 
 
 @pytest.fixture(scope="session")
 def site_with_accounting(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
     """A cluster with accounting."""
     yield from _site(tmp_path_factory, accounting=True)
+
+
+@pytest.fixture(scope="session")
+def newer_site(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
+    """A cluster whose SLURM is of a later Debian than this machine's."""
+    folder = _module("newer").default_folder()
+    if not (folder / "complete").exists():
+        pytest.skip(f"no newer SLURM in {folder}; run `make cluster`")
+    yield from _site(tmp_path_factory, slurm=folder)

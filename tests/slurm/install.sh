@@ -3,14 +3,21 @@
 #   slurm-wlm              slurmctld, slurmd and the clients
 #   munge                  authentication between them
 #   slurmdbd, mariadb      accounting (sacct)
+#   patchelf               for a later SLURM beside it, in build/slurm (tests/slurm/newer.py)
 # It starts nothing; tests/slurm/cluster.py does.
 set -euo pipefail
 
-packages=(slurm-wlm munge slurmdbd mariadb-server)
+packages=(slurm-wlm munge slurmdbd mariadb-server patchelf)
 as_root=()
 if [ "$(id -u)" -ne 0 ]; then
     as_root=(sudo)
 fi
+
+# Without it, the tests of later versions skip; all others run.
+newer() {
+    python3 "$(dirname "$0")/newer.py" ||
+        echo "cluster: no later SLURM could be made from Debian's archive" >&2
+}
 
 missing=()
 for package in "${packages[@]}"; do
@@ -19,6 +26,7 @@ for package in "${packages[@]}"; do
 done
 if [ "${#missing[@]}" -eq 0 ]; then
     echo "cluster: ${packages[*]} are installed"
+    newer
     exit 0
 fi
 
@@ -33,3 +41,4 @@ if [ ! -e "$policy" ]; then
 fi
 "${as_root[@]}" env DEBIAN_FRONTEND=noninteractive \
     apt-get install -q -y --no-install-recommends "${missing[@]}"
+newer
