@@ -32,6 +32,8 @@ from lunaris.runs.sweep_manifest import Manifest
 _MOST_POINTS = 150
 # Values of a key that differ by this factor are drawn on a logarithmic axis.
 _WIDE = 20
+# Values of a key up to which each has its mean and its tick, also where it has one point.
+_FEW = 12
 # Failures that are written out.
 _MOST_FAILURES = 50
 
@@ -54,7 +56,7 @@ def sweep_page(folder: Path, manifest: Manifest, records: Sequence[RunRecord]) -
     counts = Counter(point.record.state.state for point in points)
     sections = [Section("summary", "Summary", _summary(folder, manifest, points, counts))]
     sections.append(Section("points", "Points", [_table(folder, points, keys)], _SORTED))
-    if groups:
+    if any(len(group.losses) > 1 for group in groups):
         intro = "The mean over the seeds, and their standard deviation."
         sections.append(Section("seeds", "Seeds", [_seed_table(groups)], intro))
     curves = _curves(points)
@@ -208,19 +210,22 @@ def _effect(chart: str, title: str, key: str, points: Sequence[Point]) -> Chart:
             "x": [place[p.values[key]] for p in points], "y": [p.loss for p in points],
             "text": [p.record.name for p in points], "marker": {"size": 7, "opacity": 0.6},
         },
-        {
+    ]  # fmt: skip
+    caption = f"best val/loss of each point over {key}"
+    # Of values drawn at random, which hardly repeat, a line through the means would show noise.
+    if len(values) <= max(_FEW, len(points) // 2):
+        caption += ", and the mean at each value"
+        traces.append({
             "type": "scatter", "mode": "lines", "name": "mean", "color": 1,
             "x": [place[v] for v in order], "y": [means[v] for v in order],
-        },
-    ]  # fmt: skip
-    axis: dict[str, Any] = {"title": {"text": key}}
+        })  # fmt: skip
+    axis: dict[str, Any] = {"title": {"text": key}, "exponentformat": "e"}
     found = [n for n in numbers.values() if n is not None]
     if not numeric:
         axis |= {"type": "category", "categoryorder": "array", "categoryarray": order}
     elif min(found) > 0 and max(found) / min(found) >= _WIDE:
         axis["type"] = "log"
     layout = {"xaxis": axis, "yaxis": {"automargin": True}, "showlegend": False}
-    caption = f"best val/loss of each point over {key}, and the mean at each value"
     return Chart(chart, title, [View("", traces)], layout, caption)
 
 
@@ -232,8 +237,9 @@ def _parallel(points: Sequence[Point], keys: Sequence[str]) -> Chart:
         given = {point.values.get(key, "–") for point in points}
         numbers = {value: number(value) for value in given}
         order = sorted(given, key=lambda v: (numbers[v] is None, numbers[v] or 0, v))
+        ticks = _ticks(len(order))
         dimensions.append({
-            "label": shown[key], "tickvals": list(range(len(order))), "ticktext": order,
+            "label": shown[key], "tickvals": ticks, "ticktext": [order[i] for i in ticks],
             "values": [order.index(point.values.get(key, "–")) for point in points],
             "range": [0, max(1, len(order) - 1)],
         })  # fmt: skip
@@ -247,6 +253,12 @@ def _parallel(points: Sequence[Point], keys: Sequence[str]) -> Chart:
     caption = "A line is a point; drag along an axis to keep a part of the points."
     title = "All swept keys"
     return Chart("parallel", title, [View("", [trace])], layout, caption, wide=True, height=380)
+
+
+def _ticks(count: int) -> list[int]:
+    """Return the places of at most `_FEW` of `count` values, the first and the last among them."""
+    number = min(count, _FEW)
+    return [round(i * (count - 1) / max(1, number - 1)) for i in range(number)]
 
 
 def _short(keys: Sequence[str]) -> dict[str, str]:

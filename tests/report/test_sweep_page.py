@@ -135,3 +135,27 @@ def test_pictures_of_a_sweep(sweep: Path) -> None:
 )
 def test_a_value_may_be_a_number(text: str | None, value: float | None) -> None:
     assert number(text) == value
+
+
+def test_values_drawn_at_random_have_few_ticks_and_no_line_of_noise(
+    make_run: Callable[..., Path], report_of: Callable[..., Any]
+) -> None:
+    rates = [f"{rate}e-5" for rate in range(100, 130)]
+    points = [
+        ManifestPoint(
+            rate,
+            [f"optimizer.learning_rate={rate}", f"seed={i % 2}", f"moe={['none', 'top2'][i % 2]}"],
+            rate,
+        )
+        for i, rate in enumerate(rates)
+    ]
+    for i, point in enumerate(points):
+        make_run(f"sw/{point.name}", rows(4 + i))
+    write_points(Path("sw"), "lunaris train -m …", points)
+    page = report_of("sw")
+    assert len(page.tables) == 1  # No point has another one of another seed.
+    names = [[t["name"] for t in page.figures[f"key-{i}"]["views"][0]["traces"]] for i in (0, 1)]
+    assert names == [["point"], ["point", "mean"]]
+    (lines,) = page.figures["parallel"]["views"][0]["traces"]
+    shown = lines["dimensions"][0]["ticktext"]
+    assert len(shown) == 12 and [shown[0], shown[-1]] == [rates[0], rates[-1]]
