@@ -56,7 +56,7 @@ def sweep_page(folder: Path, manifest: Manifest, records: Sequence[RunRecord]) -
     counts = Counter(point.record.state.state for point in points)
     sections = [Section("summary", "Summary", _summary(folder, manifest, points, counts))]
     sections.append(Section("points", "Points", [_table(folder, points, keys)], _SORTED))
-    if any(len(group.losses) > 1 for group in groups):
+    if groups:
         intro = "The mean over the seeds, and their standard deviation."
         sections.append(Section("seeds", "Seeds", [_seed_table(groups)], intro))
     curves = _curves(points)

@@ -29,7 +29,8 @@ class SeedGroup(NamedTuple):
 def by_seed(points: Iterable[tuple[Mapping[str, str], float | None]]) -> list[SeedGroup]:
     """Return the points that have a finite loss, joined over their seeds, the lowest mean first.
 
-    points: the swept values of each, as text by key, and its loss.
+    Empty where most of them stand alone: of a search at random, say, which repeats a point by
+    accident. points: the swept values of each, as text by key, and its loss.
     """
     found: dict[tuple[tuple[str, str], ...], SeedGroup] = {}
     for swept, loss in points:
@@ -37,4 +38,6 @@ def by_seed(points: Iterable[tuple[Mapping[str, str], float | None]]) -> list[Se
         group = found.setdefault(tuple(values.items()), SeedGroup(values, []))
         if loss is not None and isfinite(loss):
             group.losses.append(loss)
-    return sorted((g for g in found.values() if g.losses), key=lambda group: group.mean)
+    groups = [group for group in found.values() if group.losses]
+    repeated = sum(len(group.losses) > 1 for group in groups)
+    return sorted(groups, key=lambda group: group.mean) if 2 * repeated >= len(groups) else []

@@ -142,7 +142,7 @@ def _seed_tables(sweep: str | None, rows: list[Row]) -> list[Table]:
     if sweep is None or not any(SEED in row["values"] for row in rows):
         return []
     groups = by_seed((row["values"], row["best_val_loss"]) for row in rows)
-    if not any(len(group.losses) > 1 for group in groups):
+    if not groups:
         return []
     keys = list(dict.fromkeys(key for group in groups for key in group.values))
     shown = list(short_keys(keys).values())
