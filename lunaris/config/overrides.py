@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,16 +39,23 @@ def parse(overrides: list[str], config_loader: ConfigLoader | None = None) -> li
 
     config_loader: needed to take the values of a `glob(…)`.
     """
+    if config_loader is None:
+        return [_parsed(text) for text in overrides]
+    return [_parse_one(text, config_loader) for text in overrides]
+
+
+def _parse_one(text: str, config_loader: ConfigLoader | None = None) -> Override:
     from hydra.errors import HydraException
 
-    parser = override_parser(config_loader)
-    parsed = []
-    for text in overrides:
-        try:
-            parsed += parser.parse_overrides([text])
-        except HydraException as error:
-            raise UserError(_bad_syntax(text)) from error
+    try:
+        (parsed,) = override_parser(config_loader).parse_overrides([text])
+    except HydraException as error:
+        raise UserError(_bad_syntax(text)) from error
     return parsed
+
+
+# The points of a sweep have most of their overrides in common, and the parser takes milliseconds.
+_parsed = lru_cache(maxsize=4096)(_parse_one)
 
 
 def quoted(text: str) -> str:

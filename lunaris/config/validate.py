@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import re
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from lunaris.config.identity import world_size
@@ -69,30 +70,48 @@ def validate(cfg: Config, *, check_data: bool = True) -> None:
         _check_shards(cfg)
 
 
-def check_values(node: Any, path: str = "", *, missing: bool = False) -> None:
+def check_values(tree: Any, *, missing: bool = False) -> None:
     """Raise UserError for an interpolation that cannot be resolved and for a missing value.
 
     missing: allow missing values.
     """
-    listed = OmegaConf.is_list(node)
-    for key in range(len(node)) if listed else list(node):
-        here = f"{path}[{key}]" if listed else f"{path}.{key}".lstrip(".")
-        if OmegaConf.is_missing(node, key):
-            if missing:
-                continue
-            example = _EXAMPLES.get(here.rpartition(".")[2], "VALUE")
-            raise UserError(f"{here}: must be given, it has no default; write {here}={example}")
-        if OmegaConf.is_interpolation(node, key):
-            raw: Any = OmegaConf.to_container(node, resolve=False)
-            try:
-                node[key]
-            except OmegaConfBaseException as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"{here}={raw[key]}: cannot be resolved: {reason}") from error
-        elif OmegaConf.is_config(node[key]):
-            check_values(node[key], here, missing=missing)
-        elif isinstance(node[key], int) and abs(node[key]) >= 2**63:
-            raise UserError(f"{here}={node[key]}: must be below 2**63")
+    # Plain values are looked at, because each look at a node of OmegaConf's costs far more.
+    plain: Any = OmegaConf.to_container(tree, resolve=False)
+    _check_plain(tree, plain, [], missing=missing)
+
+
+def _check_plain(tree: Any, plain: Any, place: list[str | int], *, missing: bool) -> None:
+    """Check the values below `plain`, which are those of the node at `place` in the tree."""
+    for key, value in enumerate(plain) if isinstance(plain, list) else plain.items():
+        here = [*place, key]
+        if isinstance(value, dict | list):
+            _check_plain(tree, value, here, missing=missing)
+        elif isinstance(value, str):
+            _check_text(tree, value, here, missing=missing)
+        elif isinstance(value, int) and abs(value) >= 2**63:
+            raise UserError(f"{_written(here)}={value}: must be below 2**63")
+
+
+def _check_text(tree: Any, text: str, place: list[str | int], *, missing: bool) -> None:
+    if text == MISSING and not missing:
+        here = _written(place)
+        example = _EXAMPLES.get(here.rpartition(".")[2], "VALUE")
+        raise UserError(f"{here}: must be given, it has no default; write {here}={example}")
+    if "${" not in text:
+        return
+    try:
+        value = functools.reduce(lambda node, key: node[key], place, tree)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{_written(place)}={text}: cannot be resolved: {reason}") from error
+    if isinstance(value, int) and abs(value) >= 2**63:
+        raise UserError(f"{_written(place)}={value}: must be below 2**63")
+
+
+def _written(place: list[str | int]) -> str:
+    """Return a place in the tree as a person writes it: `data.files[0]`."""
+    words = [f"[{key}]" if isinstance(key, int) else f".{key}" for key in place]
+    return "".join(words).lstrip(".")
 
 
 def _check_classes(cfg: Config) -> None:
