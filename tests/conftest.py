@@ -159,3 +159,34 @@ def canary_of() -> Callable[..., AbstractContextManager[None]]:
             )
 
     return canary
+
+
+def _offline_steps(path: Path) -> list[int]:
+    """Return the steps in the newest offline file of W&B, a log in LevelDB's format."""
+    from wandb.proto import wandb_internal_pb2
+
+    content = max(path.glob("wandb/offline-run-*/*.wandb"), key=os.path.getmtime).read_bytes()
+    steps, position, record = [], 7, b""
+    while position + 7 <= len(content):
+        block = 32768 - position % 32768
+        if block < 7:
+            position += block
+            continue
+        size, kind = (
+            int.from_bytes(content[position + 4 : position + 6], "little"),
+            content[position + 6],
+        )
+        record += content[position + 7 : position + 7 + size]
+        position += 7 + size
+        if kind in (1, 4):  # A whole record, or the last part of one.
+            found = wandb_internal_pb2.Record.FromString(record)
+            record = b""
+            if found.WhichOneof("record_type") == "history":
+                steps.append(found.history.step.num)
+    return steps
+
+
+@pytest.fixture
+def offline_steps() -> Callable[[Path], list[int]]:
+    """Return a function from a run's folder to the steps in its newest offline file of W&B."""
+    return _offline_steps

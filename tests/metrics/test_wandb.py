@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import subprocess
@@ -14,7 +13,6 @@ from typing import Any
 
 import psutil
 import pytest
-from wandb.proto import wandb_internal_pb2
 
 from lunaris.__main__ import main
 from lunaris.atomic_files import write_json
@@ -65,29 +63,6 @@ def wait_for(condition: Callable[[], Any], path: Path) -> None:
     while not condition():
         assert time.monotonic() < end, (path / "logs/wandb.log").read_text()
         time.sleep(0.05)
-
-
-def offline_steps(path: Path) -> list[int]:
-    """Return the steps in the newest offline file, a log in LevelDB's format."""
-    content = max(path.glob("wandb/offline-run-*/*.wandb"), key=os.path.getmtime).read_bytes()
-    steps, position, record = [], 7, b""
-    while position + 7 <= len(content):
-        block = 32768 - position % 32768
-        if block < 7:
-            position += block
-            continue
-        size, kind = (
-            int.from_bytes(content[position + 4 : position + 6], "little"),
-            content[position + 6],
-        )
-        record += content[position + 7 : position + 7 + size]
-        position += 7 + size
-        if kind in (1, 4):  # A whole record, or the last part of one.
-            found = wandb_internal_pb2.Record.FromString(record)
-            record = b""
-            if found.WhichOneof("record_type") == "history":
-                steps.append(found.history.step.num)
-    return steps
 
 
 def use(monkeypatch: pytest.MonkeyPatch, env: dict[str, str]) -> None:
@@ -190,7 +165,9 @@ def test_a_resumed_run_continues_its_wandb_run(
 
 
 def test_offline_each_attempt_holds_all_rows(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    offline_steps: Callable[[Path], list[int]],
 ) -> None:
     for first, step in ((range(6), 0), (range(4, 9), 3)):
         loggers = begin(tmp_path, "offline", step=step)
@@ -203,7 +180,9 @@ def test_offline_each_attempt_holds_all_rows(
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
-def test_a_signal_to_its_service_loses_no_row(number: signal.Signals, tmp_path: Path) -> None:
+def test_a_signal_to_its_service_loses_no_row(
+    number: signal.Signals, tmp_path: Path, offline_steps: Callable[[Path], list[int]]
+) -> None:
     """At preemption SLURM signals every process of a job, W&B's service too."""
     loggers = begin(tmp_path, "offline")
     log(loggers, range(4))
@@ -218,7 +197,9 @@ def test_a_signal_to_its_service_loses_no_row(number: signal.Signals, tmp_path: 
     assert offline_steps(tmp_path) == list(range(9))
 
 
-def test_it_ends_with_a_killed_run(tmp_path: Path) -> None:
+def test_it_ends_with_a_killed_run(
+    tmp_path: Path, offline_steps: Callable[[Path], list[int]]
+) -> None:
     loggers = begin(tmp_path, "offline")
     log(loggers, range(4))
     process = loggers._loggers["wandb"]._process  # type: ignore[attr-defined]
