@@ -32,6 +32,8 @@ class Local:
     collective_timeout_s: float = 120.0
     processes: int = 1
     max_restarts: int = 0
+    # Read by sweeps alone (`lunaris.launch.sweep.places`).
+    points_at_once: int | None = None
 
     @classmethod
     def of(cls, cfg: Config) -> Local:
@@ -57,10 +59,18 @@ class Local:
             if early.received:
                 RunDir(path).write_status(state="stopped")
                 raise Stopped(f"by {early.received.name} at {path}; run the same command to start")
-        # Each process gets its share of the cores: more threads would slow down the others.
-        threads = max(1, (os.cpu_count() or 1) // self.processes)
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+        os.environ.setdefault("OMP_NUM_THREADS", str(threads_each(self.processes)))
         return run_group(path, self.processes, self.max_restarts, self.collective_timeout_s)
+
+
+def threads_each(processes: int) -> int:
+    """Return how many threads each of several processes takes: its share of the cores.
+
+    More would slow down the others.
+    """
+    affine = hasattr(os, "sched_getaffinity")
+    cores = len(os.sched_getaffinity(0)) if affine else os.cpu_count() or 1
+    return max(1, cores // processes)
 
 
 def train_here(cfg: Config, path: Path) -> RunResult:

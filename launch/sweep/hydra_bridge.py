@@ -39,7 +39,8 @@ from lunaris.errors import UserError
 from lunaris.launch.sweep.expand import PRODUCT, SweepRequest, expand
 from lunaris.launch.sweep.optuna_study import OPTUNA
 from lunaris.launch.sweep.points import Outcome, PointLauncher, Sweep, outcome_of, submit_points
-from lunaris.launch.sweep.run_points import point_launcher, run_point
+from lunaris.launch.sweep.progress import Silent
+from lunaris.launch.sweep.run_points import point_launcher, run_points
 from lunaris.runs.run_dir import RunDir
 
 
@@ -129,7 +130,8 @@ class _SweepTask:
             return _train_in_job(self.sweep, overrides)
         points = self.sweep.plan([overrides])
         self.sweep.freeze(points)
-        return _returned(run_point(points[0], lambda line: None)).return_value
+        (outcome,) = run_points(points, Silent())
+        return _returned(outcome).return_value
 
 
 class Product(Sweeper):

@@ -19,6 +19,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
 from lunaris.config.identity import differing, identity
 from lunaris.config.overrides import parse, quoted
 from lunaris.errors import UserError, need
+from lunaris.launch.sweep.places import Places
 from lunaris.launch.sweep.points import Point, Sweep
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.sweep_manifest import read_points
@@ -63,8 +64,8 @@ def study_overrides(request: SweepRequest, sweep: Sweep, sweeper: Any) -> list[s
         # As in every sweep, a point that fails does not stop the others.
         found["max_failure_rate"] = 1.0
     if "hydra.sweeper.n_jobs" not in given and not hasattr(first.cfg.launch, "dry_run"):
-        # Points run one after the other here, so that each can be chosen by all before it.
-        found["n_jobs"] = 1
+        # No more than run at a time, so that each can be chosen by as many as possible before it.
+        found["n_jobs"] = Places().at_once(first.cfg)
     storage, name = sweeper.storage, sweeper.study_name
     if storage is None or isinstance(storage, str):
         _check_storage()

@@ -1,19 +1,24 @@
-"""The points of a sweep on this machine: one after the other, each in its own process."""
+"""The points of a sweep on this machine: each in its own process, several at a time."""
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 from lunaris.config.hydra_internals import PLUGIN_PACKAGE
 from lunaris.distributed.signals import StopSignal, saving
 from lunaris.errors import Stopped
+from lunaris.launch.sweep.places import Places
 from lunaris.launch.sweep.points import Outcome, Point, PointLauncher, Sweep, outcome_of
+from lunaris.launch.sweep.progress import Silent, SweepProgress
 from lunaris.runs.run_dir import RunDir
 
 _POLL_S = 0.2
@@ -33,72 +38,141 @@ def point_launcher(target: str) -> PointLauncher | None:
 
 
 class LocalPoints:
-    """Runs points here, one after the other; a point that fails does not stop the others."""
+    """Runs points here; a point that fails does not stop the others."""
 
     def submit(self, sweep: Sweep, points: list[Point]) -> list[Outcome]:
         """Freeze the points and run those that are not done; return an outcome for each.
 
-        Raises Stopped at a signal, after the current point has saved.
+        Raises Stopped as `run_points` does.
         """
         sweep.freeze(points)
         # Of a sweeper that chooses points batch by batch, this is one batch.
-        first = len(sweep.outcomes)
-        outcomes = []
-        for i, point in enumerate(points):
-            label = f"[{first + i + 1}/{first + len(points)}] {point.name}"
-            outcomes.append(run_point(point, console(label)))
-        return outcomes
+        return run_points(points, SweepProgress(points, first=len(sweep.outcomes)))
 
 
-def run_point(point: Point, show: Callable[[str], None]) -> Outcome:
-    """Train one point in its own process, unless it is done; return how it ended.
+def run_points(points: Sequence[Point], progress: Silent) -> list[Outcome]:
+    """Train the points that are not done, each in its own process; return an outcome for each.
 
-    The output of the process goes to the point's logs; `show` is called with its progress. A
-    signal is forwarded: the point saves and stops, then Stopped is raised.
+    As many run at a time as `Places` gives room. A point that fails or is killed makes room for the
+    next one. The output of each process goes to the logs of its point. At a signal no further
+    point starts, and every running one gets the signal, saves and ends. Raises Stopped, after all
+    that run have ended, where a point was stopped or not started.
     """
-    if point.done:
-        outcome = outcome_of(point)
-        show(f"already done, {shown_loss(outcome)}\n")
-        return outcome
+    with progress, _Signals() as signals:
+        return _Group(points, progress, signals).run()
+
+
+@dataclass
+class _Worker:
+    """The process of a running point; began: in seconds, of the monotonic clock."""
+
+    point: Point
+    process: subprocess.Popen[bytes]
+    began: float
+
+
+class _Signals(StopSignal):
+    """Collects the signals, until they are taken to be forwarded."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._new: list[int] = []
+
+    def take(self) -> list[int]:
+        """Return the signals that arrived since the last call."""
+        new, self._new = self._new, []
+        return new
+
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        self.received = self.received or signal.Signals(number)
+        self._new.append(number)
+
+
+class _Group:
+    """The points of a sweep that wait, run and have ended."""
+
+    def __init__(self, points: Sequence[Point], progress: Silent, signals: _Signals) -> None:
+        self._points = points
+        self._progress, self._signals, self._places = progress, signals, Places()
+        self._waiting, self._running = deque(points), list[_Worker]()
+        self._ended: dict[str, Outcome] = {}
+
+    def run(self) -> list[Outcome]:
+        try:
+            while True:
+                self._start()
+                if not self._running:
+                    break
+                time.sleep(_POLL_S)
+                for number in self._signals.take():
+                    for worker in self._running:
+                        worker.process.send_signal(number)
+                self._collect()
+                self._progress.draw(self._note())
+        finally:
+            # Where this process fails, its workers save and end.
+            for worker in self._running:
+                worker.process.terminate()
+            for worker in self._running:
+                worker.process.wait()
+        self._raise_if_stopped()
+        return [self._ended[point.name] for point in self._points]
+
+    def _start(self) -> None:
+        """Start the next points, in their order, as long as there is room."""
+        while self._waiting and self._signals.received is None:
+            point = self._waiting[0]
+            if point.done:
+                outcome = self._ended[point.name] = outcome_of(point)
+                self._progress.ended(point, f"already done, {shown_loss(outcome)}")
+            else:
+                variables = self._places.take(point.name, point.cfg)
+                if variables is None:
+                    return
+                self._running.append(_start_worker(point, variables))
+                self._progress.began(point)
+            self._waiting.popleft()
+
+    def _collect(self) -> None:
+        """Take the points whose processes have ended from those that run."""
+        for worker in [w for w in self._running if w.process.poll() is not None]:
+            self._running.remove(worker)
+            point, seconds = worker.point, f"{time.monotonic() - worker.began:.0f} s"
+            self._places.free(point.name)
+            _record_exit(RunDir(point.dir), worker.process.returncode, self._signals.received)
+            outcome = self._ended[point.name] = outcome_of(point)
+            if outcome.state == "done":
+                self._progress.ended(point, f"done in {seconds}, {shown_loss(outcome)}")
+            else:
+                self._progress.ended(point, f"{outcome.state} after {seconds}: {outcome.error}")
+
+    def _note(self) -> str:
+        if self._signals.received is not None:
+            return saving(self._signals.received)
+        return f"{len(self._waiting)} more to start" if self._waiting else ""
+
+    def _raise_if_stopped(self) -> None:
+        stopped = [o.point for o in self._ended.values() if o.state == "stopped"]
+        at = stopped or list(self._waiting)[:1]
+        if at:
+            folders = ", ".join(str(point.dir) for point in at)
+            raise Stopped(f"at {folders}; run the same command to continue")
+
+
+def _start_worker(point: Point, variables: dict[str, str]) -> _Worker:
     run_dir = RunDir(point.dir)
     run_dir.write_status(state="queued", last_error=None)
-    started = time.monotonic()
-    code, signalled = _run_worker(point, run_dir, show)
-    if code < 0 and signalled:
-        # The worker died before it could handle the signal: nothing is saved or wrong.
-        run_dir.write_status(state="stopped")
-    elif code != 0:
-        _record_exit(run_dir, code)
-    outcome = outcome_of(point)
-    seconds = f"{time.monotonic() - started:.0f} s"
-    if outcome.state == "done":
-        show(f"done in {seconds}, {shown_loss(outcome)}\n")
-    else:
-        show(f"{outcome.state} after {seconds}: {outcome.error}\n")
-    if signalled or outcome.state == "stopped":
-        raise Stopped(f"at {point.dir}; run the same command to continue")
-    return outcome
-
-
-def _run_worker(point: Point, run_dir: RunDir, show: Callable[[str], None]) -> tuple[int, bool]:
-    """Run the point's worker; return its exit code and whether a signal was forwarded to it."""
-    signals = _Forwarded()
-    with (run_dir.logs / "console.log").open("ab") as log, signals:
-        worker = subprocess.Popen(
+    with (run_dir.logs / "console.log").open("ab") as log:
+        process = subprocess.Popen(
             worker_command(point.dir),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
+            env=os.environ | variables,
             # In a new process group, so that a signal reaches it once, through this process.
             process_group=0,
         )
-        signals.child = worker
-        while True:
-            try:
-                return worker.wait(_POLL_S), signals.received is not None
-            except subprocess.TimeoutExpired:
-                step = f"step {run_dir.read_status().get('step', 0)}/{point.cfg.trainer.max_steps}"
-                show(step if signals.received is None else f"{step}, {saving(signals.received)}")
+    return _Worker(point, process, time.monotonic())
 
 
 def worker_command(path: Path) -> list[str]:
@@ -106,42 +180,22 @@ def worker_command(path: Path) -> list[str]:
     return [sys.executable, "-u", "-m", "lunaris.launch.worker", str(path)]
 
 
-def console(label: str) -> Callable[[str], None]:
-    """Return a function that shows a point's progress line.
-
-    On a terminal the line is overwritten; elsewhere only the last one is printed.
-    """
-    live = sys.stdout.isatty()
-
-    def show(line: str) -> None:
-        if live:
-            print(f"\r\x1b[K{label}: {line}", end="", flush=True)
-        elif line.endswith("\n"):
-            print(f"{label}: {line}", end="", flush=True)
-
-    return show
-
-
 def shown_loss(outcome: Outcome) -> str:
     """Return the best validation loss of a point in words."""
     return "no validation" if outcome.val_loss is None else f"val loss {outcome.val_loss:.4f}"
 
 
-def _record_exit(run_dir: RunDir, code: int) -> None:
-    """Write the status of a worker that could not write it itself, because it was killed say."""
+def _record_exit(run_dir: RunDir, code: int, forwarded: signal.Signals | None = None) -> None:
+    """Write the status of a worker that could not write it itself, because it was killed say.
+
+    forwarded: the signal that it was sent, if any.
+    """
+    if code < 0 and forwarded is not None:
+        # It died before it could handle the signal: nothing is saved or wrong.
+        run_dir.write_status(state="stopped")
+        return
     status = run_dir.read_status()
-    if status.get("state") in ("queued", "running"):
+    if code != 0 and status.get("state") in ("queued", "running"):
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         error = status.get("last_error") or ("" if code == 2 else how)
         run_dir.write_status(state="failed", **({"last_error": error} if error else {}))
-
-
-class _Forwarded(StopSignal):
-    """Forwards every signal to `child`, too."""
-
-    child: subprocess.Popen[bytes] | None = None
-
-    def _record(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        if self.child is not None:
-            self.child.send_signal(number)

@@ -291,7 +291,8 @@ def _point(
 
 def _submit(sweep: Sweep, points: list[Point], plans: list[Continuation]) -> int:
     """Start or send the points; write their changes (`plans`) once nothing refuses them."""
-    from lunaris.launch.sweep.run_points import console, run_point
+    from lunaris.launch.sweep.progress import SweepProgress
+    from lunaris.launch.sweep.run_points import run_points
 
     launch = points[0].cfg.launch
     if hasattr(launch, "cluster"):
@@ -304,8 +305,7 @@ def _submit(sweep: Sweep, points: list[Point], plans: list[Continuation]) -> int
         ended = wait_until_ended([point.dir for point in points]) if launch.wait else []
         return int(any(state.state != "done" for state in ended))
     _write(plans)
-    labels = [f"[{i + 1}/{len(points)}] {point.name}" for i, point in enumerate(points)]
-    outcomes = [run_point(p, console(label)) for p, label in zip(points, labels, strict=True)]
+    outcomes = run_points(points, SweepProgress(points))
     return int(any(outcome.state != "done" for outcome in outcomes))
 
 

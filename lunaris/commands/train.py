@@ -23,7 +23,7 @@ _EXAMPLES = [
     ("lunaris train", "a small MoE model, in about two minutes"),
     ("lunaris train model=small moe=switch moe.n_experts=16", "other options, another value"),
     ("lunaris train experiment=smoke", "a preset of many overrides"),
-    ("lunaris train -m moe.n_experts=4,8,16", "a sweep, one point after the other"),
+    ("lunaris train -m moe.n_experts=4,8,16", "a sweep, on each GPU a point"),
     ("lunaris train -m moe.n_experts=4,8,16 --dry-run", "its points, checked; nothing is written"),
     ("lunaris train -m --zip moe.n_experts=8,16 moe=switch,top2", "two points, the values paired"),
     ("lunaris train parallelism=fsdp launch.processes=8", "eight GPUs of this machine"),

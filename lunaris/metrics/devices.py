@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass
+from itertools import takewhile
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,19 @@ def this_machine() -> Machine:
     page = os.sysconf("SC_PAGE_SIZE")
     total = page * os.sysconf("SC_PHYS_PAGES")
     return Machine(names, gpu_memory, total, _available() or page * os.sysconf("SC_AVPHYS_PAGES"))
+
+
+def visible_gpus() -> list[str]:
+    """Return the GPUs that a process started here can use, as CUDA_VISIBLE_DEVICES names them.
+
+    They are those that the variable names, where it is set, else all that nvidia-smi finds.
+    """
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is None:
+        return [str(number) for number in range(len(this_machine().gpus))]
+    # CUDA takes those before the first invalid one; -1 is the usual way to name none.
+    valid = takewhile(lambda text: text not in ("", "-1"), map(str.strip, named.split(",")))
+    return list(dict.fromkeys(valid))
 
 
 def _available() -> int | None:

@@ -47,6 +47,8 @@ class LocalLaunchConfig(LaunchConfig):
     processes: int = key(1, low=1)
     # Times that the group is started again after a process failed.
     max_restarts: int = key(0, low=0)
+    # Points of a sweep that run at a time; null: as many as there are GPUs for, or 1.
+    points_at_once: int | None = key(None, low=1)
 
 
 @dataclass

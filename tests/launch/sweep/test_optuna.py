@@ -140,16 +140,16 @@ def test_too_many_failures_end_the_sweep_without_a_traceback(
 def test_a_stopped_point_is_continued_first(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_point = run_points.run_point
+    run = run_points.run_points
 
-    def stop(point: Point, show: Any) -> Outcome:
-        RunDir(point.dir).write_status(state="stopped")
+    def stop(points: list[Point], progress: Any) -> list[Outcome]:
+        RunDir(points[0].dir).write_status(state="stopped")
         raise Stopped("at the second point")
 
     assert main([*ARGV, trials(1)]) == 0
-    monkeypatch.setattr(run_points, "run_point", stop)
+    monkeypatch.setattr(run_points, "run_points", stop)
     assert main([*ARGV, trials(3)]) == 3
-    monkeypatch.setattr(run_points, "run_point", run_point)
+    monkeypatch.setattr(run_points, "run_points", run)
     done, stopped = points()
     assert main([*ARGV, trials(2)]) == 0
     assert "1 of 2 trials are done, 1 to be tried again" in capsys.readouterr().out

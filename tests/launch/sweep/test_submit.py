@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,11 +10,8 @@ from typing import Any
 import pytest
 
 from lunaris.__main__ import main
-from lunaris.errors import Stopped
 from lunaris.launch.slurm import Slurm
 from lunaris.launch.sweep import run_points
-from lunaris.launch.sweep.points import Point
-from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import refusal_of
 from lunaris.runs.sweep_manifest import read_manifest
@@ -117,32 +112,6 @@ def test_a_callback_of_hydra_s_is_called(
     monkeypatch.syspath_prepend(Path.cwd())
     assert main([*ARGV, "+hydra.callbacks.seen._target_=seen.Seen", "seed=1,2"]) == 0
     assert Path("called").exists() and sent == [["seed=1", "seed=2"]]
-
-
-def test_a_worker_that_dies_of_a_forwarded_signal_is_stopped_not_failed(
-    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def command(path: Path) -> list[str]:
-        # It dies of the signal, as a worker does before it has a handler.
-        return [sys.executable, "-I", "-c", "import time; time.sleep(60)"]
-
-    monkeypatch.setattr(run_points, "worker_command", command)
-    monkeypatch.setattr(run_points, "_POLL_S", 0.02)
-    cfg = tiny()
-    run_dir = create(cfg, "test", [])
-    point = Point("p", [], cfg, run_dir.path)
-    shown: list[str] = []
-
-    def show(line: str) -> None:
-        # The first line is shown while the worker runs.
-        if not shown:
-            os.kill(os.getpid(), signal.SIGTERM)
-        shown.append(line)
-
-    with pytest.raises(Stopped, match="run the same command to continue"):
-        run_points.run_point(point, show)
-    assert run_dir.read_status()["state"] == "stopped"
-    assert shown[0] == "step 0/8" and shown[-1].startswith("stopped after ")
 
 
 def test_our_slurm_launcher_refuses_points_of_another_launch(

@@ -80,12 +80,12 @@ def test_the_order_in_which_other_processes_run_the_points_does_not_show(
     def backwards(self: Any, overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Any:
         return launch(self, list(reversed(overrides)), initial_job_idx)
 
-    def fail(point: Point, show: object) -> Outcome:
-        RunDir(point.dir).write_status(state="failed", last_error="Boom")
-        return Outcome(point, "done")
+    def fail(points: list[Point], progress: object) -> list[Outcome]:
+        RunDir(points[0].dir).write_status(state="failed", last_error="Boom")
+        return [Outcome(points[0], "done")]
 
     monkeypatch.setattr(basic, "launch", backwards)
-    monkeypatch.setattr("lunaris.launch.sweep.hydra_bridge.run_point", fail)
+    monkeypatch.setattr("lunaris.launch.sweep.hydra_bridge.run_points", fail)
     argv = ["data=synthetic", "name=s", "seed=1,3,2", f"hydra/sweeper={sweeper}"]
     assert main(["train", "-m", *argv, "hydra/launcher=basic"]) == 1
     failed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("failed")]
