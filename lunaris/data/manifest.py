@@ -9,11 +9,12 @@ from pathlib import Path
 
 from lunaris.atomic_files import write_durably
 from lunaris.errors import UserError
+from lunaris.runs.preparation import WORK
 
 NAME = "manifest.json"
 TOKENIZER = "tokenizer.json"
 # The subfolder of an unfinished preparation.
-UNFINISHED = ".prepare"
+UNFINISHED = WORK
 # What the names of the shards of loss masks begin with.
 MASK = "mask_"
 _FORMAT = 1

@@ -36,12 +36,17 @@ def build_shards(data: PreparedData | StdlibData) -> Manifest:
     """
     if isinstance(data, StdlibData):
         return _build_stdlib(data)
+    return write_shards(spec_of(data))
+
+
+def spec_of(data: PreparedData) -> PrepareSpec:
+    """Return what to build for `data`. Raises UserError where its keys and its input do not fit."""
     sources = sources_of(data.keys)
     if not all(source.name.strip() for source in sources):
         raise UserError("data: the name of a source must not be empty")
     weights = source_weights(data.keys.weights, sources)
     settings = settings_of(data.keys, sources, weights)
-    return write_shards(PrepareSpec(data.keys, sources, weights, settings))
+    return PrepareSpec(data.keys, sources, weights, settings)
 
 
 def make_ready(data: Data) -> None:

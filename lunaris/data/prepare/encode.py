@@ -16,12 +16,19 @@ from typing import IO, Any
 
 import numpy as np
 
+from lunaris.data import manifest as manifests
 from lunaris.data.prepare.chunks import Chunk
 from lunaris.data.prepare.readers import Document, Problem, Reader
 from lunaris.data.prepare.shard_writer import masked_dtype
+from lunaris.data.prepare.spec import PrepareSpec
 from lunaris.data.text_split import PIECE_BYTES
 from lunaris.data.tokenizer import TextTokenizer
 
+# What is said where the pool of an `executor` breaks.
+LOST_WORKER = (
+    "a prepare worker was killed (out of memory?); run the same command to continue, or lower "
+    "data.processes"
+)
 _PARALLELISM = "TOKENIZERS_PARALLELISM"
 PARTS = ("train", "val")
 # Bytes of text encoded at once: enough to be fast, little enough to take little memory.
@@ -40,6 +47,28 @@ class Job:
     folder: Path  # of the chunks' token files
     masked: bool = False  # whether the files hold a loss mask too, as records of `masked_dtype`
 
+    @classmethod
+    def of(cls, spec: PrepareSpec, folder: Path) -> Job:
+        """Return the job of a preparation whose tokenizer is there; folder: as above."""
+        return cls(
+            spec.folder / manifests.TOKENIZER,
+            spec.keys.eot,
+            tuple(source.text_key for source in spec.sources),
+            spec.keys.val_fraction,
+            spec.keys.seed,
+            folder,
+            masked=spec.masked,
+        )
+
+
+@dataclass(frozen=True)
+class Span:
+    """A range of a file's bytes."""
+
+    path: Path
+    offset: int
+    size: int
+
 
 @dataclass
 class Encoded:
@@ -47,7 +76,8 @@ class Encoded:
 
     lengths: [D] int64, tokens of each document with its end of text. held_out: [D] bool. open:
     whether the last document continues in the next chunk. text_bytes: of all documents. lines: how
-    many lines or rows were read.
+    many lines or rows were read. spans: where the tokens of each part are, if in no files of their
+    own.
     """
 
     lengths: np.ndarray
@@ -56,12 +86,25 @@ class Encoded:
     text_bytes: int
     lines: int
     problems: list[Problem] = field(default_factory=list)
+    spans: dict[str, Span] | None = None
 
 
 def chunk_path(folder: Path, chunk: Chunk, part: str) -> Path:
     """Return the file of a chunk's tokens of one part, which exists until they are in a shard."""
     key = f"{chunk.source}-{chunk.cursor.file}-{chunk.cursor.start}"
     return folder / f"{key}.{part}"
+
+
+def read_tokens(
+    folder: Path, chunk: Chunk, encoded: Encoded, dtype: np.dtype
+) -> dict[str, np.ndarray]:
+    """Return the tokens of an encoded chunk by part, each [n] of `dtype`; folder: of its files."""
+    if encoded.spans is None:
+        return {part: np.fromfile(chunk_path(folder, chunk, part), dtype) for part in PARTS}
+    return {
+        part: np.fromfile(span.path, dtype, span.size // dtype.itemsize, offset=span.offset)
+        for part, span in encoded.spans.items()
+    }
 
 
 def is_held_out(head: bytes, fraction: float, seed: int | None = None) -> bool:

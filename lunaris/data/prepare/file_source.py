@@ -40,13 +40,20 @@ class FileSource:
     text_key: str = "text"
 
     def __post_init__(self) -> None:
+        # The files, by their places, that `chunks` leaves out.
+        self.left_out: frozenset[int] = frozenset()
         self._sizes = [path.stat().st_size for path in self.files]
         self.size = sum(self._sizes)
 
     def chunks(self, cursor: Cursor) -> Iterator[Chunk]:
         """Yield the chunks from `cursor` on, file by file."""
         for i in range(cursor.file, len(self.files)):
-            yield from self._file_chunks(i, cursor.start if i == cursor.file else 0)
+            if i not in self.left_out:
+                yield from self._file_chunks(i, cursor.start if i == cursor.file else 0)
+
+    def compressed(self) -> dict[int, int]:
+        """Return the places of the compressed files, and how many bytes each has."""
+        return {i: self._sizes[i] for i, path in enumerate(self.files) if is_compressed(path)}
 
     def sample(self, budget: int) -> Iterator[Chunk]:
         """Yield chunks of about `budget` bytes, evenly from up to 64 files of the source."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from lunaris.data.prepare.chunks import Chunk
-from lunaris.data.prepare.encode import PARTS, Encoded, chunk_path
+from lunaris.data.prepare.encode import PARTS, Encoded, chunk_path, read_tokens
 from lunaris.data.prepare.shard_writer import MaskedShardWriter, ShardWriter
 from lunaris.data.prepare.spec import PrepareSpec
 from lunaris.errors import UserError
@@ -132,8 +132,7 @@ class SourceInterleaver:
         progress.file, progress.start = chunk.cursor.file, chunk.cursor.start
         for problem in encoded.problems:
             self._report(f"{chunk.path}:{progress.first_line + problem.line}: {problem.message}")
-        dtype = self._train.dtype
-        tokens = {part: np.fromfile(chunk_path(self._chunks, chunk, part), dtype) for part in PARTS}
+        tokens = read_tokens(self._chunks, chunk, encoded, self._train.dtype)
         lengths, held_out = encoded.lengths, encoded.held_out
         before = {"train": _before(lengths * ~held_out), "val": _before(lengths * held_out)}
         loaded = self._loaded[source] = _Loaded(chunk, encoded, tokens, _before(lengths), before)
@@ -181,8 +180,9 @@ class SourceInterleaver:
         progress.skipped += len(loaded.encoded.problems)
         self.bytes_read += chunk.size
         self._loaded[source] = None
-        for part in PARTS:
-            chunk_path(self._chunks, chunk, part).unlink()
+        if loaded.encoded.spans is None:
+            for part in PARTS:
+                chunk_path(self._chunks, chunk, part).unlink()
 
 
 def _before(lengths: np.ndarray) -> np.ndarray:

@@ -12,8 +12,9 @@ import errno
 import json
 import os
 import shutil
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -24,27 +25,38 @@ from typing import Any, TextIO
 from lunaris.atomic_files import FileInUse, file_lock, remove_temporaries, write_durably
 from lunaris.data import manifest as manifests
 from lunaris.data.manifest import Manifest, SourceEntry
+from lunaris.data.prepare.bundles import Bundles, Stored, bundles_folder, digest_of
 from lunaris.data.prepare.chunks import Chunk, Cursor
-from lunaris.data.prepare.encode import Encoded, Job, encode_chunk, executor
+from lunaris.data.prepare.encode import LOST_WORKER, Encoded, Job, encode_chunk, executor
 from lunaris.data.prepare.folder_tokenizer import folder_tokenizer
 from lunaris.data.prepare.interleave import SourceInterleaver
 from lunaris.data.prepare.shard_writer import MaskedShardWriter, ShardWriter, close_all
 from lunaris.data.prepare.spec import PrepareSpec, read_note
 from lunaris.data.tokenizer import TextTokenizer
-from lunaris.errors import UserError
+from lunaris.errors import Stopped, UserError
+from lunaris.runs.preparation import NOTE
 
 # Seconds between two notes of the progress: the most work that a kill can cost.
 NOTE_S = 2.0
+# Seconds between two lines of the progress in a log.
+_LOG_S = 10.0
 
 
-def write_shards(spec: PrepareSpec, *, wait_for_lock: bool = False) -> Manifest:
+def write_shards(
+    spec: PrepareSpec,
+    *,
+    wait_for_lock: bool = False,
+    stopped: Callable[[], bool] = lambda: False,
+) -> Manifest:
     """Write the folder's shards and manifest, or continue to; return the manifest.
 
-    wait_for_lock: wait while another process writes the folder. Raises UserError when the folder is
-    in use (without waiting), holds something else, or a document cannot be read.
+    Chunks that other processes have left in bundles are taken from there. wait_for_lock: wait while
+    another process writes the folder. stopped: whether to save and raise Stopped, asked after each
+    chunk. Raises UserError when the folder is in use (without waiting), holds something else, or a
+    document cannot be read.
     """
     folder = spec.folder
-    with _cleaned_up(folder), folder_lock(folder, wait=wait_for_lock):
+    with cleaned_up(folder), folder_lock(folder, wait=wait_for_lock):
         made = manifests.read(folder)
         if made is not None:
             manifests.require_same(folder, made.settings, spec.settings)
@@ -52,7 +64,7 @@ def write_shards(spec: PrepareSpec, *, wait_for_lock: bool = False) -> Manifest:
             return made
         note = read_note(spec)
         remove_temporaries(folder)
-        made = _Preparation(spec, folder_tokenizer(spec), note).run()
+        made = _Preparation(spec, folder_tokenizer(spec), note, stopped).run()
         made.write(folder)
         shutil.rmtree(folder / manifests.UNFINISHED)
         return made
@@ -74,7 +86,7 @@ def folder_lock(folder: Path, *, wait: bool) -> TextIO:
 
 
 @contextmanager
-def _cleaned_up(folder: Path) -> Iterator[None]:
+def cleaned_up(folder: Path) -> Iterator[None]:
     """Remove a new folder if a mistake left nothing useful in it; explain a full disk."""
     new = not folder.exists()
     try:
@@ -95,25 +107,24 @@ def _cleaned_up(folder: Path) -> Iterator[None]:
 class _Preparation:
     """One run of the work, from where the last note says that it stands."""
 
-    def __init__(self, spec: PrepareSpec, tokenizer: TextTokenizer, note: dict[str, Any]) -> None:
-        """note: the result of `read_note`."""
+    def __init__(
+        self,
+        spec: PrepareSpec,
+        tokenizer: TextTokenizer,
+        note: dict[str, Any],
+        stopped: Callable[[], bool],
+    ) -> None:
+        """note: the result of `read_note`. stopped: see `write_shards`."""
         from tqdm import tqdm
 
-        self._spec, self._tokenizer = spec, tokenizer
-        self._processes = spec.keys.processes or _default_processes()
+        self._spec, self._tokenizer, self._stopped = spec, tokenizer, stopped
+        self._processes = spec.keys.processes or default_processes()
         self._work = spec.folder / manifests.UNFINISHED
         chunks = self._work / "units"
         shutil.rmtree(chunks, ignore_errors=True)
         chunks.mkdir(parents=True)
-        self._job = Job(
-            spec.folder / manifests.TOKENIZER,
-            spec.keys.eot,
-            tuple(source.text_key for source in spec.sources),
-            spec.keys.val_fraction,
-            spec.keys.seed,
-            chunks,
-            masked=spec.masked,
-        )
+        self._job = Job.of(spec, chunks)
+        self._bundles = Bundles(bundles_folder(spec.folder), digest_of(spec), read=True)
         # Each of several sources has its own validation shards, so that its loss can be logged.
         several = len(spec.sources) > 1
         self._val = [f"val{i}" for i in range(len(spec.sources))] if several else ["val"]
@@ -131,15 +142,25 @@ class _Preparation:
             for part in ["train", *self._val]
         }
         total = sum(source.size for source in spec.sources) or None
-        self._bar = tqdm(total=total, desc="prepare", unit="B", unit_scale=True, smoothing=0.05)
+        self._bar = tqdm(
+            total=total, desc="prepare", unit="B", unit_scale=True, smoothing=0.05,
+            # A log keeps every line.
+            mininterval=0.1 if sys.stderr.isatty() else _LOG_S,
+        )  # fmt: skip
+        # Bytes of input that were merged before this process started.
+        self._merged_before: int = note.get("input_bytes", 0)
         val = [self._writers[part] for part in self._val]
         self._interleaver = SourceInterleaver(
             spec, self._writers["train"], val, chunks, note.get("sources")
         )
         # What yields each source's remaining chunks; None after the last.
-        self._planners: list[Iterator[Chunk] | None] = [
-            None if p.exhausted else source.chunks(Cursor(p.file, p.start, p.place))
-            for source, p in zip(spec.sources, self._interleaver.progress, strict=True)
+        self._planners: list[Iterator[Chunk | Stored] | None] = [
+            None
+            if p.exhausted
+            else self._bundles.chunks(i, source, Cursor(p.file, p.start, p.place))
+            for i, (source, p) in enumerate(
+                zip(spec.sources, self._interleaver.progress, strict=True)
+            )
         ]
         # Each source's chunks that were submitted and are not yet merged, oldest first.
         self._sent: list[list[tuple[Chunk, Future[Encoded]]]] = [[] for _ in spec.sources]
@@ -154,10 +175,7 @@ class _Preparation:
                 self._loop(pool)
             return self._manifest()
         except BrokenProcessPool as error:
-            raise RuntimeError(
-                "a prepare worker was killed (out of memory?); run the same command to continue, "
-                "or lower data.processes"
-            ) from error
+            raise RuntimeError(LOST_WORKER) from error
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
             close_all(self._writers.values())
@@ -182,8 +200,11 @@ class _Preparation:
             self._bar.update(self._interleaver.bytes_read - bytes_before)
             rate = (self._tokens() - before) / max(time.monotonic() - began, 1e-9)
             self._bar.set_postfix_str(f"{rate:,.0f} tokens/s", refresh=False)
-            if time.monotonic() - self._noted >= NOTE_S:
+            stopped = self._stopped()
+            if stopped or time.monotonic() - self._noted >= NOTE_S:
                 self._note()
+            if stopped:
+                raise Stopped(f"at {self._spec.folder}; run the same command to continue")
 
     def _send(self, pool: Executor, waiting: int) -> None:
         """Submit the chunks that the interleaver will ask for next, to keep the workers busy.
@@ -212,12 +233,15 @@ class _Preparation:
             )
             planner = self._planners[source]
             assert planner is not None
-            chunk = next(planner, None)
-            if chunk is None:
+            found = next(planner, None)
+            if found is None:
                 self._planners[source] = None
                 continue
-            chunk = replace(chunk, source=source)
-            future = pool.submit(encode_chunk, chunk)
+            if isinstance(found, Stored):
+                chunk, future = found.chunk, _ready(found.encoded)
+            else:
+                chunk = replace(found, source=source)
+                future = pool.submit(encode_chunk, chunk)
             self._sent[source].append((replace(chunk, payload=None), future))
             self._sent_bytes[source] += max(chunk.size, 1)
 
@@ -238,8 +262,10 @@ class _Preparation:
             "settings": self._spec.settings,
             "writers": {part: writer.state() for part, writer in self._writers.items()},
             "sources": [asdict(progress) for progress in self._interleaver.progress],
+            "input_bytes": self._merged_before + self._interleaver.bytes_read,
         }
-        write_durably(self._work / "note.json", json.dumps(note).encode())
+        write_durably(self._work / NOTE, json.dumps(note).encode())
+        self._bundles.remove(self._interleaver.progress)
         self._noted = time.monotonic()
 
     def _tokens(self) -> int:
@@ -275,6 +301,13 @@ class _Preparation:
         )
 
 
-def _default_processes() -> int:
+def _ready(encoded: Encoded | None) -> Future[Encoded]:
+    assert encoded is not None
+    future: Future[Encoded] = Future()
+    future.set_result(encoded)
+    return future
+
+
+def default_processes() -> int:
     """Return how many processors this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

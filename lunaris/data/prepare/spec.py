@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +16,7 @@ from lunaris.data import manifest as manifests
 from lunaris.data.prepare.chat import TEMPLATE
 from lunaris.data.prepare.chunks import Source
 from lunaris.errors import UserError
+from lunaris.runs.preparation import BUNDLES, NOTE
 
 # Raised when the same input and keys give other bytes.
 _VERSION = 3
@@ -91,14 +93,15 @@ def read_note(spec: PrepareSpec) -> dict[str, Any]:
     """
     folder = spec.folder
     work = folder / manifests.UNFINISHED
-    path = work / "note.json"
+    path = work / NOTE
     if path.is_file():
         note: dict[str, Any] = json.loads(path.read_bytes())
         if "writers" in note or note["settings"] == spec.settings:
             manifests.require_same(folder, note["settings"], spec.settings)
             return note
-        # No token is written yet, so that other settings may start from the beginning.
+        # No token is in a shard yet, so that other settings may start from the beginning.
         (folder / manifests.TOKENIZER).unlink(missing_ok=True)
+        shutil.rmtree(work / BUNDLES, ignore_errors=True)
     elif not work.is_dir():
         foreign = [path for path in folder.iterdir() if path.name != ".lock"]
         if foreign:
@@ -110,3 +113,13 @@ def read_note(spec: PrepareSpec) -> dict[str, Any]:
         sync_folder(folder)
     write_durably(path, json.dumps({"settings": spec.settings}).encode())
     return {}
+
+
+def require_begun(spec: PrepareSpec) -> dict[str, Any]:
+    """Return the last note of a preparation that another process began with the same settings.
+
+    Raises UserError where it began with others, as when the input has changed since.
+    """
+    note: dict[str, Any] = json.loads((spec.folder / manifests.UNFINISHED / NOTE).read_bytes())
+    manifests.require_same(spec.folder, note["settings"], spec.settings)
+    return note
