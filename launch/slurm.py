@@ -7,7 +7,7 @@ import shlex
 import shutil
 import time
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -134,7 +134,7 @@ class Slurm:
             parameters = self.parameters(name, logs, code.path)
             parameters["array_parallelism"] = part.parallelism
             if part.after is not None:
-                _wait_for(parameters, ids[parts[part.after].first])
+                wait_for(parameters, ids[parts[part.after].first])
             chosen = slice(part.first, part.first + part.size)
             try:
                 sent = self._submit(tasks[chosen], logs, parameters)
@@ -148,7 +148,9 @@ class Slurm:
             ids += _record(paths[chosen], sent, "")
         return ids
 
-    def _submit(self, tasks: list[Task], logs: Path, parameters: dict[str, Any]) -> list[Any]:
+    def _submit(
+        self, tasks: Sequence[Callable[[], None]], logs: Path, parameters: dict[str, Any]
+    ) -> list[Any]:
         executor = submitit.SlurmExecutor(
             logs,
             max_num_timeout=self.keys.max_num_timeout,
@@ -199,9 +201,15 @@ class Slurm:
         # submitit sets a wckey by default; clusters that enforce such keys refuse it.
         return {key: value for key, value in values.items() if value is not None} | {"wckey": None}
 
-    def _start_here(self, tasks: list[Task], logs: Path, code: Path) -> list[Any]:
-        """Start the jobs of the tasks with submitit's local executor; they run one at a time."""
+    def _start_here(
+        self, tasks: Sequence[Callable[[], None]], logs: Path, code: Path, *, in_turn: bool = True
+    ) -> list[Any]:
+        """Start the jobs of the tasks with submitit's local executor.
+
+        in_turn: they run one at a time.
+        """
         turn = shlex.quote(str(logs / "turn"))
+        wait = f"{{ ! command -v flock >/dev/null || {{ exec 9>>{turn} && flock 9; }}; }}"
         executor = submitit.LocalExecutor(logs, max_num_timeout=self.keys.max_num_timeout)
         executor.update_parameters(
             tasks_per_node=self.keys.processes_per_node(),
@@ -209,10 +217,7 @@ class Slurm:
             timeout_min=self.keys.timeout_min,
             signal_delay_s=self.keys.signal_delay_s,
             stderr_to_stdout=True,
-            setup=[
-                f"{{ ! command -v flock >/dev/null || {{ exec 9>>{turn} && flock 9; }}; }}",
-                *setup_lines(self.keys, code),
-            ],
+            setup=[*([wait] if in_turn else []), *setup_lines(self.keys, code)],
         )
         with (logs / "local.log").open("ab") as log, output_to(log), warnings.catch_warnings():
             # The jobs outlive this process; Python warns about the running child.
@@ -225,13 +230,16 @@ def _folder_of(logs: Path) -> Path:
     return logs.parent.parent
 
 
-def check_folder(folder: Path) -> None:
-    """Raise UserError for a folder whose name SLURM or submitit would take for a pattern."""
+def check_folder(folder: Path, key: str = "out_dir") -> None:
+    """Raise UserError for a folder whose name SLURM or submitit would take for a pattern.
+
+    key: that gives the folder.
+    """
     for character in "%\\":
         if character in str(folder):
             raise UserError(
-                f"out_dir={folder}: must not contain {character}, which SLURM replaces in the "
-                "names of a job's logs; choose another out_dir"
+                f"{key}={folder}: must not contain {character}, which SLURM replaces in the "
+                f"names of a job's logs; choose another {key}"
             )
 
 
@@ -255,7 +263,7 @@ def _record(paths: Sequence[Path], sent: list[Any], prefix: str) -> list[str]:
     return [prefix + job.job_id for job in sent]
 
 
-def _wait_for(parameters: dict[str, Any], job_id: str) -> None:
+def wait_for(parameters: dict[str, Any], job_id: str) -> None:
     """Let an array start when the array of a job has ended, in whatever way."""
     further = parameters["additional_parameters"]
     other = further.get("dependency")

@@ -67,7 +67,7 @@ class Task:
     def _after_stop(self, run_dir: RunDir, seconds: float) -> int:
         """Requeue the job unless SLURM does; return the exit code. Only rank 0 may call this."""
         launch = run_dir.read_config().launch
-        job = _Job.now(seconds, launch)
+        job = CurrentJob.now(seconds, launch)
         timeouts = run_dir.read_status().get("timeouts", 0) + job.timed_out
         cause = "timeout" if job.timed_out else "preempted"
         if not job.ours_to_requeue:
@@ -89,7 +89,7 @@ class Task:
 
 
 @dataclass
-class _Job:
+class CurrentJob:
     """The job of this process, as SLURM reports it now.
 
     ours_to_requeue: whether nobody else requeues or ends it. restarts: whether SLURM counts a
@@ -102,7 +102,7 @@ class _Job:
     restarts: bool = False
 
     @classmethod
-    def now(cls, seconds: float, launch: SlurmLaunchConfig) -> _Job:
+    def now(cls, seconds: float, launch: SlurmLaunchConfig) -> CurrentJob:
         """Ask SLURM for the job of this process. seconds: how long the process has run."""
         if os.environ.get("SUBMITIT_EXECUTOR") == "local":
             timed_out = seconds >= launch.timeout_min * 60 - launch.signal_delay_s - 1

@@ -21,6 +21,7 @@ import pytest
 
 from lunaris.__main__ import main
 from lunaris.config.compose import compose
+from lunaris.runs.run_dir import RunDir
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -87,7 +88,8 @@ def is_run(command: str) -> bool:
         case ["lunaris", "train", *rest]:
             return "--dry-run" in rest
         case ["lunaris", "prepare", *rest]:
-            return "data=hf" not in rest  # It needs the network.
+            sends = "launch=slurm" in rest and "launch.dry_run=true" not in rest
+            return "data=hf" not in rest and not sends  # It needs the network, or sends jobs.
         case ["lunaris", "resume", *rest]:
             return not any(word.startswith("launch.") for word in rest)  # It sends a job.
         case ["lunaris", name, *_]:
@@ -154,6 +156,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for kind, name in named - {("runs", "first")}:
             if kind == "shards":
                 shutil.copytree("shards/tiny", f"shards/{name}")
+                prepared_by_jobs(Path("shards", name))
                 continue
             shutil.copytree("runs/first", f"runs/{name}")
             config = Path(f"runs/{name}/config.yaml")
@@ -164,6 +167,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
             config.write_text(text)
         assert main(["train", "-m", *TINY, "name=lr", "optimizer.learning_rate=1e-3,3e-3"]) == 0
     return folder
+
+
+def prepared_by_jobs(folder: Path) -> None:
+    """Add what the jobs of `lunaris prepare launch=slurm` leave in a folder of shards."""
+    (folder / "prepare.yaml").touch()
+    RunDir(folder).write_status(state="done", job_id="8", task_ids=["7_0", "7_1"])
+    (folder / "logs/slurm").mkdir(parents=True)
+    (folder / "logs/slurm/8_0_log.out").write_text("merged\n")
 
 
 @pytest.mark.slow

@@ -187,7 +187,7 @@ def test_what_training_reads_imports_nothing_of_the_preparation() -> None:
     # The commands, and the composition root, where data is built on first use.
     assert importers == {
         "commands/prepare.py", "commands/resume.py", "continuation/change.py", "inference.py",
-        "continuation/checks.py", "run.py",
+        "continuation/checks.py", "run.py", "launch/prepare_array.py", "launch/prepare_task.py",
     }  # fmt: skip
 
 

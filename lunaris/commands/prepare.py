@@ -3,14 +3,14 @@ where it stopped."""
 
 from __future__ import annotations
 
+import shlex
 import time
-from shlex import quote
 from typing import TYPE_CHECKING, Any
 
 from lunaris.errors import UserError
 
 if TYPE_CHECKING:
-    from lunaris.data.manifest import Manifest
+    from lunaris.config.schema.root import Config
 
 _USAGE = """\
 usage: lunaris prepare [--verify] data=text|hf|stdlib data.dir=FOLDER [data.KEY=VALUE ...]
@@ -18,6 +18,7 @@ usage: lunaris prepare [--verify] data=text|hf|stdlib data.dir=FOLDER [data.KEY=
 Trains or loads a tokenizer, and writes shards of tokens and their manifest into data.dir. It can be
 killed at any moment; run the same command to continue. The shards are the same bytes for any
 data.processes. Train on the folder with `lunaris train data=shards data.dir=FOLDER`.
+With launch=slurm, an array of launch.array_tasks jobs encodes the text and another job merges.
 
   --verify  recompute the checksum of every shard in data.dir (any kind of data); write nothing
 
@@ -26,6 +27,8 @@ data.processes. Train on the folder with `lunaris train data=shards data.dir=FOL
       'data.files={code: src/**/*.py, prose: books/*.txt.gz}' 'data.weights={code: 1, prose: 3}'
   lunaris prepare data=text data.dir=shards data.format=chat 'data.files=[chat/*.jsonl]'
   lunaris prepare data=hf data.dir=shards data.datasets=roneneldan/TinyStories
+  lunaris prepare data=text data.dir=shards 'data.files=[corpus/*.jsonl]' \\
+      launch=slurm launch.array_tasks=16 launch.cpus_per_task=8 launch.partition=cpu
   lunaris prepare --verify data=shards data.dir=shards
 
 The keys of data=text and their defaults (`lunaris train --cfg job -p data data=hf` shows others):
@@ -41,17 +44,66 @@ def main(argv: list[str]) -> int:
     for flag in flags:
         if flag != "--verify":
             raise UserError(f"{flag}: no such option of prepare; allowed are --verify and --help")
-    from lunaris.config.compose import compose
-    from lunaris.config.instantiate import instantiate_component
-    from lunaris.data.prepare.build import build_shards
-    from lunaris.data.prepared import PreparedData
-    from lunaris.data.stdlib import StdlibData
+    from lunaris.config.compose import Composer
+    from lunaris.config.schema.launch import SlurmLaunchConfig
 
     overrides = [arg for arg in argv if not arg.startswith("-")]
-    cfg = compose(overrides, check_data=False)
+    composer = Composer()
+    _check_launch(composer.compose_raw(overrides).launch)
+    cfg = composer.compose(overrides, check_data=False)
     if flags:
         return _verify(getattr(cfg.data, "dir", None))
+    if isinstance(cfg.launch, SlurmLaunchConfig):
+        return _send(cfg, shlex.join(["lunaris", "prepare", *argv]), overrides)
+    return _prepare_here(cfg)
+
+
+def _check_launch(launch: Any) -> None:
+    """Raise UserError for keys of launch=slurm that a preparation has no use for.
+
+    launch: as composed; a further check would ask for a parallelism over several nodes.
+    """
+    if not str(launch.get("_target_")).startswith("lunaris.launch.slurm."):
+        return
+    for key, allowed in (("nodes", (1,)), ("tasks_per_node", (None, 1)), ("gpus_per_node", (0,))):
+        if launch.get(key, allowed[0]) not in allowed:
+            raise UserError(
+                f"launch.{key}={launch[key]}: must be {allowed[-1]} for `lunaris prepare`, which "
+                "uses no GPU and whose tasks are a job array: launch.array_tasks is their number, "
+                "launch.cpus_per_task the processes of each"
+            )
+
+
+def _send(cfg: Config, command: str, overrides: list[str]) -> int:
+    """Send the preparation to SLURM."""
+    from lunaris.config.instantiate import locate_class
+    from lunaris.data.prepared import PreparedData
+    from lunaris.launch.prepare_array import PrepareArray
+
+    made = locate_class("data", cfg.data)
+    prepared = isinstance(made, type) and issubclass(made, PreparedData)
+    if not prepared or hasattr(made, "build_shards"):
+        raise UserError(
+            f"data={cfg.data._target_}: launch=slurm prepares data=text and data=hf; use "
+            "launch=local"
+        )
+    return PrepareArray.of(cfg).prepare(cfg, command, overrides)
+
+
+def _prepare_here(cfg: Config) -> int:
+    from lunaris.config.instantiate import instantiate_component
+    from lunaris.data.prepare.build import build_shards
+    from lunaris.data.prepare.summary import summary
+    from lunaris.data.prepared import PreparedData
+    from lunaris.data.stdlib import StdlibData
+    from lunaris.runs.preparation import is_preparation
+    from lunaris.runs.run_dir import RunDir
+    from lunaris.runs.status import refuse_active
+
     data = instantiate_component("data", cfg.data)
+    sent = hasattr(data, "folder") and is_preparation(data.folder)
+    if sent:
+        refuse_active(data.folder)
     began = time.monotonic()
     if hasattr(data, "build_shards"):
         made = data.build_shards()
@@ -61,7 +113,9 @@ def main(argv: list[str]) -> int:
         raise UserError(
             f"data={cfg.data._target_}: is trained on as it is; there is nothing to prepare"
         )
-    _report(made, str(data.folder), time.monotonic() - began)
+    if sent:
+        RunDir(data.folder).write_status(state="done", last_error=None)
+    print(summary(made, str(data.folder), time.monotonic() - began))
     return 0
 
 
@@ -74,35 +128,6 @@ def _verify(folders: Any) -> int:
     for folder in folder_list(folders, "data.dir"):
         print(f"{folder}: {verify(folder)} shards are as they were written")
     return 0
-
-
-def _report(made: Manifest, folder: str, seconds: float) -> None:
-    for source in made.sources:
-        skipped = f", {source.skipped:,} skipped" if source.skipped else ""
-        print(
-            f"{source.name}: {source.documents:,} documents, {source.tokens:,} tokens "
-            f"of {source.bytes:,} bytes{skipped}"
-        )
-    tokens = {part: sum(entry.tokens for entry in shards) for part, shards in made.shards.items()}
-    shards = sum(len(entries) for entries in made.shards.values())
-    print(
-        f"{folder}: {tokens.get('train', 0):,} tokens for training, {tokens.get('val', 0):,} for "
-        f"validation, {shards} shards of {made.dtype}, vocabulary {made.vocab_size:,} "
-        f"({seconds:.1f} s)"
-    )
-    if not tokens.get("val"):
-        few = sum(source.documents for source in made.sources) < 10
-        print(
-            "note: no document fell into the validation part, so training will have no val/loss; "
-            + (
-                "a text file is one document: cut it into files (`split -l 200 FILE pieces/`), or "
-                "take its lines (data.format=lines), with data.val_fraction=0.1"
-                if few
-                else "raise data.val_fraction or give more text"
-            )
-            + ", in another data.dir"
-        )
-    print(f"next: lunaris train data=shards {quote(f'data.dir={folder}')}")
 
 
 def _keys() -> str:

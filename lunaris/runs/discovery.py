@@ -8,6 +8,7 @@ from pathlib import Path
 
 from lunaris.errors import UserError
 from lunaris.runs.facts import checkpoint_folders
+from lunaris.runs.preparation import is_preparation
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.sweep_manifest import are_texts, read_points
 
@@ -17,13 +18,15 @@ class FoundRun:
     """A run, or a point of a sweep. The folder of a point may be absent.
 
     overrides: as given on the command line; of a point, those that not all points of its sweep
-    share. sweep: the folder of the point's sweep.
+    share. sweep: the folder of the point's sweep. prepares: whether it is no run, but a folder of
+    shards that jobs prepare.
     """
 
     path: Path
     name: str
     overrides: list[str]
     sweep: Path | None = None
+    prepares: bool = False
 
 
 def is_run(folder: Path) -> bool:
@@ -37,21 +40,22 @@ def is_sweep(folder: Path) -> bool:
     return read_points(folder) is not None
 
 
-def find_runs(folder: Path) -> list[FoundRun]:
+def find_runs(folder: Path, *, preparations: bool = False) -> list[FoundRun]:
     """Return the run in `folder`, the points of the sweep in it, or all below it, sorted by path.
 
-    Raises UserError when there are none.
+    preparations: the folders of shards, too, that jobs prepare. Raises UserError when there are
+    none.
     """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    found = list(_in(folder))
+    found = list(_in(folder, preparations))
     if not found:
         for child in sorted(folder.iterdir()):
             if child.is_dir():
-                found += _in(child)
-                if child.name in ("runs", "sweeps"):
+                found += _in(child, preparations)
+                if child.name in ("runs", "sweeps", "shards"):
                     for grandchild in sorted(child.iterdir()):
-                        found += _in(grandchild)
+                        found += _in(grandchild, preparations)
     if not found:
         raise UserError(f"{folder}: holds no runs and no sweeps")
     return found
@@ -75,8 +79,10 @@ def completions(begun: str) -> list[str]:
     return found
 
 
-def _in(folder: Path) -> Iterator[FoundRun]:
-    if is_run(folder):
+def _in(folder: Path, preparations: bool) -> Iterator[FoundRun]:
+    if preparations and is_preparation(folder):
+        yield FoundRun(folder, folder.name, [], prepares=True)
+    elif is_run(folder):
         overrides = RunDir(folder).noted("overrides")
         yield FoundRun(folder, folder.name, overrides if are_texts(overrides) else [])
     elif folder.is_dir() and (points := read_points(folder)) is not None:

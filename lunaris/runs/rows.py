@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from lunaris.config.run_names import values_of
 from lunaris.runs.changes import read_changes
 from lunaris.runs.discovery import FoundRun, find_runs
+from lunaris.runs.preparation import progress
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.status import RunState, logs_of, resolve_states
 
@@ -18,8 +20,11 @@ _FIRST_PART = 1 << 16  # Bytes of a metrics file's end that are read first.
 
 
 def run_rows(folder: Path) -> list[dict[str, Any]]:
-    """Return a row for each run below a folder. Raises UserError where there is no such folder."""
-    found = find_runs(folder)
+    """Return a row for each run below a folder, and for each folder of shards that jobs prepare.
+
+    Raises UserError where there is no such folder.
+    """
+    found = find_runs(folder, preparations=True)
     states = resolve_states([run.path for run in found])
     return [run_row(run, state) for run, state in zip(found, states, strict=True)]
 
@@ -28,7 +33,9 @@ def run_row(run: FoundRun, state: RunState) -> dict[str, Any]:
     """Return what is known of a run; null where something is not.
 
     final_train_loss, final_val_loss: of the last rows that have them. duration_s: seconds for which
-    its processes existed. tokens: read so far. values: of its overrides, as text by key.
+    its processes existed. tokens: read so far. values: of its overrides, as text by key. prepared:
+    of a folder of shards that jobs prepare, how many bytes of the input are `encoded` and `merged`,
+    of how many (`total`, 0 where unknown).
     """
     status, run_dir = state.status, RunDir(run.path)
     last = last_values(run_dir.metrics_path, ("train/loss", "val/loss"))
@@ -39,7 +46,8 @@ def run_row(run: FoundRun, state: RunState) -> dict[str, Any]:
         "overrides": run.overrides,
         "values": values_of(run.overrides),
         "state": state.state,
-        "remark": state.remark or None,
+        # What has failed while other tasks of a preparation work on.
+        "remark": state.remark or (run.prepares and status.get("last_error")) or None,
         "step": status.get("step", 0),
         "max_steps": status.get("max_steps"),
         "final_train_loss": last.get("train/loss"),
@@ -59,6 +67,7 @@ def run_row(run: FoundRun, state: RunState) -> dict[str, Any]:
             for change in read_changes(run.path)
         ],
         "parents": run_dir.parents(),
+        "prepared": asdict(progress(run.path, status)) if run.prepares else None,
         "logs": [str(log) for log in logs_of(run.path, status)],
     }
 

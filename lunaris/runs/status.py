@@ -17,6 +17,7 @@ from typing import Any
 
 from lunaris.errors import UserError
 from lunaris.runs.first_cause import FirstCause, first_cause, last_attempt
+from lunaris.runs.preparation import job_ids, leading_job
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import LOCAL, UNREACHED, JobState, ask_slurm, is_process
 
@@ -86,10 +87,10 @@ class RunState:
 def resolve_states(paths: Sequence[Path]) -> list[RunState]:
     """Return the state of each run; SLURM is asked once for all of them."""
     statuses = [RunDir(path).read_status() for path in paths]
-    ids = [s["job_id"] for s in statuses if s.get("job_id") and s.get("state") != "done"]
+    ids = [i for status in statuses if status.get("state") != "done" for i in job_ids(status)]
     jobs = ask_slurm(i for i in ids if not i.startswith(LOCAL))
     return [
-        resolve_state(path, status, jobs.get(status.get("job_id") or ""))
+        resolve_state(path, status, leading_job(status, jobs))
         for path, status in zip(paths, statuses, strict=True)
     ]
 

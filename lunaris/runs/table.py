@@ -52,11 +52,15 @@ class Table:
 def tables(rows: Sequence[Row]) -> list[Table]:
     """Return a table for each sweep of some rows, and one for the runs between them.
 
-    A sweep over seeds has another one, of the means over them.
+    A sweep over seeds has another one, of the means over them. The last is of what jobs prepare.
     """
-    groups = [(sweep, list(group)) for sweep, group in groupby(rows, key=lambda row: row["sweep"])]
+    runs = [row for row in rows if row["prepared"] is None]
+    groups = [(sweep, list(group)) for sweep, group in groupby(runs, key=lambda row: row["sweep"])]
     made = [[_table(sweep, group), *_seed_tables(sweep, group)] for sweep, group in groups]
-    return [table for pair in made for table in pair]
+    prepared = [row for row in rows if row["prepared"] is not None]
+    return [table for pair in made for table in pair] + (
+        [_prepared_table(prepared)] if prepared else []
+    )
 
 
 def sort_rows(rows: Sequence[Row], key: str, *, reverse: bool = False) -> list[Row]:
@@ -137,6 +141,29 @@ def _table(sweep: str | None, rows: list[Row]) -> Table:
     return made
 
 
+def _prepared_table(rows: list[Row]) -> Table:
+    """Return the table of the folders of shards that jobs prepare."""
+    made = Table("", ["shards", "state", "encoded", "merged", "input", "job"], wide=["job"])
+    for row in rows:
+        done = row["prepared"]
+        total = done["total"]
+        parts = [_share(done[name], total) for name in ("encoded", "merged")]
+        size = _size(total) if total else "-"
+        made.rows.append([row["name"], row["state"], *parts, size, row["job_id"] or "-"])
+        made.notes += _notes(row)
+    return made
+
+
+def _share(done: int, total: int) -> str:
+    """Return a part of a total in percent; without a total, what is done."""
+    # Not 100 % before it is all.
+    return f"{100 * done // total} %" if total else _size(done)
+
+
+def _size(size: float) -> str:
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
 def _seed_tables(sweep: str | None, rows: list[Row]) -> list[Table]:
     """Return the table of the means over the seeds, where points differ in nothing else."""
     if sweep is None or not any(SEED in row["values"] for row in rows):
@@ -168,7 +195,8 @@ def _notes(row: Row) -> list[str]:
     lines += [
         f"  {name}: changed at step {change['step']}: {change['text']}" for change in row["changes"]
     ]
-    if state in _FINE or (state == "queued" and not row["remark"]):
+    fine = state in _FINE and not (row["prepared"] and row["remark"])
+    if fine or (state == "queued" and not row["remark"]):
         return lines
     if state == "queued":
         return [*lines, f"  {name}: waits ({row['remark']})"]

@@ -110,8 +110,10 @@ class SlurmLaunchConfig(LaunchConfig):
     signal_delay_s: int = key(120, low=1)
     # Times that a job which ran out of time is requeued.
     max_num_timeout: int = key(1000, low=0)
-    # Points of a sweep that run at a time.
+    # Points of a sweep, or tasks of `lunaris prepare`, that run at a time.
     array_parallelism: int = key(256, low=1)
+    # Tasks of the job array of `lunaris prepare`, if there is work for so many.
+    array_tasks: int = key(8, low=1)
     # Any further sbatch option: name -> value.
     additional_parameters: dict[str, Any] = field(default_factory=dict)
     # Print the script and send nothing.
