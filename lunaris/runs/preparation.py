@@ -6,8 +6,8 @@ Such a folder has, besides its shards, what a run's folder has: `status.json`, `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,10 @@ BUNDLES = "encoded"
 NOTE = "note.json"
 
 _AT_WORK = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
-_ENDED_WELL = "COMPLETED"
+_FAILED = (
+    "FAILED", "CANCELLED", "TIMEOUT", "DEADLINE", "PREEMPTED", "NODE_FAIL", "BOOT_FAIL",
+    "OUT_OF_MEMORY", "REVOKED",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -97,19 +100,23 @@ def leading_job(status: Mapping[str, Any], jobs: Mapping[str, JobState]) -> JobS
     working = next((job for job in found if job.name in _AT_WORK), None)
     if working is not None:
         return working
-    waiting = [(k, job) for k, job in tasks if job.name in ("PENDING", "CONFIGURING", "REQUEUED")]
+    waiting = [job for _, job in tasks if job.name in ("PENDING", "CONFIGURING", "REQUEUED")]
     if waiting:
-        return waiting[0][1]
-    failed = [(k, job) for k, job in tasks if job.name != _ENDED_WELL]
-    if not failed:
-        return last
-    k, job = _first_cause(failed)
-    return replace(job, reason=f"task {k}: {job.reason or job.name}")
+        return waiting[0]
+    k = failed_task(status, jobs)
+    return last if k is None else jobs[task_ids(status)[k]]
 
 
-def _first_cause(failed: Iterable[tuple[int, JobState]]) -> tuple[int, JobState]:
-    """Return a task that failed itself, else one that was cancelled."""
-    return min(failed, key=lambda each: (each[1].name == "CANCELLED", each[0]))
+def failed_task(status: Mapping[str, Any], jobs: Mapping[str, JobState]) -> int | None:
+    """Return the task that did not end well, rather one that failed itself than a cancelled one."""
+    ended = ((k, jobs[i].name) for k, i in enumerate(task_ids(status)) if i in jobs)
+    failed = [(name == "CANCELLED", k) for k, name in ended if name in _FAILED]
+    return min(failed)[1] if failed else None
+
+
+def log_of_task(folder: Path, status: Mapping[str, Any], task: int) -> Path:
+    """Return the log of the job of a task."""
+    return folder / "logs" / "slurm" / f"{task_ids(status)[task]}_0_log.out"
 
 
 def _count(value: object) -> int:

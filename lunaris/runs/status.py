@@ -17,7 +17,7 @@ from typing import Any
 
 from lunaris.errors import UserError
 from lunaris.runs.first_cause import FirstCause, first_cause, last_attempt
-from lunaris.runs.preparation import job_ids, leading_job
+from lunaris.runs.preparation import failed_task, job_ids, leading_job, log_of_task
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import LOCAL, UNREACHED, JobState, ask_slurm, is_process
 
@@ -89,10 +89,20 @@ def resolve_states(paths: Sequence[Path]) -> list[RunState]:
     statuses = [RunDir(path).read_status() for path in paths]
     ids = [i for status in statuses if status.get("state") != "done" for i in job_ids(status)]
     jobs = ask_slurm(i for i in ids if not i.startswith(LOCAL))
-    return [
-        resolve_state(path, status, leading_job(status, jobs))
-        for path, status in zip(paths, statuses, strict=True)
-    ]
+    return [_resolve(path, status, jobs) for path, status in zip(paths, statuses, strict=True)]
+
+
+def _resolve(path: Path, status: dict[str, Any], jobs: dict[str, JobState]) -> RunState:
+    """Return the state of a run, or of a preparation with the task that made it fail."""
+    job, task = leading_job(status, jobs), failed_task(status, jobs)
+    if task is None or status.get("last_error"):
+        return resolve_state(path, status, job)
+    # The task could not write why; its log may tell.
+    known = status | {"job_log": str(log_of_task(path, status, task))}
+    state = resolve_state(path, known, job)
+    if state.active or state.state in ("done", "cancelled", "unknown") or job is None:
+        return resolve_state(path, status, job)
+    return replace(state, remark=f"task {task}: {state.remark or job.name}")
 
 
 def refuse_active(path: Path) -> None:

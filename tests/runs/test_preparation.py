@@ -49,7 +49,7 @@ def folder(path: str, **status: object) -> Path:
             ("out_of_memory", "task 2: OUT_OF_MEMORY"),
         ),
         ("CANCELLED NODE_FAIL COMPLETED CANCELLED", {}, ("node_fail", "task 1: NODE_FAIL")),
-        ("CANCELLED CANCELLED - CANCELLED", {"cancelled": 1.0}, ("cancelled", "task 0: CANCELLED")),
+        ("CANCELLED CANCELLED - CANCELLED", {"cancelled": 1.0}, ("cancelled", "")),
         ("COMPLETED COMPLETED COMPLETED TIMEOUT", {}, ("timeout", "")),
         ("- - - -", {"state": "failed", "last_error": "merging: no"}, ("failed", "merging: no")),
         (f"COMPLETED {UNREACHED} COMPLETED PENDING", {}, ("unknown", "")),
@@ -76,6 +76,21 @@ def test_the_jobs_of_a_preparation_are_one_state(
     (state,) = resolve_states([folder("shards/x", **written)])
     assert (state.state, state.remark) == expected
     assert asked == ([] if written.get("state") == "done" else IDS)
+
+
+def test_a_task_that_was_killed_is_named_with_its_log(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ("COMPLETED", "FAILED", "COMPLETED", "CANCELLED")
+    jobs = {i: JobState(name) for i, name in zip(IDS, names, strict=True)}
+    monkeypatch.setattr("lunaris.runs.status.ask_slurm", lambda ids: jobs)
+    log = folder("shards/x", job_log="8.out") / "logs" / "slurm" / "7_1_0_log.out"
+    log.parent.mkdir(parents=True)
+    log.write_text("task 1 of 3: encoded 3 MB\nsrun: error: node1: task 0: Killed\n")
+    assert main(["runs", "shards/x"]) == 0
+    shown = capsys.readouterr().out
+    assert "  x: failed: task 1: killed by SIGKILL, as the kernel does when" in shown
+    assert f"    log: {log}" in shown
 
 
 def test_progress_is_read_from_the_names_of_bundles_and_the_note() -> None:
