@@ -13,7 +13,7 @@ from hydra.core.override_parser.types import Override, ValueType
 from hydra.errors import HydraException
 
 from lunaris.config.cli import Flags
-from lunaris.config.compose import Composer, Source, config_dirs
+from lunaris.config.compose import Composer, Source, config_dirs, places
 from lunaris.config.hydra_internals import PLUGIN_PACKAGE, option_loader
 from lunaris.config.keys import CONFIG_MODULE
 from lunaris.config.messages import explain
@@ -58,11 +58,13 @@ class SweepRequest:
         task = [_text(o) for o in self.parsed if not o.is_hydra_override()]
         given = {o.key_or_group: o.value() for o in self.parsed if not o.is_sweep_override()}
         name = str(given.get("name") or sweep_name(task, swept))
-        asked = given.get("hydra.sweep.dir") or given.get("out_dir") or f"sweeps/{name}"
-        folder = str(asked).replace("${name}", name)
+        composer = Composer(self.source)
+        asked = given.get("hydra.sweep.dir") or given.get("out_dir")
+        folder = str(asked or composer.defaults.keys.get("out_dir") or f"sweeps/{name}")
+        folder = folder.replace("${name}", name)
         if "${" in folder:
             raise UserError(
-                f"out_dir={asked}: in the out_dir of a sweep only ${{name}} is replaced; every "
+                f"out_dir={folder}: in the out_dir of a sweep only ${{name}} is replaced; every "
                 "point gets its own folder inside it"
             )
         # Hydra's sweepers write values in their own way: 1e-3 becomes 0.001.
@@ -72,9 +74,7 @@ class SweepRequest:
             if not (o.is_sweep_override() or o.is_hydra_override())
         ]
         shared = {*task, *rewritten}
-        return Sweep(
-            Path(folder), self.command, shared, Composer(self.source), zipped=self.flags.zipped
-        )
+        return Sweep(Path(folder), self.command, shared, composer, zipped=self.flags.zipped)
 
     def hydra_config(self, composer: Composer) -> DictConfig:
         """Return Hydra's own part of the config, which names the sweeper and the launcher.
@@ -155,12 +155,11 @@ def _values(override: Override) -> Iterator[str]:
 
 def _option_loader(source: Source) -> ConfigLoader:
     main = f"pkg://{CONFIG_MODULE}"
-    places = [] if source.path is None else [main]
-    places += [] if source.dir is None else [f"file://{os.path.abspath(source.dir)}"]
+    searched = places(source)
     for override in parse(list(source.overrides)):
         value = override.value()
-        places += value if isinstance(value, list) else []
-    return option_loader(main if source.path is None else os.path.abspath(source.path), places)
+        searched += value if isinstance(value, list) else []
+    return option_loader(main if source.path is None else os.path.abspath(source.path), searched)
 
 
 def _text(override: Override) -> str:

@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lunaris.config.cli import Flags
-from lunaris.config.compose import Composer, schema_nodes
+from lunaris.config.compose import Composer, places, schema_nodes
 from lunaris.config.hydra_internals import (
     PLUGIN_PACKAGE,
     instantiate_launcher,
@@ -59,7 +59,10 @@ def run_by_hydra(
     further = [f"hydra.sweep.dir={quoted(str(sweep.dir))}", *extra]
     with suppress(PointFailed):
         # A sweeper that ends at a failed point raises it; the summary shows it.
-        call_hydra(request.flags, request.parsed, _SweepTask(sweep), further, targets)
+        # Without the keys of a defaults.yaml, which need not fit every point: our own composition
+        # of a point takes them.
+        option = sweep.composer.defaults.option()
+        call_hydra(request.flags, request.parsed, _SweepTask(sweep), further, targets, option)
     if sweep.outcomes and targets[0] != OPTUNA:
         return sweep.outcomes
     # Processes of another launcher leave nothing but the folders of the points.
@@ -77,18 +80,21 @@ def call_hydra(
     task: Callable[[Any], Any],
     extra: Sequence[str] = (),
     targets: Sequence[str] = (),
+    defaults: dict[str, Any] | None = None,
 ) -> None:
     """Let `hydra.main` do what the flags ask, and report its errors as ours.
 
     parsed: the overrides of the flags. extra: further ones, which win. targets: the
-    plugins that the config will ask for, of which ours are registered. Raises UserError.
+    plugins that the config will ask for, of which ours are registered. defaults: the option
+    `user/defaults`, if any. Raises UserError.
     """
     register_schemas(schema_nodes())
     for plugin in (Product, LocalSweep, SlurmArray):
         if f"{PLUGIN_PACKAGE}.{plugin.__name__}" in targets:
             register_plugin(plugin)
     try:
-        run_hydra_main(f"pkg://{CONFIG_MODULE}", task, _argv(flags, [*open_maps(parsed), *extra]))
+        argv = _argv(flags, [*open_maps(parsed), *extra])
+        run_hydra_main(f"pkg://{CONFIG_MODULE}", task, argv, places(flags.source), defaults)
     except SystemExit as ended:
         # `--hydra-help` ends with one.
         if ended.code:
@@ -108,8 +114,8 @@ def _argv(flags: Flags, overrides: list[str]) -> list[str]:
     argv = ["lunaris"]
     if flags.config_path is not None:
         flags = replace(flags, config_path=os.path.abspath(flags.config_path))
-        overrides = [f"hydra.searchpath=[pkg://{CONFIG_MODULE}]", *overrides]
-    for name, value in vars(flags).items():
+    # Its folder is one of the places that Hydra searches anyway.
+    for name, value in vars(replace(flags, config_dir=None)).items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, str):
             argv += [flag, value]

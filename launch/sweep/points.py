@@ -19,6 +19,7 @@ from lunaris.config.schema.root import Config
 from lunaris.continuation.checks import check_start
 from lunaris.errors import UserError
 from lunaris.runs.create import create, refuse_other_config, take_world_size
+from lunaris.runs.provenance import composed_with
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.status import last_line
 from lunaris.runs.sweep_manifest import ManifestPoint, read_points, write_points
@@ -57,8 +58,9 @@ class Outcome:
 class Sweep:
     """A sweep: its folder, the command that asked for it, and how its points ended.
 
-    shared: the overrides that all points have; the others of a point make its name. warned: what
-    was printed of experiments that win over an option. zipped: what each `--zip` names.
+    shared: the overrides that all points have; the others of a point make its name. warned: the
+    lines that were printed of defaults, and of experiments that win over an option. zipped: what
+    each `--zip` names.
     """
 
     dir: Path
@@ -91,11 +93,12 @@ class Sweep:
                     f"{' '.join(before.overrides)} and {' '.join(point.overrides)}; give "
                     "name= another value for each"
                 )
-        for text in overruled(self.composer, job_overrides):
+        lines = [f"warning: {text}" for text in overruled(self.composer, job_overrides)]
+        for line in [*self.composer.defaults_lines(job_overrides), *lines]:
             # A sweep may be planned in several parts.
-            if text not in self.warned:
-                self.warned.add(text)
-                print(f"warning: {text}", file=sys.stderr)
+            if line not in self.warned:
+                self.warned.add(line)
+                print(line, file=sys.stderr)
         _refuse_equal(list(points.values()))
         return list(points.values())
 
@@ -112,7 +115,8 @@ class Sweep:
         """Write the sweep's manifest and the folder of every point that is not done."""
         for point in points:
             if not point.done:
-                create(point.cfg, self.command, point.overrides)
+                with composed_with(self.composer.record(point.overrides)):
+                    create(point.cfg, self.command, point.overrides)
         self.record(points)
 
     def record(self, points: list[Point], job_ids: dict[str, str] | None = None) -> None:

@@ -55,6 +55,8 @@ def main(argv: list[str]) -> int:
     # Data that is not prepared yet can be planned with all the same.
     composer = Composer(flags.source)
     cfg = composer.compose(flags.overrides, check_data=False)
+    for line in composer.defaults_lines([flags.overrides]):
+        print(line, file=sys.stderr)
     for text in overruled(composer, [flags.overrides]):
         print(f"warning: {text}", file=sys.stderr)
     plan = make_plan(cfg, gpu=device is not None)
@@ -103,7 +105,10 @@ def _sweep(flags: Flags, device: Device | None, mfu: float, *, as_json: bool) ->
     sweep = request.sweep()
     hydra = request.hydra_config(sweep.composer)
     rows: list[tuple[str, Plan]] = []
-    for overrides in request.expand(hydra.sweeper.params or {}):
+    points = request.expand(hydra.sweeper.params or {})
+    for line in sweep.composer.defaults_lines(points):
+        print(line, file=sys.stderr)
+    for overrides in points:
         cfg = sweep.composer.compose(overrides, check_data=False)
         rows.append((sweep.name_of(overrides), make_plan(cfg, gpu=device is not None)))
     if as_json:

@@ -4,6 +4,7 @@ where it stopped."""
 from __future__ import annotations
 
 import shlex
+import sys
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -46,15 +47,19 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{flag}: no such option of prepare; allowed are --verify and --help")
     from lunaris.config.compose import Composer
     from lunaris.config.schema.launch import SlurmLaunchConfig
+    from lunaris.runs.provenance import composed_with
 
     overrides = [arg for arg in argv if not arg.startswith("-")]
     composer = Composer()
+    for line in composer.defaults_lines([overrides], ("data", "launch")):
+        print(line, file=sys.stderr)
     _check_launch(composer.compose_raw(overrides).launch)
     cfg = composer.compose(overrides, check_data=False)
     if flags:
         return _verify(getattr(cfg.data, "dir", None))
     if isinstance(cfg.launch, SlurmLaunchConfig):
-        return _send(cfg, shlex.join(["lunaris", "prepare", *argv]), overrides)
+        with composed_with(composer.record(overrides)):
+            return _send(cfg, shlex.join(["lunaris", "prepare", *argv]), overrides)
     return _prepare_here(cfg)
 
 

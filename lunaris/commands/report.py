@@ -142,8 +142,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _defaults() -> dict[str, object]:
     """Return the config of a command without overrides, flat and dotted."""
-    from lunaris.config.compose import compose
+    from lunaris.config.compose import Composer
     from lunaris.config.frozen import to_tree
-    from lunaris.report.record import flat
+    from lunaris.config.keys import flat
 
-    return flat(to_tree(compose([], check_data=False)))
+    return flat(to_tree(Composer(with_defaults=False).compose([], check_data=False)))

@@ -37,6 +37,7 @@ def main(argv: list[str]) -> int:
     from lunaris.config.compose import Composer, config_dirs
     from lunaris.config.overruled import overruled
     from lunaris.config.trust import allow, allow_named
+    from lunaris.runs.provenance import composed_with
 
     flags = parse_flags(argv)
     if flags.help:
@@ -52,17 +53,16 @@ def main(argv: list[str]) -> int:
 
         return sweep(flags, command)
     if flags.hydra_help or flags.cfg or flags.info or flags.shell_completion:
-        from lunaris.config.overrides import parse
-        from lunaris.launch.sweep.hydra_bridge import call_hydra
-
-        call_hydra(flags, parse(flags.overrides), _unreached)
-        return 0
+        return _show_by_hydra(flags)
     composer = Composer(flags.source)
     cfg = composer.compose(flags.overrides)
     if os.environ.get("RANK", "0") == "0":
+        for line in composer.defaults_lines([flags.overrides]):
+            print(line, file=sys.stderr)
         for text in overruled(composer, [flags.overrides]):
             print(f"warning: {text}", file=sys.stderr)
-    return submit(cfg, command, flags.overrides)
+    with composed_with(composer.record(flags.overrides)):
+        return submit(cfg, command, flags.overrides)
 
 
 def submit(cfg: Config, command: str, overrides: list[str]) -> int:
@@ -120,6 +120,22 @@ def _show(flags: Flags) -> int:
         print(shown(cfg))
         return 0
     print(OmegaConf.to_yaml(cfg, resolve=flags.resolve), end="")
+    return 0
+
+
+def _show_by_hydra(flags: Flags) -> int:
+    """Let Hydra show what the flags ask for: its help, its config, or how it composes ours."""
+    from lunaris.config.compose import Composer
+    from lunaris.config.overrides import parse
+    from lunaris.launch.sweep.hydra_bridge import call_hydra
+
+    option: dict[str, Any] = {}
+    if flags.info or flags.cfg:
+        composer = Composer(flags.source)
+        option = composer.option(flags.overrides)
+        for line in composer.defaults_lines([flags.overrides]):
+            print(line, file=sys.stderr)
+    call_hydra(flags, parse(flags.overrides), _unreached, defaults=option)
     return 0
 
 

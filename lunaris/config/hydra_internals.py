@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from functools import cache
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 # Hydra takes plugins only from the package `hydra_plugins`; ours are registered under this name.
 PLUGIN_PACKAGE = "hydra_plugins.lunaris"
+# Where Hydra looks for options after the main folder, within `_searching`.
+_places: list[str] = []
 
 
 def register_plugin(plugin: type) -> None:
@@ -46,17 +49,59 @@ def instantiate_launcher(
     )
 
 
-def run_hydra_main(config_path: str, task: Callable[[Any], Any], argv: list[str]) -> None:
+@cache
+def _register_places() -> None:
+    """Register a plugin that gives Hydra's search path the places of `_searching`."""
+    from hydra.core.config_search_path import ConfigSearchPath
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    class FurtherOptions(SearchPathPlugin):
+        def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+            for place in _places:
+                search_path.append("lunaris", place)
+
+    register_plugin(FurtherOptions)
+
+
+@contextmanager
+def _searching(places: Sequence[str], defaults: dict[str, Any]) -> Iterator[None]:
+    """Let Hydra find the options of further places, and `defaults` as the option `user/defaults`.
+
+    places: as Hydra writes them, `file://FOLDER` or `pkg://PACKAGE`. defaults: the content of the
+    option, {} for none.
+    """
+    from hydra.core.config_store import ConfigStore
+
+    _register_places()
+    before, _places[:] = list(_places), places
+    repo = ConfigStore.instance().repo
+    if defaults:
+        ConfigStore.instance().store("defaults", defaults, group="user", package="_global_")
+    try:
+        yield
+    finally:
+        _places[:] = before
+        repo.pop("user", None)
+
+
+def run_hydra_main(
+    config_path: str,
+    task: Callable[[Any], Any],
+    argv: list[str],
+    places: Sequence[str] = (),
+    defaults: dict[str, Any] | None = None,
+) -> None:
     """Run `hydra.main` as if `argv` were the command line; raise its errors, print no warnings.
 
-    config_path: the folder or package of the main config file, `train`.
+    config_path: the folder or package of the main config file, `train`. places, defaults: as
+    `compose_options` takes them.
     """
     import hydra
 
     before = sys.argv, os.environ.get("HYDRA_FULL_ERROR", "0")
     sys.argv, os.environ["HYDRA_FULL_ERROR"] = argv, "1"
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), _searching(places, defaults or {}):
             warnings.simplefilter("ignore")
             hydra.main(config_path, "train", version_base="1.3")(task)()
     finally:
@@ -94,11 +139,19 @@ def register_schemas(nodes: dict[str, type]) -> None:
 
 
 def compose_options(
-    name: str, choices: list[str], path: str | None, module: str, schemas: dict[str, type]
+    name: str,
+    choices: list[str],
+    path: str | None,
+    module: str,
+    schemas: dict[str, type],
+    places: Sequence[str] = (),
+    defaults: dict[str, Any] | None = None,
 ) -> DictConfig:
     """Return what Hydra composes for the choices of options, with Hydra's part of the config.
 
-    name: of the main file, in the folder `path`, or else in the package `module`.
+    name: of the main file, in the folder `path`, or else in the package `module`. places: where
+    further options are, as Hydra writes it (`file://FOLDER`), the first first. defaults: the
+    content of the option `user/defaults`, or None without it.
     """
     from hydra import compose, initialize_config_dir, initialize_config_module
     from hydra.core.global_hydra import GlobalHydra
@@ -108,13 +161,15 @@ def compose_options(
     state = GlobalHydra.instance()
     outer, state.hydra = state.hydra, None
     try:
-        opened: AbstractContextManager[object] = (
-            initialize_config_module(module, version_base="1.3")
-            if path is None
-            else initialize_config_dir(os.path.abspath(path), version_base="1.3")
-        )
-        with warnings.catch_warnings(), opened:
+        with warnings.catch_warnings(), _searching(places, defaults or {}):
             warnings.simplefilter("ignore")
-            return compose(name, choices, return_hydra_config=True)
+            # These read the search path at once, and not when their context is entered.
+            opened: AbstractContextManager[object] = (
+                initialize_config_module(module, version_base="1.3")
+                if path is None
+                else initialize_config_dir(os.path.abspath(path), version_base="1.3")
+            )
+            with opened:
+                return compose(name, choices, return_hydra_config=True)
     finally:
         GlobalHydra.instance().hydra = outer

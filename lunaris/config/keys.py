@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import types
+from collections.abc import Mapping
 from dataclasses import Field, fields, is_dataclass
 from functools import cache
 from importlib import resources
@@ -103,6 +104,30 @@ def split_key(dotted: str) -> tuple[str, str]:
     return parts[0], ".".join(parts[1:])
 
 
+def flat(tree: Mapping[Any, Any], path: str = "") -> dict[str, Any]:
+    """Return the keys of nested mappings, flat and dotted; an empty mapping stays a value."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        dotted = f"{path}.{key}" if path else str(key)
+        if isinstance(value, Mapping) and value:
+            found |= flat(value, dotted)
+        else:
+            found[dotted] = value
+    return found
+
+
+def nested(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Return dotted keys as nested dicts, the reverse of `flat`."""
+    tree: dict[str, Any] = {}
+    for dotted, value in keys.items():
+        *above, last = dotted.split(".")
+        node = tree
+        for part in above:
+            node = node.setdefault(part, {})
+        node[last] = value
+    return tree
+
+
 def options_having(dotted: str, config_dirs: list[Path] | None = None) -> list[str]:
     """Return the options of the key's group that have the key, like ["switch", "top2"]."""
     group, key = split_key(dotted)
@@ -112,13 +137,13 @@ def options_having(dotted: str, config_dirs: list[Path] | None = None) -> list[s
     return [
         option.name
         for option in options(group, config_dirs)
-        if _schema_of_option(group, option.name, config_dirs) in having
+        if schema_of_option(group, option.name, config_dirs) in having
     ]
 
 
 def options_of(schema: type, group: str) -> list[str]:
     """Return the options of our own config tree that have a schema."""
-    return [o.name for o in options(group) if _schema_of_option(group, o.name, None) is schema]
+    return [o.name for o in options(group) if schema_of_option(group, o.name, None) is schema]
 
 
 @cache
@@ -183,7 +208,7 @@ def _option_files(group: str, config_dirs: list[Path] | None) -> dict[str, Path]
     }
 
 
-def _schema_of_option(group: str, option: str, config_dirs: list[Path] | None) -> type | None:
+def schema_of_option(group: str, option: str, config_dirs: list[Path] | None) -> type | None:
     """Return the schema that an option's file names, itself or by the option it extends."""
     if len(groups()[group]) == 1:
         return groups()[group][0]

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import OmegaConf, open_dict
-from omegaconf.errors import OmegaConfBaseException, ValidationError
+from omegaconf.errors import OmegaConfBaseException
 
 from lunaris.config.hydra_internals import override_parser
 from lunaris.config.keys import (
     EXPERIMENT,
+    flat,
     group_names,
     is_inferred,
     nearest,
@@ -121,6 +122,12 @@ def is_group_choice(override: Override) -> bool:
     )
 
 
+def keys_of(override: Override) -> list[str]:
+    """Return the dotted keys that an override sets."""
+    key, value = override.key_or_group, override.value()
+    return list(flat(value, key)) if isinstance(value, dict) else [key]
+
+
 def apply(cfg: DictConfig, override: Override, choice: str | None = None) -> None:
     """Set one key of `cfg` as Hydra would; `choice`: the option chosen for the key's group.
 
@@ -134,18 +141,36 @@ def apply(cfg: DictConfig, override: Override, choice: str | None = None) -> Non
     for name, part in _leaves(cfg, key, value):
         if not added:
             _check_key(cfg, name, choice)
-        schema, number = _schema_of_parent(cfg, name), type(part) in (int, float)
-        wanted = type_of(schema, name.rpartition(".")[2])
-        if wanted in (int, int | None) and isinstance(part, float) and part.is_integer():
-            # Hydra reads 1e3 as a float; one of 2**53 or more is not exact.
-            part = int(part) if abs(part) < 2**53 else part
+        schema = _schema_of_parent(cfg, name)
+        part = as_taken(schema, name, part)
         try:
-            if number and wanted is bool:
-                raise ValidationError("OmegaConf takes any number for true")
             with open_dict(cfg):
                 OmegaConf.update(cfg, name, part, merge=True, force_add=True)
         except OmegaConfBaseException as error:
             raise UserError(wrong_value(schema, name, part)) from error
+
+
+def as_taken(schema: type | None, key: str, value: Any) -> Any:
+    """Return a value for a dotted key as OmegaConf takes it; schema: of the key's parent.
+
+    Raises UserError for a number in place of true or false, which OmegaConf would take.
+    """
+    wanted = type_of(schema, key.rpartition(".")[2])
+    if type(value) in (int, float) and wanted is bool:
+        raise UserError(wrong_value(schema, key, value))
+    if wanted in (int, int | None) and isinstance(value, float) and value.is_integer():
+        # Hydra reads 1e3 as a float; one of 2**53 or more is not exact.
+        return int(value) if abs(value) < 2**53 else value
+    return value
+
+
+def has_key(cfg: DictConfig, key: str) -> bool:
+    """Return whether a composed tree has a dotted key, or a free map that takes it."""
+    try:
+        _check_key(cfg, key, None)
+    except UserError:
+        return False
+    return True
 
 
 def _leaves(cfg: DictConfig, key: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lunaris.config.keys import flat
 from lunaris.metrics.records import Row, read_rows_and_damage
 from lunaris.runs.changes import Change, read_changes
 from lunaris.runs.discovery import FoundRun
@@ -88,18 +89,6 @@ def read_records(found: Sequence[FoundRun]) -> list[RunRecord]:
     """Return the records of runs; SLURM is asked once for all of them."""
     states = resolve_states([run.path for run in found])
     return [_read(run, state) for run, state in zip(found, states, strict=True)]
-
-
-def flat(tree: Mapping[Any, Any], path: str = "") -> dict[str, Any]:
-    """Return the keys of nested mappings, flat and dotted; an empty mapping stays a value."""
-    found: dict[str, Any] = {}
-    for key, value in tree.items():
-        dotted = f"{path}.{key}" if path else str(key)
-        if isinstance(value, Mapping) and value:
-            found |= flat(value, dotted)
-        else:
-            found[dotted] = value
-    return found
 
 
 def _read(run: FoundRun, state: RunState) -> RunRecord:

@@ -9,12 +9,32 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 _PACKAGES = ("lunaris-codex", "torch", "numpy", "hydra-core", "omegaconf", "submitit", "tokenizers")
+
+
+# What a defaults.yaml set in the config of the runs that are created now; None: not known.
+_defaults: dict[str, Any] | None = None
+
+
+@contextmanager
+def composed_with(defaults: dict[str, Any]) -> Iterator[None]:
+    """Record `defaults` in the provenance of the runs that are created in this context.
+
+    They are what a `defaults.yaml` set: its `file` and its `keys`, or {} for nothing.
+    """
+    global _defaults
+    before, _defaults = _defaults, defaults
+    try:
+        yield
+    finally:
+        _defaults = before
 
 
 def collect(command: str, overrides: list[str]) -> dict[str, Any]:
@@ -27,6 +47,7 @@ def collect(command: str, overrides: list[str]) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "versions": {name: _version(name) for name in _PACKAGES},
         "git": _git(Path(__file__).resolve().parent),
+        **({} if _defaults is None else {"defaults": _defaults}),
         **machine(),
     }
 

@@ -74,4 +74,5 @@ def write(path: Path) -> None:
 
 if __name__ == "__main__":
     os.environ["OMP_NUM_THREADS"] = "1"
+    os.environ["LUNARIS_CONFIG_DIR"] = ""
     write(Path(sys.argv[1] if len(sys.argv) > 1 else HERE / "curves.json").resolve())

@@ -47,6 +47,7 @@ class Site:
             "PACE": str(self.pace),
             "PYTHONPATH": str(_HERE),
             "OMP_NUM_THREADS": "1",
+            "LUNARIS_CONFIG_DIR": "",
             "PATH": cluster.env["PATH"],
         }
 
