@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,8 +67,11 @@ def srun_args(keys: SlurmLaunchConfig, folder: Path) -> list[str]:
     return [*args, *keys.srun_args]
 
 
-def sbatch_options(keys: SlurmLaunchConfig) -> dict[str, Any]:
-    """Return further options of sbatch by their names; those of `additional_parameters` count."""
+def sbatch_options(keys: SlurmLaunchConfig, after: Sequence[str] = ()) -> dict[str, Any]:
+    """Return further options of sbatch by their names; those of `additional_parameters` count.
+
+    after: dependencies as sbatch takes them, which are joined to those of the keys.
+    """
     mail = {} if keys.mail is None else {"mail-user": keys.mail, "mail-type": keys.mail_type}
     found = {"requeue": True, "dependency": keys.dependency, **mail} | {
         str(key).replace("_", "-"): value for key, value in keys.additional_parameters.items()
@@ -76,6 +80,11 @@ def sbatch_options(keys: SlurmLaunchConfig) -> dict[str, Any]:
         found.setdefault("exclusive", True)
     if found["requeue"] in (False, None):
         found |= {"requeue": None, "no-requeue": True}
+    if after:
+        found["dependency"] = ",".join([*filter(None, [found["dependency"]]), *after])
+    if any(each.startswith("afterok") for each in after):
+        # Else a job whose dependency cannot be met any more waits for ever.
+        found.setdefault("kill-on-invalid-dep", "yes")
     # A flag that is off is left out.
     return {
         name: value for name, value in found.items() if value is not None and value is not False

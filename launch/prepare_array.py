@@ -25,7 +25,7 @@ from lunaris.launch import snapshot
 from lunaris.launch.arrays import split
 from lunaris.launch.job_environment import python_command
 from lunaris.launch.prepare_task import PrepareTask, spec_for_jobs
-from lunaris.launch.slurm import Slurm, check_folder, wait_for, wait_until_ended
+from lunaris.launch.slurm import Slurm, check_folder, end_of, wait_until_ended
 from lunaris.launch.submitit_internals import sbatch_script
 from lunaris.runs import provenance
 from lunaris.runs.preparation import CONFIG
@@ -131,10 +131,9 @@ class PrepareArray(Slurm):
             return job
         parts = split(tasks, max_array_size(), self.keys.array_parallelism) if shares else []
         for part in parts:
-            parameters = self.parameters(name, logs, code)
+            before = [] if part.after is None else [end_of(sent[parts[part.after].first])]
+            parameters = self.parameters(name, logs, code, before)
             parameters["array_parallelism"] = part.parallelism
-            if part.after is not None:
-                wait_for(parameters, sent[parts[part.after].first])
             chosen = shares[part.first : part.first + part.size]
             sent += [job.job_id for job in self._submit(chosen, logs, parameters)]
         parameters = self.parameters(name, logs, code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import shlex
 import shutil
 import time
@@ -23,6 +24,7 @@ from lunaris.config.trust import targets_of
 from lunaris.errors import Stopped, UserError
 from lunaris.launch import snapshot
 from lunaris.launch.arrays import split
+from lunaris.launch.awaited import awaited_jobs
 from lunaris.launch.job_environment import (
     python_command,
     sbatch_options,
@@ -74,6 +76,7 @@ class Slurm:
             return 0
         refuse_active(path)
         self.check_clients()
+        awaited_jobs(self.keys)
         run_dir = RunDir(create(cfg, command, overrides).path.absolute())
         if run_dir.read_status().get("state") == "done":
             print(f"{cfg.out_dir}: already done; nothing was sent")
@@ -119,10 +122,11 @@ class Slurm:
         """
         check_folder(folder.absolute())
         self.check_clients()
+        awaited = awaited_jobs(self.keys)
         code = snapshot.take(folder / "code", targets)
         logs = folder.absolute() / "logs" / "slurm"
         for path in paths:
-            _mark_queued(RunDir(path), code)
+            _mark_queued(RunDir(path), code, self.keys.awaited())
         logs.mkdir(parents=True, exist_ok=True)
         tasks = [Task(path.absolute()) for path in paths]
         if self.keys.cluster == "local":
@@ -131,10 +135,9 @@ class Slurm:
         parts = split(len(tasks), largest, self.keys.array_parallelism)
         ids: list[str] = []
         for part in parts:
-            parameters = self.parameters(name, logs, code.path)
+            before = [] if part.after is None else [end_of(ids[parts[part.after].first])]
+            parameters = self.parameters(name, logs, code.path, [*awaited, *before])
             parameters["array_parallelism"] = part.parallelism
-            if part.after is not None:
-                wait_for(parameters, ids[parts[part.after].first])
             chosen = slice(part.first, part.first + part.size)
             try:
                 sent = self._submit(tasks[chosen], logs, parameters)
@@ -143,8 +146,8 @@ class Slurm:
                 refused = f"SLURM refuses the job: {reason}"
                 for path in paths[part.first :]:
                     RunDir(path).write_status(state="failed", last_error=refused)
-                before = f" ({part.first} points were sent before)" if part.first else ""
-                raise UserError(f"launch=slurm: {refused}{before}") from error
+                sooner = f" ({part.first} points were sent before)" if part.first else ""
+                raise UserError(f"launch=slurm: {refused}{sooner}") from error
             ids += _record(paths[chosen], sent, "")
         return ids
 
@@ -175,10 +178,16 @@ class Slurm:
     def script(self, name: str, logs: Path, code: Path, points: int | None = None) -> str:
         """Return the sbatch script of one run, or of an array of `points`."""
         python = python_command(self.keys, _folder_of(logs))
-        return sbatch_script(logs, self.parameters(name, logs, code), python, points)
+        parameters = self.parameters(name, logs, code, awaited_jobs(self.keys))
+        return sbatch_script(logs, parameters, python, points)
 
-    def parameters(self, name: str, logs: Path, code: Path) -> dict[str, Any]:
-        """Return the options of the job's sbatch script under submitit's names."""
+    def parameters(
+        self, name: str, logs: Path, code: Path, after: Sequence[str] = ()
+    ) -> dict[str, Any]:
+        """Return the options of the job's sbatch script under submitit's names.
+
+        after: dependencies besides `launch.dependency`, as sbatch takes them.
+        """
         keys = self.keys
         same = ("nodes", "cpus_per_task", "signal_delay_s", "partition", "account", "qos",
                 "constraint", "array_parallelism")  # fmt: skip
@@ -196,7 +205,7 @@ class Slurm:
             ],
             "stderr_to_stdout": True,
             "srun_args": srun_args(keys, _folder_of(logs)),
-            "additional_parameters": sbatch_options(keys),
+            "additional_parameters": sbatch_options(keys, after),
         }
         # submitit sets a wckey by default; clusters that enforce such keys refuse it.
         return {key: value for key, value in values.items() if value is not None} | {"wckey": None}
@@ -263,19 +272,19 @@ def _record(paths: Sequence[Path], sent: list[Any], prefix: str) -> list[str]:
     return [prefix + job.job_id for job in sent]
 
 
-def wait_for(parameters: dict[str, Any], job_id: str) -> None:
-    """Let an array start when the array of a job has ended, in whatever way."""
-    further = parameters["additional_parameters"]
-    other = further.get("dependency")
-    after = f"afterany:{job_id.partition('_')[0]}"
-    further["dependency"] = f"{other},{after}" if other else after
+def end_of(job_id: str) -> str:
+    """Return the dependency on the end of a job, or of its array, in whatever way it ends."""
+    return f"afterany:{job_id.partition('_')[0]}"
 
 
-def _mark_queued(run_dir: RunDir, code: snapshot.Snapshot) -> None:
+def _mark_queued(run_dir: RunDir, code: snapshot.Snapshot, awaited: Sequence[str]) -> None:
     run_dir.note(code=code.provenance())
+    # Relative, so that a folder of runs may be moved.
+    after = [os.path.relpath(folder, run_dir.path) for folder in awaited]
     run_dir.write_status(
-        state="queued", job_id=None, job_log=None, last_error=None, stop_cause=None, cancelled=None
-    )
+        state="queued", job_id=None, job_log=None, last_error=None, stop_cause=None, cancelled=None,
+        after=after,
+    )  # fmt: skip
 
 
 def _sent(job_id: str, keys: SlurmLaunchConfig, out_dir: str) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lunaris.config.schema.base import Component
+from lunaris.config.schema.launch import SlurmLaunchConfig
 from lunaris.config.schema.root import Config
 from lunaris.config.validate import is_custom
 from lunaris.errors import UserError
-from lunaris.runs.facts import checkpoint_folders
+from lunaris.runs.facts import checkpoint_folders, is_complete
 from lunaris.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -137,8 +139,24 @@ def _check_methods(key: str, target: str, made: list[Any]) -> None:
             )
 
 
+def _come_later(cfg: Config) -> bool:
+    """Return whether the weights of `init_from` are still to be made by a run that is awaited.
+
+    The job then checks whether they fit.
+    """
+    launch, given = cfg.launch, Path(str(cfg.init_from)).resolve()
+    if not isinstance(launch, SlurmLaunchConfig):
+        return False
+    awaited = [Path(folder).resolve() for folder in launch.awaited()]
+    if not any(folder in (given, *given.parents) for folder in awaited):
+        return False
+    saved = checkpoint_folders(RunDir(given).checkpoints)
+    return not given.is_file() and not any(map(is_complete, [given, *saved]))
+
+
 def _check_weights(cfg: Config) -> None:
-    if cfg.init_from is not None and not checkpoint_folders(RunDir(cfg.out_dir).checkpoints):
+    begun = checkpoint_folders(RunDir(cfg.out_dir).checkpoints)
+    if cfg.init_from is not None and not begun and not _come_later(cfg):
         from lunaris.config.instantiate import instantiate_component
         from lunaris.data.prepare.build import make_ready
         from lunaris.run import bare_model

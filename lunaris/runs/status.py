@@ -7,6 +7,7 @@ then from `sacct`, which many clusters lack, and last from what SLURM wrote into
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import socket
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lunaris.errors import UserError
+from lunaris.runs.discovery import find_runs
 from lunaris.runs.first_cause import FirstCause, first_cause, last_attempt
 from lunaris.runs.preparation import failed_task, job_ids, leading_job, log_of_task
 from lunaris.runs.run_dir import RunDir
@@ -60,6 +62,16 @@ _IN_LOG = (
     (r"oom[-_]kill|[Oo]ut [Oo]f [Mm]emory|exceeded .*memory limit", "out_of_memory"),
     (r"\*\*\* (JOB|STEP) \S+ ON \S+ CANCELLED", "cancelled"),
 )
+# How a run ended that others waited for.
+_IN_WORDS = {
+    "timeout": "reached its time limit",
+    "preempted": "was preempted",
+    "node_fail": "lost its node",
+    "out_of_memory": "ran out of memory",
+    "cancelled": "was cancelled",
+    "stopped": "was stopped",
+    "missing": "never started",
+}
 
 
 @dataclass(frozen=True)
@@ -151,15 +163,36 @@ def resolve_state(path: Path, status: dict[str, Any], job: JobState | None) -> R
         ending = written in ("failed", "stopped") and job.name == "COMPLETING"
         return _as_written(path, status) if ending else RunState("running", status, job.reason)
     ended = _ENDED.get(job.name, "failed") if job is not None else None
-    if ended in ("timeout", "node_fail", "out_of_memory", "preempted", "cancelled"):
+    if ended == "cancelled":
+        return RunState(ended, status, _unmet(path, status) or error)
+    if ended in ("timeout", "node_fail", "out_of_memory", "preempted"):
         return RunState(ended, status, error or (job.reason if job is not None else ""))
     if status.get("cancelled"):
         return RunState("cancelled", status)
+    unmet = _unmet(path, status) if ended is None else ""
+    if unmet:
+        return RunState("cancelled", status, unmet)
     if written in ("failed", "stopped"):
         return _as_written(path, status)
     if ended is None and written in ACTIVE and _has_process(path, status):
         return RunState(str(written), status)
     return _died(path, status, ended)
+
+
+def _unmet(path: Path, status: dict[str, Any]) -> str:
+    """Return which run did not end well for which the job of a run waited, and how; or ""."""
+    if status.get("state") != "queued" or status.get("cancelled"):
+        return ""
+    for folder in status.get("after") or []:
+        awaited = Path(os.path.normpath(path / folder))
+        try:
+            paths = [run.path for run in find_runs(awaited)]
+        except UserError:  # Nothing is left there.
+            paths = [awaited]
+        for other, state in zip(paths, resolve_states(paths), strict=True):
+            if state.ended and state.state != "done":
+                return f"{other}, for which it waited, {_IN_WORDS.get(state.state, state.state)}"
+    return ""
 
 
 def _may_have_job(status: dict[str, Any]) -> bool:

@@ -18,7 +18,7 @@ from lunaris.runs.status import STATES, last_line
 Row = dict[str, Any]
 
 # States that need no explanation below the table.
-_FINE = ("done", "running", "stopped", "cancelled")
+_FINE = ("done", "running", "stopped")
 # What a person may call a column, beside the keys of a row.
 _SHORT = {
     "run": "name",
@@ -196,7 +196,8 @@ def _notes(row: Row) -> list[str]:
         f"  {name}: changed at step {change['step']}: {change['text']}" for change in row["changes"]
     ]
     fine = state in _FINE and not (row["prepared"] and row["remark"])
-    if fine or (state == "queued" and not row["remark"]):
+    quiet = state in ("queued", "cancelled") and not row["remark"]
+    if fine or quiet:
         return lines
     if state == "queued":
         return [*lines, f"  {name}: waits ({row['remark']})"]

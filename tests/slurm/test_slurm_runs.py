@@ -298,6 +298,34 @@ def rank_process(job_id: str, rank: int) -> int:
     raise AssertionError(f"job {job_id} has no rank {rank}")
 
 
+def test_a_run_waits_for_the_last_attempt_of_another_and_starts_from_its_weights(
+    site: Any,
+) -> None:
+    pace = site.dir / "pace-after"
+    pace.write_text("0.5")
+    site.train("before", on(site, 2), PACE=str(pace))
+    site.train("after", "init_from=runs/before", "launch.after=runs/before")
+    site.wait_for(lambda: site.status("runs/before").get("step", 0) >= 2)
+    site.cluster.client("scancel", "--signal=USR2", site.status("runs/before")["job_id"])
+    site.wait_for(lambda: site.status("runs/before").get("attempts") == 2)
+    assert site.rows("runs/after")[0]["remark"] == "Dependency"
+    pace.write_text("0")
+    row = site.wait_for_state("runs/after", "done", "failed", "cancelled")
+    assert row["state"] == "done" and site.status("runs/before")["state"] == "done"
+    assert row["parents"] == [{"kind": "continued from", "dir": "runs/before", "step": 6}]
+    assert "step 6: " in (site.dir / "runs/after/logs/rank_0.log").read_text()
+
+
+def test_a_run_whose_awaited_run_fails_is_cancelled_and_says_why(site: Any) -> None:
+    site.train("faulty", "data.seed=13", "launch.additional_parameters.hold=true")
+    site.train("vain", "launch.after=runs/faulty")
+    site.cluster.client("scontrol", "release", site.status("runs/faulty")["job_id"])
+    row = site.wait_for_state("runs/vain", "cancelled", "done")
+    assert row["remark"] == "runs/faulty, for which it waited, failed"
+    assert "runs/faulty is failed" in site.train("later", "launch.after=runs/faulty", code=2)
+    assert not (site.dir / "runs/later").exists()
+
+
 def test_cancel_ends_a_waiting_and_a_running_job(site: Any) -> None:
     pace = site.dir / "pace-cancelled"
     pace.write_text("0.5")

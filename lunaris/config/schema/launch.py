@@ -13,6 +13,8 @@ from lunaris.errors import UserError, did_you_mean
 _DEPENDENCIES = (
     "after", "afterany", "afterburstbuffer", "aftercorr", "afterok", "afternotok", "singleton",
 )  # fmt: skip
+# The keys that the local executor has no counterpart of.
+_OF_SLURM = ("container", "after", "dependency", "mail", "srun_args", "exclusive", "python")
 
 
 @dataclass
@@ -98,6 +100,8 @@ class SlurmLaunchConfig(LaunchConfig):
     container_args: list[str] = field(default_factory=list)
     # Further options of srun, like --cpu-bind=cores.
     srun_args: list[str] = field(default_factory=list)
+    # The folder of a run or a sweep, or a list of them, whose jobs must have ended well before.
+    after: Any = None
     # Jobs that must have ended before, as sbatch takes it: afterok:17.
     dependency: str | None = None
     # Whole nodes, which no other job shares.
@@ -129,14 +133,27 @@ class SlurmLaunchConfig(LaunchConfig):
             if getattr(self, name) and self.container is None:
                 shown = ",".join(map(str, getattr(self, name)))
                 raise UserError(f"launch.{name}=[{shown}]: needs launch.container")
+        self._check_after(self.after)
         if self.dependency is not None:
             self._check_dependency(self.dependency)
-        for name in ("container", "dependency", "mail", "srun_args", "exclusive", "python"):
+        for name in _OF_SLURM:
             if getattr(self, name) and self.cluster == "local":
                 shown = getattr(self, name)
                 raise UserError(
                     f"launch.{name}={shown}: needs SLURM; launch.cluster=local starts the job here"
                 )
+
+    def awaited(self) -> list[str]:
+        """Return the folders of the runs and sweeps that must have ended well before."""
+        return [self.after] if isinstance(self.after, str) else list(self.after or [])
+
+    def _check_after(self, given: Any) -> None:
+        """Raise UserError for what is neither a folder's name nor a list of such."""
+        folders = given if isinstance(given, list) else [given]
+        if given is not None and not all(isinstance(f, str) and f.strip() for f in folders):
+            raise UserError(
+                f"launch.after={given}: must be the folder of a run or a sweep, or a list of them"
+            )
 
     def _check_dependency(self, given: str) -> None:
         """Raise UserError for what is no list of `TYPE:JOB[:JOB…]` or `singleton`."""
@@ -147,6 +164,11 @@ class SlurmLaunchConfig(LaunchConfig):
                 raise UserError(
                     f"launch.dependency={given}: {kind!r} is no type of dependency; "
                     f"{allowed}{did_you_mean(kind, _DEPENDENCIES)}"
+                )
+            if "?" in given and self.awaited():
+                raise UserError(
+                    f"launch.dependency={given}: not with launch.after, because SLURM joins "
+                    "dependencies by either , or ?"
                 )
             if kind != "singleton" and not re.fullmatch(r"\d+[\d:_+]*", jobs):
                 raise UserError(f"launch.dependency={given}: {kind} needs job ids: {kind}:17")
