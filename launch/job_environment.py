@@ -12,9 +12,15 @@ from typing import Any
 from lunaris.config.schema.launch import SlurmLaunchConfig
 from lunaris.launch.submitit_internals import HELD
 
+# The variable that names the file in which rank 0 writes the folder of its run, for the script.
+RUN_FILE = "LUNARIS_RUN_FILE"
 
-def setup_lines(keys: SlurmLaunchConfig, code: Path) -> list[str]:
-    """Return the lines of the job's script before its tasks start; code: the frozen copy."""
+
+def setup_lines(keys: SlurmLaunchConfig, logs: Path, code: Path) -> list[str]:
+    """Return the lines of the job's script before its tasks start.
+
+    logs: the folder of submitit's files. code: the frozen copy.
+    """
     lines = []
     if keys.modules:
         # A script is no login shell, which is where some sites define `module`.
@@ -37,6 +43,27 @@ def setup_lines(keys: SlurmLaunchConfig, code: Path) -> list[str]:
         # The script runs on the job's first node, where rank 0 is, outside a container.
         f"export LUNARIS_MASTER_PORT=$({_interpreter(keys, container=False)} -I -S "
         f'{shlex.quote(str(code / "lunaris" / "launch" / "free_port.py"))} "$SLURM_JOB_ID")',
+        *_run_file(keys, logs),
+    ]
+
+
+def _run_file(keys: SlurmLaunchConfig, logs: Path) -> list[str]:
+    """Return the line that names the file in which rank 0 says which run the job trains."""
+    if teardown_lines(keys) is None:
+        return []
+    return [f"export {RUN_FILE}={shlex.quote(str(logs))}/.run_$SLURM_JOB_ID"]
+
+
+def teardown_lines(keys: SlurmLaunchConfig) -> list[str] | None:
+    """Return the lines of the job's script after its tasks have ended, or None for none."""
+    if not keys.max_failures:
+        return None
+    python = _interpreter(keys, container=False)
+    module = "lunaris.launch.after_failure"
+    return [
+        f"code=$?; [ $code = 0 ] || {python} -S -m {module} "
+        f'"${RUN_FILE}" $code {keys.max_failures}',
+        f'rm -f "${RUN_FILE}"; exit $code',
     ]
 
 

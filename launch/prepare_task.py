@@ -24,7 +24,7 @@ from lunaris.data.prepare.summary import summary
 from lunaris.data.prepared import PreparedData
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import EXPECTED, RunFailed, Stopped, ending
-from lunaris.launch.slurm_task import CurrentJob
+from lunaris.launch.requeue import Job
 from lunaris.launch.submitit_internals import REQUEUE_EXIT_CODE, SIGNALLED
 from lunaris.runs.preparation import CONFIG
 from lunaris.runs.run_dir import RunDir
@@ -99,7 +99,7 @@ class PrepareTask:
         """Requeue the job unless SLURM does; return the exit code."""
         launch = read_config(self.folder / CONFIG).launch
         assert isinstance(launch, SlurmLaunchConfig)
-        job = CurrentJob.now(seconds, launch)
+        job = Job.now(seconds, launch)
         if not job.ours_to_requeue:
             # SLURM has already requeued the job, or someone has cancelled it.
             if self.share is None:

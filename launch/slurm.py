@@ -30,6 +30,7 @@ from lunaris.launch.job_environment import (
     sbatch_options,
     setup_lines,
     srun_args,
+    teardown_lines,
 )
 from lunaris.launch.local import output_to
 from lunaris.launch.slurm_task import Task
@@ -200,9 +201,10 @@ class Slurm:
             "setup": [
                 TRAP_SIGNALS,
                 HOLD_SIGNALS,
-                *setup_lines(keys, code),
+                *setup_lines(keys, logs, code),
                 f"export {SIGNALLED}",
             ],
+            "teardown": teardown_lines(keys),
             "stderr_to_stdout": True,
             "srun_args": srun_args(keys, _folder_of(logs)),
             "additional_parameters": sbatch_options(keys, after),
@@ -226,7 +228,7 @@ class Slurm:
             timeout_min=self.keys.timeout_min,
             signal_delay_s=self.keys.signal_delay_s,
             stderr_to_stdout=True,
-            setup=[*([wait] if in_turn else []), *setup_lines(self.keys, code)],
+            setup=[*([wait] if in_turn else []), *setup_lines(self.keys, logs, code)],
         )
         with (logs / "local.log").open("ab") as log, output_to(log), warnings.catch_warnings():
             # The jobs outlive this process; Python warns about the running child.
@@ -283,7 +285,7 @@ def _mark_queued(run_dir: RunDir, code: snapshot.Snapshot, awaited: Sequence[str
     after = [os.path.relpath(folder, run_dir.path) for folder in awaited]
     run_dir.write_status(
         state="queued", job_id=None, job_log=None, last_error=None, stop_cause=None, cancelled=None,
-        after=after,
+        after=after, failures=0, last_failure=None,
     )  # fmt: skip
 
 

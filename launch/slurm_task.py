@@ -3,26 +3,22 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from submitit.helpers import TorchDistributedEnvironment
 
-from lunaris.config.schema.launch import SlurmLaunchConfig
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import Stopped
 from lunaris.launch.free_port import first_port
+from lunaris.launch.job_environment import RUN_FILE
+from lunaris.launch.requeue import Job
 from lunaris.launch.submitit_internals import REQUEUE_EXIT_CODE, SIGNALLED
 from lunaris.launch.worker import main
 from lunaris.runs.first_cause import recorded_errors
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import current_job_id
-
-# SLURM checks time limits twice a minute, and may send the signal up to a minute early.
-_SIGNAL_EARLY_S = 60
 
 
 class Task:
@@ -42,6 +38,8 @@ class Task:
         with StopSignal():
             export_ranks()
             run_dir, rank = RunDir(self.path), int(os.environ["RANK"])
+            if rank == 0 and os.environ.get(RUN_FILE):
+                Path(os.environ[RUN_FILE]).write_text(str(self.path))
             os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
             error_file = run_dir.logs / f".error_{rank}.json"
             error_file.unlink(missing_ok=True)
@@ -67,7 +65,7 @@ class Task:
     def _after_stop(self, run_dir: RunDir, seconds: float) -> int:
         """Requeue the job unless SLURM does; return the exit code. Only rank 0 may call this."""
         launch = run_dir.read_config().launch
-        job = CurrentJob.now(seconds, launch)
+        job = Job.now(seconds, launch)
         timeouts = run_dir.read_status().get("timeouts", 0) + job.timed_out
         cause = "timeout" if job.timed_out else "preempted"
         if not job.ours_to_requeue:
@@ -86,48 +84,6 @@ class Task:
             return REQUEUE_EXIT_CODE if job.local else 0
         run_dir.write_status(state="stopped", stop_cause=cause, last_error=refusal)
         return Stopped.exit_code
-
-
-@dataclass
-class CurrentJob:
-    """The job of this process, as SLURM reports it now.
-
-    ours_to_requeue: whether nobody else requeues or ends it. restarts: whether SLURM counts a
-    restart that has not happened yet.
-    """
-
-    local: bool
-    timed_out: bool
-    ours_to_requeue: bool
-    restarts: bool = False
-
-    @classmethod
-    def now(cls, seconds: float, launch: SlurmLaunchConfig) -> CurrentJob:
-        """Ask SLURM for the job of this process. seconds: how long the process has run."""
-        if os.environ.get("SUBMITIT_EXECUTOR") == "local":
-            timed_out = seconds >= launch.timeout_min * 60 - launch.signal_delay_s - 1
-            return cls(local=True, timed_out=timed_out, ours_to_requeue=timed_out)
-        command = ["scontrol", "show", "job", "-o", os.environ["SLURM_JOB_ID"]]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        fields = dict(f.split("=", 1) for f in done.stdout.split() if "=" in f)
-        run_s, limit_s = _seconds(fields.get("RunTime")), _seconds(fields.get("TimeLimit"))
-        slack = launch.signal_delay_s + _SIGNAL_EARLY_S
-        timed_out = run_s is not None and limit_s is not None and run_s >= limit_s - slack
-        # A job that is being requeued or cancelled is already COMPLETING.
-        running = fields.get("JobState") == "RUNNING"
-        before = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        return cls(False, timed_out, running, int(fields.get("Restarts", before)) > before)
-
-    def requeue(self) -> str | None:
-        """Put the job back into the queue under its id; return SLURM's refusal, or None."""
-        if self.local:
-            return None
-        command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        # A signal that ends scontrol comes from the requeue that it has caused.
-        if done.returncode <= 0:
-            return None
-        return done.stderr.strip() or "scontrol requeue failed"
 
 
 def export_ranks() -> None:
@@ -152,15 +108,3 @@ def _record_failure(run_dir: RunDir, rank: int) -> None:
     first = min(errors, key=lambda r: (errors[r]["extraInfo"]["time"], r))
     where = f"rank {first}: " if os.environ["WORLD_SIZE"] != "1" else ""
     run_dir.write_status(state="failed", last_error=where + errors[first]["message"])
-
-
-def _seconds(text: str | None) -> int | None:
-    """Read SLURM's `[days-]hours:minutes:seconds`; None for UNLIMITED and the like."""
-    days, _, clock = (text or "").rpartition("-")
-    parts = clock.split(":")
-    if not all(part.isdigit() for part in [*parts, days or "0"]):
-        return None
-    total = 0
-    for part in parts:
-        total = total * 60 + int(part)
-    return int(days or 0) * 86400 + total

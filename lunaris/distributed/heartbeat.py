@@ -38,7 +38,8 @@ def record_failure(cause: BaseException | str) -> None:
     message = str(cause) if expected else f"{type(cause).__name__}: {cause}"
     path = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if path and not os.path.exists(path):
-        extra = {"py_callstack": "", "timestamp": str(int(time.time())), "time": time.time()}
+        extra = {"py_callstack": "", "timestamp": str(int(time.time())), "time": time.time(),
+                 "exit_code": getattr(cause, "exit_code", 1)}  # fmt: skip
         with open(path, "w") as file:
             json.dump({"message": {"message": message, "extraInfo": extra}}, file)
 

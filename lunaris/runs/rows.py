@@ -33,9 +33,10 @@ def run_row(run: FoundRun, state: RunState) -> dict[str, Any]:
     """Return what is known of a run; null where something is not.
 
     final_train_loss, final_val_loss: of the last rows that have them. duration_s: seconds for which
-    its processes existed. tokens: read so far. values: of its overrides, as text by key. prepared:
-    of a folder of shards that jobs prepare, how many bytes of the input are `encoded` and `merged`,
-    of how many (`total`, 0 where unknown).
+    its processes existed. tokens: read so far. failures: of its job since it was sent, as far as
+    `launch.max_failures` counts them. values: of its overrides, as text by key. prepared: of a
+    folder of shards that jobs prepare, how many bytes of the input are `encoded` and `merged`, of
+    how many (`total`, 0 where unknown).
     """
     status, run_dir = state.status, RunDir(run.path)
     last = last_values(run_dir.metrics_path, ("train/loss", "val/loss"))
@@ -56,6 +57,8 @@ def run_row(run: FoundRun, state: RunState) -> dict[str, Any]:
         "duration_s": run_dir.trained_s(active=state.active),
         "tokens": status.get("tokens"),
         "attempts": status.get("attempts", 0),
+        "failures": status.get("failures", 0),
+        "last_failure": status.get("last_failure"),
         "job_id": state.job_id,
         "changes": [
             {

@@ -195,6 +195,9 @@ def _notes(row: Row) -> list[str]:
     lines += [
         f"  {name}: changed at step {change['step']}: {change['text']}" for change in row["changes"]
     ]
+    if row["failures"]:
+        times = f"{row['failures']} time{'s' * (row['failures'] > 1)}"
+        lines.append(f"  {name}: failed {times}; the last: {row['last_failure']}")
     fine = state in _FINE and not (row["prepared"] and row["remark"])
     quiet = state in ("queued", "cancelled") and not row["remark"]
     if fine or quiet:

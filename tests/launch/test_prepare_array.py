@@ -19,7 +19,7 @@ from lunaris.data.prepare.share import Share
 from lunaris.errors import Stopped
 from lunaris.launch import prepare_task
 from lunaris.launch.prepare_task import PrepareTask
-from lunaris.launch.slurm_task import CurrentJob
+from lunaris.launch.requeue import Job
 from lunaris.runs.run_dir import RunDir
 
 COMMAND = [
@@ -167,9 +167,9 @@ class Requeued:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, **job: Any) -> None:
         self.asked = 0
-        known = CurrentJob(**({"local": False, "timed_out": False, "ours_to_requeue": True} | job))
-        monkeypatch.setattr(CurrentJob, "now", classmethod(lambda cls, *_: known))
-        monkeypatch.setattr(CurrentJob, "requeue", lambda _: self._requeue())
+        known = Job(**({"local": False, "timed_out": False, "ours_to_requeue": True} | job))
+        monkeypatch.setattr(Job, "now", classmethod(lambda cls, *_: known))
+        monkeypatch.setattr(Job, "requeue", lambda _: self._requeue())
 
     def _requeue(self) -> None:
         self.asked += 1

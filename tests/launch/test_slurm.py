@@ -18,7 +18,7 @@ from lunaris.__main__ import main
 from lunaris.atomic_files import read_json
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import UserError
-from lunaris.launch import free_port, slurm, slurm_task
+from lunaris.launch import free_port, requeue, slurm, slurm_task
 from lunaris.launch.job_environment import setup_lines
 from lunaris.launch.slurm import Slurm
 from lunaris.launch.slurm_task import Task
@@ -125,7 +125,7 @@ def test_what_a_job_cannot_have_is_refused(
 def test_a_script_loads_modules_also_where_only_login_shells_have_them(tmp_path: Path) -> None:
     """And a module that cannot be loaded ends the job."""
     keys = Slurm(modules=["cuda", "gcc/12"], setup=["echo after"]).keys
-    script = "\n".join(setup_lines(keys, Path("/code"))[:-3])
+    script = "\n".join(setup_lines(keys, Path("/logs"), Path("/code"))[:-3])
     for status in (0, 1):
         have = f'module() {{ echo "module $*"; return {status}; }}; {script}'
         done = subprocess.run(["bash", "-c", have], capture_output=True, text=True, check=False)
@@ -242,7 +242,7 @@ def test_a_requeue_that_kills_its_own_command_is_not_refused(tiny: Any, scontrol
     [("00:01:05", 65), ("1-02:00:00", 93600), ("05:00", 300), ("UNLIMITED", None), (None, None)],
 )
 def test_slurm_s_times_are_read(text: str | None, seconds: int | None) -> None:
-    assert slurm_task._seconds(text) == seconds
+    assert requeue._seconds(text) == seconds
 
 
 def test_the_error_of_the_rank_that_failed_first_is_kept(

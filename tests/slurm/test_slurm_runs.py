@@ -284,6 +284,39 @@ def test_a_killed_and_a_hung_rank_are_named_with_their_logs(site: Any) -> None:
         assert Path(row["logs"][0]).name == "rank_1.log"
 
 
+def test_a_failed_job_is_requeued_up_to_its_limit_but_not_for_a_wrong_input(site: Any) -> None:
+    pace = site.dir / "pace-failures"
+    pace.write_text("0.3")
+    site.train(
+        "retried", DDP, "launch.tasks_per_node=2", "trainer.max_steps=1000",
+        "launch.max_failures=1", "checkpoint.save_interval=2", PACE=str(pace),
+    )  # fmt: skip
+    # Its weights do not fit, which its job finds out.
+    site.train("narrow", "launch.additional_parameters.hold=true")
+    site.train(
+        "wide", "init_from=runs/narrow", "launch.after=runs/narrow", "model.d_model=32",
+        "launch.max_failures=3",
+    )  # fmt: skip
+    site.cluster.client("scontrol", "release", site.status("runs/narrow")["job_id"])
+    job_id = site.status("runs/retried")["job_id"]
+    for attempt in (1, 2):
+
+        def under_way(attempt: int = attempt) -> bool:
+            status = site.status("runs/retried")
+            return status.get("attempts") == attempt and status["step"] > 4 * attempt
+
+        site.wait_for(under_way)
+        os.kill(rank_process(job_id, 1), signal.SIGKILL)
+    row = site.wait_for_state("runs/retried", "failed")
+    assert (row["attempts"], row["failures"], row["job_id"]) == (2, 2, job_id)
+    said = "rank 1: killed by SIGKILL"
+    assert f"retried: failed 2 times; the last: {said}" in site.lunaris("runs", "runs/retried")
+    assert "resumed" in (site.dir / "runs/retried/logs/rank_0.log").read_text()
+    row = site.wait_for_state("runs/wide", "failed", "done")
+    assert (row["state"], row["attempts"], row["failures"]) == ("failed", 1, 0)
+    assert "init_from=runs/narrow" in row["remark"]
+
+
 def rank_process(job_id: str, rank: int) -> int:
     """Return the process of a rank of a job on this machine."""
     wanted = {f"SLURM_JOB_ID={job_id}", f"SLURM_PROCID={rank}"}

@@ -14,7 +14,9 @@ _DEPENDENCIES = (
     "after", "afterany", "afterburstbuffer", "aftercorr", "afterok", "afternotok", "singleton",
 )  # fmt: skip
 # The keys that the local executor has no counterpart of.
-_OF_SLURM = ("container", "after", "dependency", "mail", "srun_args", "exclusive", "python")
+_OF_SLURM = (
+    "container", "after", "dependency", "mail", "srun_args", "exclusive", "python", "max_failures",
+)  # fmt: skip
 
 
 @dataclass
@@ -114,6 +116,8 @@ class SlurmLaunchConfig(LaunchConfig):
     signal_delay_s: int = key(120, low=1)
     # Times that a job which ran out of time is requeued.
     max_num_timeout: int = key(1000, low=0)
+    # Times that a job whose run failed is requeued.
+    max_failures: int = key(0, low=0)
     # Points of a sweep, or tasks of `lunaris prepare`, that run at a time.
     array_parallelism: int = key(256, low=1)
     # Tasks of the job array of `lunaris prepare`, if there is work for so many.
@@ -133,6 +137,11 @@ class SlurmLaunchConfig(LaunchConfig):
             if getattr(self, name) and self.container is None:
                 shown = ",".join(map(str, getattr(self, name)))
                 raise UserError(f"launch.{name}=[{shown}]: needs launch.container")
+        if self.max_failures and self.additional_parameters.get("requeue", True) in (False, None):
+            raise UserError(
+                f"launch.max_failures={self.max_failures}: needs a job that may be requeued; leave "
+                "out launch.additional_parameters.requeue=false"
+            )
         self._check_after(self.after)
         if self.dependency is not None:
             self._check_dependency(self.dependency)

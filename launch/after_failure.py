@@ -1,0 +1,59 @@
+"""What the script of a job runs when its tasks have failed: counts it and requeues the job.
+
+It runs outside of the tasks, because a rank that was killed cannot count anything. The script runs
+on the host, also where the tasks run in a container, by a python that may lack what this package
+needs; so this module imports nothing but the standard library.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from lunaris.errors import UserError
+from lunaris.launch.requeue import is_running, requeue
+from lunaris.runs.first_cause import first_cause, recorded_errors
+from lunaris.runs.run_dir import RunDir
+
+
+def main(argv: list[str]) -> None:
+    """Count a failure of the run that a file names, and requeue its job up to a limit.
+
+    argv: the file that the job's rank 0 has written, the exit code of the tasks, and
+    `launch.max_failures`.
+    """
+    file, code, limit = Path(argv[0]), argv[1], int(argv[2])
+    if not file.is_file() or not is_running():
+        return  # No rank has begun to run, or SLURM ends the job.
+    run_dir = RunDir(file.read_text())
+    status = run_dir.read_status()
+    if status.get("state") in ("done", "stopped") or not _may_pass(run_dir, status):
+        return
+    cause = first_cause(run_dir.path, status)
+    said = cause.message if cause is not None else status.get("last_error")
+    said = said or f"exit code {code}"
+    failures = status.get("failures", 0) + 1
+    if failures > limit:
+        run_dir.write_status(failures=failures, last_failure=said)
+        return
+    # Before the requeue, because SLURM may kill this process soon after it.
+    run_dir.write_status(state="queued", failures=failures, last_failure=said)
+    print(f"requeued after failure {failures} of {limit}: {said}", flush=True)
+    refusal = requeue()
+    if refusal is not None:
+        refused = f"{said}; SLURM refuses to requeue: {refusal}"
+        run_dir.write_status(state=status.get("state"), last_error=refused)
+
+
+def _may_pass(run_dir: RunDir, status: dict[str, Any]) -> bool:
+    """Return whether another attempt may end better; a wrong input or too little memory stay."""
+    errors = recorded_errors(run_dir.logs).values()
+    if any(e["extraInfo"].get("exit_code") == UserError.exit_code for e in errors):
+        return False
+    cause = first_cause(run_dir.path, status)
+    return cause is None or cause.state != "out_of_memory"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

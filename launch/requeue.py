@@ -1,0 +1,88 @@
+"""The SLURM job of this process as SLURM reports it, and how it is put back into the queue.
+
+Standard library only: the script of a job uses it too, by a python that may lack all else.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from lunaris.config.schema.launch import SlurmLaunchConfig
+
+# SLURM checks time limits twice a minute, and may send the signal up to a minute early.
+_SIGNAL_EARLY_S = 60
+
+
+@dataclass
+class Job:
+    """The job of this process, as SLURM reports it now.
+
+    ours_to_requeue: whether nobody else requeues or ends it. restarts: whether SLURM counts a
+    restart that has not happened yet.
+    """
+
+    local: bool
+    timed_out: bool
+    ours_to_requeue: bool
+    restarts: bool = False
+
+    @classmethod
+    def now(cls, seconds: float, launch: SlurmLaunchConfig) -> Job:
+        """Ask SLURM for the job of this process. seconds: how long the process has run."""
+        if os.environ.get("SUBMITIT_EXECUTOR") == "local":
+            timed_out = seconds >= launch.timeout_min * 60 - launch.signal_delay_s - 1
+            return cls(local=True, timed_out=timed_out, ours_to_requeue=timed_out)
+        fields = _shown()
+        run_s, limit_s = _seconds(fields.get("RunTime")), _seconds(fields.get("TimeLimit"))
+        slack = launch.signal_delay_s + _SIGNAL_EARLY_S
+        timed_out = run_s is not None and limit_s is not None and run_s >= limit_s - slack
+        running = fields.get("JobState") == "RUNNING"
+        before = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+        return cls(False, timed_out, running, int(fields.get("Restarts", before)) > before)
+
+    def requeue(self) -> str | None:
+        """Put the job back into the queue under its id; return SLURM's refusal, or None."""
+        if self.local:
+            return None
+        return requeue()
+
+
+def is_running() -> bool:
+    """Return whether nobody has ended the job of this process or has put it back into the queue.
+
+    A job that is being requeued or cancelled is already COMPLETING.
+    """
+    return _shown().get("JobState") == "RUNNING"
+
+
+def requeue() -> str | None:
+    """Put the job of this process back into the queue; return SLURM's refusal, or None."""
+    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # A signal that ends scontrol comes from the requeue that it has caused.
+    if done.returncode <= 0:
+        return None
+    return done.stderr.strip() or "scontrol requeue failed"
+
+
+def _shown() -> dict[str, str]:
+    """Return what SLURM shows of the job of this process: names and values."""
+    command = ["scontrol", "show", "job", "-o", os.environ["SLURM_JOB_ID"]]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return dict(field.split("=", 1) for field in done.stdout.split() if "=" in field)
+
+
+def _seconds(text: str | None) -> int | None:
+    """Read SLURM's `[days-]hours:minutes:seconds`; None for UNLIMITED and the like."""
+    days, _, clock = (text or "").rpartition("-")
+    parts = clock.split(":")
+    if not all(part.isdigit() for part in [*parts, days or "0"]):
+        return None
+    total = 0
+    for part in parts:
+        total = total * 60 + int(part)
+    return int(days or 0) * 86400 + total
