@@ -8,6 +8,7 @@ needs; so this module imports nothing but the standard library.
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from lunaris.errors import UserError
 from lunaris.launch.requeue import is_running, requeue
 from lunaris.runs.first_cause import first_cause, recorded_errors
 from lunaris.runs.run_dir import RunDir
+from lunaris.runs.slurm_client import cancel_jobs
 
 
 def main(argv: list[str]) -> None:
@@ -28,22 +30,37 @@ def main(argv: list[str]) -> None:
         return  # No rank has begun to run, or SLURM ends the job.
     run_dir = RunDir(file.read_text())
     status = run_dir.read_status()
-    if status.get("state") in ("done", "stopped") or not _may_pass(run_dir, status):
+    if status.get("state") in ("done", "stopped"):
+        return
+    chain = status.get("chain") or []
+    further = chain[chain.index(status["job_id"]) + 1 :] if status.get("job_id") in chain else []
+    if not _may_pass(run_dir, status):
+        _cancel(further)
         return
     cause = first_cause(run_dir.path, status)
     said = cause.message if cause is not None else status.get("last_error")
     said = said or f"exit code {code}"
     failures = status.get("failures", 0) + 1
-    if failures > limit:
+    if failures > limit or (chain and not further):
         run_dir.write_status(failures=failures, last_failure=said)
+        _cancel(further)
         return
     # Before the requeue, because SLURM may kill this process soon after it.
     run_dir.write_status(state="queued", failures=failures, last_failure=said)
-    print(f"requeued after failure {failures} of {limit}: {said}", flush=True)
+    how = "left to the next job" if chain else "requeued"
+    print(f"{how} after failure {failures} of {limit}: {said}", flush=True)
+    if chain:
+        return
     refusal = requeue()
     if refusal is not None:
         refused = f"{said}; SLURM refuses to requeue: {refusal}"
         run_dir.write_status(state=status.get("state"), last_error=refused)
+
+
+def _cancel(further: list[str]) -> None:
+    """Cancel the jobs that were to continue the run, and so those that wait for its success."""
+    with suppress(RuntimeError):
+        cancel_jobs(further)
 
 
 def _may_pass(run_dir: RunDir, status: dict[str, Any]) -> bool:

@@ -47,4 +47,4 @@ def _job_of(folder: str, run: FoundRun, state: RunState) -> str:
         raise UserError(f"{said}{why}; resume it first, or leave launch.after out")
     if state.job_id is None or state.job_id.startswith(LOCAL):
         raise UserError(f"{said} on a machine, not as a job of SLURM, which cannot wait for it")
-    return state.job_id
+    return state.job_ids[-1]

@@ -56,7 +56,7 @@ def _run_file(keys: SlurmLaunchConfig, logs: Path) -> list[str]:
 
 def teardown_lines(keys: SlurmLaunchConfig) -> list[str] | None:
     """Return the lines of the job's script after its tasks have ended, or None for none."""
-    if not keys.max_failures:
+    if not keys.max_failures and keys.chain == 1:
         return None
     python = _interpreter(keys, container=False)
     module = "lunaris.launch.after_failure"
@@ -100,7 +100,7 @@ def sbatch_options(keys: SlurmLaunchConfig, after: Sequence[str] = ()) -> dict[s
     after: dependencies as sbatch takes them, which are joined to those of the keys.
     """
     mail = {} if keys.mail is None else {"mail-user": keys.mail, "mail-type": keys.mail_type}
-    found = {"requeue": True, "dependency": keys.dependency, **mail} | {
+    found = {"requeue": keys.chain == 1, "dependency": keys.dependency, **mail} | {
         str(key).replace("_", "-"): value for key, value in keys.additional_parameters.items()
     }
     if keys.exclusive:

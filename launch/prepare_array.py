@@ -25,7 +25,8 @@ from lunaris.launch import snapshot
 from lunaris.launch.arrays import split
 from lunaris.launch.job_environment import python_command
 from lunaris.launch.prepare_task import PrepareTask, spec_for_jobs
-from lunaris.launch.slurm import Slurm, check_folder, end_of, wait_until_ended
+from lunaris.launch.sending import end_of
+from lunaris.launch.slurm import Slurm, check_folder, wait_until_ended
 from lunaris.launch.submitit_internals import sbatch_script
 from lunaris.runs import provenance
 from lunaris.runs.preparation import CONFIG

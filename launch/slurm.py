@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import submitit
-from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from lunaris.config.frozen import to_tree
 from lunaris.config.schema.base import component_keys
@@ -23,7 +22,6 @@ from lunaris.config.schema.root import Config
 from lunaris.config.trust import targets_of
 from lunaris.errors import Stopped, UserError
 from lunaris.launch import snapshot
-from lunaris.launch.arrays import split
 from lunaris.launch.awaited import awaited_jobs
 from lunaris.launch.job_environment import (
     python_command,
@@ -33,6 +31,7 @@ from lunaris.launch.job_environment import (
     teardown_lines,
 )
 from lunaris.launch.local import output_to
+from lunaris.launch.sending import record, send_all
 from lunaris.launch.slurm_task import Task
 from lunaris.launch.submitit_internals import (
     HOLD_SIGNALS,
@@ -42,7 +41,7 @@ from lunaris.launch.submitit_internals import (
 )
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
-from lunaris.runs.slurm_client import LOCAL, max_array_size, refusal_of
+from lunaris.runs.slurm_client import LOCAL, refusal_of
 from lunaris.runs.status import RunState, refuse_active, resolve_states
 
 _POLL_S = 2.0
@@ -91,7 +90,8 @@ class Slurm:
                 name=str(cfg.name),
                 targets=targets_of(to_tree(cfg)),
             )
-        print(_sent(job_id, self.keys, cfg.out_dir), flush=True)
+        sent = run_dir.read_status().get("chain") or [job_id]
+        print(_sent(sent, self.keys, cfg.out_dir), flush=True)
         if not self.keys.wait:
             return 0
         state = wait_until_ended([run_dir.path])[0].state
@@ -129,28 +129,15 @@ class Slurm:
         for path in paths:
             _mark_queued(RunDir(path), code, self.keys.awaited())
         logs.mkdir(parents=True, exist_ok=True)
-        tasks = [Task(path.absolute()) for path in paths]
         if self.keys.cluster == "local":
-            return _record(paths, self._start_here(tasks, logs, code.path), LOCAL)
-        largest = max_array_size() if len(tasks) > 1 else None
-        parts = split(len(tasks), largest, self.keys.array_parallelism)
-        ids: list[str] = []
-        for part in parts:
-            before = [] if part.after is None else [end_of(ids[parts[part.after].first])]
-            parameters = self.parameters(name, logs, code.path, [*awaited, *before])
-            parameters["array_parallelism"] = part.parallelism
-            chosen = slice(part.first, part.first + part.size)
-            try:
-                sent = self._submit(tasks[chosen], logs, parameters)
-            except (FailedJobError, FailedSubmissionError) as error:
-                reason = str(error).strip().replace("sbatch: error: ", "")
-                refused = f"SLURM refuses the job: {reason}"
-                for path in paths[part.first :]:
-                    RunDir(path).write_status(state="failed", last_error=refused)
-                sooner = f" ({part.first} points were sent before)" if part.first else ""
-                raise UserError(f"launch=slurm: {refused}{sooner}") from error
-            ids += _record(paths[chosen], sent, "")
-        return ids
+            tasks = [Task(path.absolute()) for path in paths]
+            return record(paths, self._start_here(tasks, logs, code.path), LOCAL)
+
+        def submit(tasks: list[Task], after: Sequence[str], parallelism: int) -> list[Any]:
+            parameters = self.parameters(name, logs, code.path, after)
+            return self._submit(tasks, logs, parameters | {"array_parallelism": parallelism})
+
+        return send_all(paths, self.keys, submit, awaited)
 
     def _submit(
         self, tasks: Sequence[Callable[[], None]], logs: Path, parameters: dict[str, Any]
@@ -177,10 +164,19 @@ class Slurm:
             raise UserError(f"{where}SLURM refuses the job, and nothing was sent: {refused}")
 
     def script(self, name: str, logs: Path, code: Path, points: int | None = None) -> str:
-        """Return the sbatch script of one run, or of an array of `points`."""
+        """Return the sbatch script of one run, or of an array of `points`.
+
+        Of a chain, it is that of its first job.
+        """
         python = python_command(self.keys, _folder_of(logs))
         parameters = self.parameters(name, logs, code, awaited_jobs(self.keys))
-        return sbatch_script(logs, parameters, python, points)
+        text = sbatch_script(logs, parameters, python, points)
+        if self.keys.chain > 1:
+            text += (
+                f"\n# launch.chain={self.keys.chain}: sent {self.keys.chain} times, each with "
+                "--dependency=afterany on the one before"
+            )
+        return text
 
     def parameters(
         self, name: str, logs: Path, code: Path, after: Sequence[str] = ()
@@ -267,36 +263,26 @@ def wait_until_ended(paths: Sequence[Path]) -> list[RunState]:
         time.sleep(_POLL_S)
 
 
-def _record(paths: Sequence[Path], sent: list[Any], prefix: str) -> list[str]:
-    """Write the ids and logs of submitit's jobs into the folders of their runs; return the ids."""
-    for path, job in zip(paths, sent, strict=True):
-        RunDir(path).write_status(job_id=prefix + job.job_id, job_log=str(job.paths.stdout))
-    return [prefix + job.job_id for job in sent]
-
-
-def end_of(job_id: str) -> str:
-    """Return the dependency on the end of a job, or of its array, in whatever way it ends."""
-    return f"afterany:{job_id.partition('_')[0]}"
-
-
 def _mark_queued(run_dir: RunDir, code: snapshot.Snapshot, awaited: Sequence[str]) -> None:
     run_dir.note(code=code.provenance())
     # Relative, so that a folder of runs may be moved.
     after = [os.path.relpath(folder, run_dir.path) for folder in awaited]
     run_dir.write_status(
         state="queued", job_id=None, job_log=None, last_error=None, stop_cause=None, cancelled=None,
-        after=after, failures=0, last_failure=None,
+        after=after, failures=0, last_failure=None, chain=[],
     )  # fmt: skip
 
 
-def _sent(job_id: str, keys: SlurmLaunchConfig, out_dir: str) -> str:
+def _sent(job_ids: Sequence[str], keys: SlurmLaunchConfig, out_dir: str) -> str:
     where = f", partition {keys.partition}" if keys.partition else ""
     tasks = keys.processes_per_node()
     shape = f"{keys.nodes} node{'s' * (keys.nodes != 1)} × {tasks} task{'s' * (tasks != 1)}"
+    several = len(job_ids) > 1
+    chain = f"s {', '.join(job_ids)}, one after the other" if several else f" {job_ids[0]}"
     log = f"{out_dir}/logs/rank_0.log"
     return "\n".join(
         [
-            f"sent    job {job_id} ({shape}{where})",
+            f"sent    job{chain} ({shape}{where})",
             f"run     {out_dir}",
             f"log     {log}",
             f"follow  tail -F {shlex.quote(log)}",

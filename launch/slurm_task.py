@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+from submitit import JobEnvironment
 from submitit.helpers import TorchDistributedEnvironment
 
 from lunaris.distributed.signals import StopSignal
@@ -27,8 +28,10 @@ class Task:
     submitit pickles the class by reference, so that the job imports it from the snapshot.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, link: int = 1, links: int = 1) -> None:
+        """link: the number of this job among the `links` that are sent for the run."""
         self.path = path
+        self.link, self.links = link, links
 
     def __call__(self) -> None:
         """Train as one rank. Exits with the worker's code unless that is 0."""
@@ -38,20 +41,44 @@ class Task:
         with StopSignal():
             export_ranks()
             run_dir, rank = RunDir(self.path), int(os.environ["RANK"])
-            if rank == 0 and os.environ.get(RUN_FILE):
-                Path(os.environ[RUN_FILE]).write_text(str(self.path))
-            os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
-            error_file = run_dir.logs / f".error_{rank}.json"
-            error_file.unlink(missing_ok=True)
-            os.environ["TORCHELASTIC_ERROR_FILE"] = str(error_file)
-            code = self._stopped_before() or main([str(self.path)])
-            if code == Stopped.exit_code:
-                # The other ranks exit with 0: a rank that fails would end rank 0 too.
-                code = self._after_stop(run_dir, time.monotonic() - started) if rank == 0 else 0
-            elif code:
-                _record_failure(run_dir, rank)
+            code = self._code_of_nothing_to_do(run_dir) if self.link > 1 else None
+            if code is None:
+                code = self._train(run_dir, rank, started)
         if code:
             sys.exit(code)
+
+    def _train(self, run_dir: RunDir, rank: int, started: float) -> int:
+        """Train as one rank; return the exit code, after what follows a stop or a failure."""
+        if rank == 0:
+            self._begin(run_dir)
+        os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
+        error_file = run_dir.logs / f".error_{rank}.json"
+        error_file.unlink(missing_ok=True)
+        os.environ["TORCHELASTIC_ERROR_FILE"] = str(error_file)
+        code = self._stopped_before() or main([str(self.path)])
+        if code == Stopped.exit_code:
+            # The other ranks exit with 0: a rank that fails would end rank 0 too.
+            return self._after_stop(run_dir, time.monotonic() - started) if rank == 0 else 0
+        if code:
+            _record_failure(run_dir, rank)
+        return code
+
+    def _code_of_nothing_to_do(self, run_dir: RunDir) -> int | None:
+        """Return the exit code of a later job of a chain that does not train, else None."""
+        status = run_dir.read_status()
+        if status.get("state") == "done":
+            return 0
+        # The run may have been sent again since, so that other jobs train it.
+        ours = current_job_id() in (status.get("chain") or [])
+        return None if ours and not status.get("cancelled") else 1
+
+    def _begin(self, run_dir: RunDir) -> None:
+        """Tell the script which run the job trains, and the run's folder which job does."""
+        if os.environ.get(RUN_FILE):
+            Path(os.environ[RUN_FILE]).write_text(str(self.path))
+        if self.links > 1:
+            log = str(JobEnvironment().paths.stdout)
+            run_dir.write_status(job_id=current_job_id(), job_log=log)
 
     def _stopped_before(self) -> int:
         """Return the code of a stop where a signal came before the script's tasks, else 0."""
@@ -68,6 +95,8 @@ class Task:
         job = Job.now(seconds, launch)
         timeouts = run_dir.read_status().get("timeouts", 0) + job.timed_out
         cause = "timeout" if job.timed_out else "preempted"
+        if self.links > 1:
+            return self._leave_to_next(run_dir, cause, timeouts)
         if not job.ours_to_requeue:
             # SLURM has already requeued the job, or someone has cancelled it.
             run_dir.write_status(stop_cause=job.restarts and "preempted")
@@ -84,6 +113,18 @@ class Task:
             return REQUEUE_EXIT_CODE if job.local else 0
         run_dir.write_status(state="stopped", stop_cause=cause, last_error=refusal)
         return Stopped.exit_code
+
+    def _leave_to_next(self, run_dir: RunDir, cause: str, timeouts: int) -> int:
+        """Leave the run to the next job of the chain; return the exit code."""
+        status = run_dir.read_status()
+        if status.get("cancelled") or self.link == self.links:
+            cancelled = bool(status.get("cancelled"))
+            run_dir.write_status(stop_cause=None if cancelled else cause, timeouts=timeouts)
+            return Stopped.exit_code
+        run_dir.write_status(state="queued", stop_cause=None, timeouts=timeouts)
+        at = f"{cause} at step {status.get('step', 0)}"
+        print(f"left to job {self.link + 1} of {self.links}: {at}", flush=True)
+        return 0
 
 
 def export_ranks() -> None:

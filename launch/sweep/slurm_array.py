@@ -79,8 +79,10 @@ def send_points(sweep: Sweep, points: list[Point]) -> None:
         sweep.record(group, dict(zip((p.name for p in group), ids, strict=True)))
         one_job = len(ids) == 1 or launcher.keys.cluster == "local"
         arrays = Counter(job_id.partition("_")[0] for job_id in ids)
+        links = launcher.keys.chain
+        further = f", followed by {links - 1} that continue it" if links > 1 else ""
         for array, n in [(ids[0], len(ids))] if one_job else arrays.items():
-            print(f"sent    {'job' if one_job else 'job array'} {array} ({n} points)")
+            print(f"sent    {'job' if one_job else 'job array'} {array} ({n} points{further})")
     print(f"sweep   {sweep.dir}\nstate   lunaris runs {shlex.quote(str(sweep.dir))}", flush=True)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from lunaris.errors import UserError
 from lunaris.runs.discovery import find_runs, is_run, is_sweep
-from lunaris.runs.preparation import is_preparation, job_ids
+from lunaris.runs.preparation import is_preparation
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import cancel_jobs
 from lunaris.runs.status import refuse_unknown, resolve_states
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
     states = resolve_states(paths)
     refuse_unknown(paths, states)
     active = [(run, state) for run, state in zip(found, states, strict=True) if state.active]
-    sent = [(run, job_ids(state.status)) for run, state in active if state.job_id]
+    sent = [(run, state.job_ids) for run, state in active if state.job_ids]
     for run, state in active:
         if not state.job_id:
             print(f"{run.path}: not a job; stop it with Ctrl-C where it was started")

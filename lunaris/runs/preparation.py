@@ -72,9 +72,14 @@ def progress(folder: Path, status: Mapping[str, Any]) -> Progress:
 
 
 def job_ids(status: Mapping[str, Any]) -> list[str]:
-    """Return the jobs of a run or a preparation: of the latter, its tasks and then the merging."""
-    last = [status["job_id"]] if status.get("job_id") else []
-    return [*task_ids(status), *last]
+    """Return the jobs of a run or a preparation: of the latter, its tasks and then the merging.
+
+    Of a run, those of a chain are in their order.
+    """
+    chain, last = status.get("chain") or [], status.get("job_id")
+    if last in chain:
+        return list(chain)
+    return [*task_ids(status), *([last] if last else [])]
 
 
 def task_ids(status: Mapping[str, Any]) -> list[str]:

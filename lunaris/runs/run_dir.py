@@ -55,7 +55,7 @@ _STATUS: dict[str, Callable[[object], bool]] = {
     "timeouts": _is_count, "tokens": _is_count, "parameters": _is_count,
     "active_parameters": _is_count, "job_id": _is_text_or_null,
     "job_log": _is_text_or_null, "last_error": _is_text_or_null, "time": _is_number_or_null,
-    "best_val_loss": _is_number_or_null, "after": _are(str),
+    "best_val_loss": _is_number_or_null, "after": _are(str), "chain": _are(str),
     "failures": _is_count, "last_failure": _is_text_or_null,
 }  # fmt: skip
 _PROVENANCE: dict[str, Callable[[object], bool]] = {

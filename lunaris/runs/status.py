@@ -87,6 +87,11 @@ class RunState:
         return self.status.get("job_id")
 
     @property
+    def job_ids(self) -> list[str]:
+        """The jobs that were sent for the run at once, in their order: several of a chain."""
+        return job_ids(self.status)
+
+    @property
     def active(self) -> bool:
         return self.state in ACTIVE
 
@@ -106,7 +111,7 @@ def resolve_states(paths: Sequence[Path]) -> list[RunState]:
 
 def _resolve(path: Path, status: dict[str, Any], jobs: dict[str, JobState]) -> RunState:
     """Return the state of a run, or of a preparation with the task that made it fail."""
-    job, task = leading_job(status, jobs), failed_task(status, jobs)
+    job, task = _current(status, jobs), failed_task(status, jobs)
     if task is None or status.get("last_error"):
         return resolve_state(path, status, job)
     # The task could not write why; its log may tell.
@@ -115,6 +120,18 @@ def _resolve(path: Path, status: dict[str, Any], jobs: dict[str, JobState]) -> R
     if state.active or state.state in ("done", "cancelled", "unknown") or job is None:
         return resolve_state(path, status, job)
     return replace(state, remark=f"task {task}: {state.remark or job.name}")
+
+
+def _current(status: dict[str, Any], jobs: dict[str, JobState]) -> JobState | None:
+    """Return SLURM's state of the job that runs or waits for a run, else of the last one that ran.
+
+    Of a chain, each job waits for the end of the one before.
+    """
+    found = [jobs[i] for i in status.get("chain") or [] if i in jobs]
+    active = [job for job in found if job.name in (*_WAITING, *_AT_WORK, UNREACHED)]
+    if active and status.get("job_id") in status["chain"]:
+        return min(active, key=lambda job: job.name == "COMPLETING")
+    return leading_job(status, jobs)
 
 
 def refuse_active(path: Path) -> None:
@@ -199,6 +216,9 @@ def _may_have_job(status: dict[str, Any]) -> bool:
     """Return whether the job of a run may wait or run, as far as the run's own files tell."""
     if status.get("cancelled"):
         return False
+    later = job_ids(status)[-1:] not in ([], [status.get("job_id")])
+    if later and status.get("state") in ACTIVE:
+        return True
     logged = _from_log(status)
     if logged in ("preempted", "node_fail"):
         return True  # SLURM requeues such jobs, also where the run has written that it failed.

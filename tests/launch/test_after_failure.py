@@ -137,5 +137,22 @@ def test_the_script_calls_it_with_the_frozen_code_by_a_bare_python(
 
 
 def test_a_job_that_may_not_be_requeued_cannot_be_tried_again() -> None:
-    with pytest.raises(UserError, match=r"launch.max_failures=1: needs a job that may be requeued"):
+    with pytest.raises(UserError, match=r"launch.max_failures=1: needs launch.chain above 1 or"):
         Slurm(max_failures=1, additional_parameters={"requeue": False})
+
+
+@pytest.mark.parametrize(
+    ("limit", "job_id", "state", "cancelled"),
+    [(1, "7", "queued", []), (0, "7", "running", ["8"]), (1, "8", "running", [])],
+)
+def test_of_a_chain_the_next_job_continues_or_all_are_given_up(
+    run_dir: RunDir, scontrol: Any, monkeypatch: pytest.MonkeyPatch,
+    limit: int, job_id: str, state: str, cancelled: list[str],
+) -> None:  # fmt: skip
+    calls = scontrol()
+    asked: list[str] = []
+    monkeypatch.setattr(after_failure, "cancel_jobs", asked.extend)
+    run_dir.write_status(chain=["7", "8"], job_id=job_id)
+    status = failed(run_dir, limit)
+    assert (status["state"], status["failures"], asked) == (state, 1, cancelled)
+    assert not calls.read_text()

@@ -45,6 +45,10 @@ RECORDED = {
         'launch.container="nvcr.io#nvidia/pytorch:26.01-py3"', "launch.container_runtime=pyxis",
         "launch.container_binds=[/data]", "launch.python=/opt/venv/bin/python",
     ],
+    "chain": [
+        "launch.chain=3", "launch.max_failures=2", "launch.timeout_min=240",
+        "launch.container=/images/lunaris.sif",
+    ],
     "environment": [
         "launch.modules=[cuda/12.8,gcc]", "launch.conda=moe", 'launch.dependency="afterok:17:18"',
         "launch.mail=me@example.org", "launch.mail_type=FAIL",
@@ -182,7 +186,7 @@ def test_a_refused_run_is_failed_with_the_reason(
 )
 def test_one_node_is_one_node(nodes: int, tasks: int, shown: str) -> None:
     launcher = Slurm(nodes=nodes, tasks_per_node=tasks)
-    assert shown in slurm._sent("7", launcher.keys, "runs/x")
+    assert shown in slurm._sent(["7"], launcher.keys, "runs/x")
 
 
 def test_the_local_cluster_has_one_node(tiny: Callable[..., Any]) -> None:

@@ -250,6 +250,39 @@ def test_records_of_many_elements_are_read(clients: Clients) -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("queue", "written", "state"),
+    [
+        ("1|COMPLETED|\n2|RUNNING|\n3|PENDING|Dependency", "running", "running"),
+        ("1|COMPLETING|\n2|PENDING|Dependency\n3|PENDING|Dependency", "queued", "queued"),
+        ("1|FAILED|\n2|PENDING|BeginTime\n3|PENDING|Dependency", "running", "queued"),
+        ("1|FAILED|\n2|CANCELLED|\n3|CANCELLED|", "failed", "failed"),
+        ("1|CANCELLED|\n2|CANCELLED|\n3|CANCELLED|", "queued", "cancelled"),
+    ],
+)
+def test_of_a_chain_the_job_that_runs_or_waits_counts(
+    tmp_path: Path, clients: Clients, queue: str, written: str, state: str
+) -> None:
+    clients(squeue=queue)
+    path = run(tmp_path / "run", state=written, job_id="1", chain=["1", "2", "3"])
+    (found,) = resolve_states([path])
+    assert (found.state, found.job_ids) == (state, ["1", "2", "3"])
+    # A job that was sent later, or a process, is none of them.
+    RunDir(path).write_status(job_id="9")
+    assert resolve_states([path])[0].job_ids == ["9"]
+
+
+def test_while_slurm_does_not_answer_a_later_job_of_a_chain_may_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    log = tmp_path / "log.out"
+    log.write_text("DUE TO TIME LIMIT")
+    keys = {"state": "running", "chain": ["1", "2"], "job_log": str(log)}
+    paths = [run(tmp_path / job_id, job_id=job_id, **keys) for job_id in ("1", "2")]
+    assert [found.state for found in resolve_states(paths)] == ["unknown", "timeout"]
+
+
 def test_who_cancelled_is_not_part_of_the_state(clients: Clients) -> None:
     clients(sacct="3|CANCELLED by 1000|0:0")
     assert ask_slurm(["3"]) == {"3": JobState("CANCELLED")}

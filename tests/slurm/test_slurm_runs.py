@@ -317,6 +317,42 @@ def test_a_failed_job_is_requeued_up_to_its_limit_but_not_for_a_wrong_input(site
     assert "init_from=runs/narrow" in row["remark"]
 
 
+def test_a_chain_of_jobs_ends_a_run_without_a_requeue(site: Any) -> None:
+    pace = site.dir / "pace-chain"
+    pace.write_text("0.5")
+    site.train("chained", "launch.chain=3", PACE=str(pace))
+    chain = site.status("runs/chained")["chain"]
+    assert len(chain) == 3
+    site.train("last", "launch.after=runs/chained")
+    for job_id in chain:
+        assert "Requeue=0" in site.cluster.client("scontrol", "show", "job", job_id)
+    site.wait_for(lambda: site.status("runs/chained").get("step", 0) >= 2)
+    site.cluster.client("scancel", "--signal=USR2", chain[0])
+    site.wait_for(lambda: site.status("runs/chained").get("attempts") == 2)
+    assert site.rows("runs/chained")[0]["job_id"] == chain[1]
+    assert f"is already running, as job {chain[1]}" in site.train("chained", code=2)
+    pace.write_text("0")
+    assert site.wait_for_state("runs/last", "done", "cancelled")["state"] == "done"
+    assert [row["step"] for row in site.metrics("runs/chained")] == list(range(7))
+    # The third job has found the run done.
+    assert site.status("runs/chained")["attempts"] == 2
+    shown = site.cluster.client("scontrol", "show", "job", chain[2])
+    assert "JobState=COMPLETED" in shown and "ExitCode=0:0" in shown
+
+
+def test_a_chain_is_given_up_after_a_failure_and_cancelled_as_one(site: Any) -> None:
+    site.train("unmended", "data.seed=13", "launch.chain=3", "launch.max_failures=1")
+    site.train("held", "launch.chain=2", "launch.additional_parameters.hold=true")
+    chain = site.status("runs/held")["chain"]
+    assert f"cancelled jobs {', '.join(chain)}: " in site.lunaris("cancel", "runs/held")
+    site.wait_for_state("runs/held", "cancelled")
+    assert not site.cluster.client("squeue", "-h", "-t", "PD,R", "-n", "held")
+    row = site.wait_for_state("runs/unmended", "failed")
+    assert (row["attempts"], row["failures"]) == (2, 2) and "failed by design" in row["remark"]
+    third = site.status("runs/unmended")["chain"][2]
+    assert "JobState=CANCELLED" in site.cluster.client("scontrol", "show", "job", third)
+
+
 def rank_process(job_id: str, rank: int) -> int:
     """Return the process of a rank of a job on this machine."""
     wanted = {f"SLURM_JOB_ID={job_id}", f"SLURM_PROCID={rank}"}

@@ -121,6 +121,23 @@ def test_points_are_resumed_with_other_resources(site: Any) -> None:
         assert site.wait_for_state(point, "done", "failed")["state"] == "done"
 
 
+def test_the_points_of_a_sweep_are_continued_by_the_next_array(site: Any, tmp_path: Path) -> None:
+    pace = tmp_path / "pace"
+    pace.write_text("0.5")
+    text = site.train("links", "-m", "seed=1,2", "launch.chain=2", PACE=str(pace))
+    assert "(2 points, followed by 1 that continue it)" in text
+    points = [f"sweeps/links/seed={seed}" for seed in (1, 2)]
+    for point in points:
+        site.wait_for(lambda point=point: site.status(point).get("step", 0) >= 1)
+    first, second = site.status(points[0])["chain"]
+    site.cluster.client("scancel", "--signal=USR2", first)
+    pace.write_text("0")
+    for point in points:
+        assert site.wait_for_state(point, "done", "failed")["state"] == "done"
+    assert [site.status(point)["attempts"] for point in points] == [2, 1]
+    assert site.status(points[0])["job_id"] == second
+
+
 def test_waiting_for_a_sweep_returns_each_point_s_loss(site: Any) -> None:
     text = sweep(site, "awaited", "seed=1,2", "launch.wait=true")
     assert "2 done" in text and "best: seed=" in text

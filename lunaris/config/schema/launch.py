@@ -118,6 +118,9 @@ class SlurmLaunchConfig(LaunchConfig):
     max_num_timeout: int = key(1000, low=0)
     # Times that a job whose run failed is requeued.
     max_failures: int = key(0, low=0)
+    # Jobs that are sent at once, of which each continues the run when the one before has ended, for
+    # sites that requeue no job; 1: the job requeues itself.
+    chain: int = key(1, low=1)
     # Points of a sweep, or tasks of `lunaris prepare`, that run at a time.
     array_parallelism: int = key(256, low=1)
     # Tasks of the job array of `lunaris prepare`, if there is work for so many.
@@ -137,17 +140,18 @@ class SlurmLaunchConfig(LaunchConfig):
             if getattr(self, name) and self.container is None:
                 shown = ",".join(map(str, getattr(self, name)))
                 raise UserError(f"launch.{name}=[{shown}]: needs launch.container")
-        if self.max_failures and self.additional_parameters.get("requeue", True) in (False, None):
+        requeues = self.additional_parameters.get("requeue", True) not in (False, None)
+        if self.max_failures and self.chain == 1 and not requeues:
             raise UserError(
-                f"launch.max_failures={self.max_failures}: needs a job that may be requeued; leave "
-                "out launch.additional_parameters.requeue=false"
+                f"launch.max_failures={self.max_failures}: needs launch.chain above 1 or a job "
+                "that may be requeued, without launch.additional_parameters.requeue=false"
             )
         self._check_after(self.after)
         if self.dependency is not None:
             self._check_dependency(self.dependency)
-        for name in _OF_SLURM:
-            if getattr(self, name) and self.cluster == "local":
-                shown = getattr(self, name)
+        asked = {name: getattr(self, name) for name in _OF_SLURM}
+        for name, shown in (asked | {"chain": self.chain if self.chain > 1 else None}).items():
+            if shown and self.cluster == "local":
                 raise UserError(
                     f"launch.{name}={shown}: needs SLURM; launch.cluster=local starts the job here"
                 )
