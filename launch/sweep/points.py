@@ -18,6 +18,7 @@ from lunaris.config.schema.logger import WANDB_TAG_LENGTH, WandbLoggerConfig
 from lunaris.config.schema.root import Config
 from lunaris.continuation.checks import check_start
 from lunaris.errors import UserError
+from lunaris.launch.sweep.removed import note_removed
 from lunaris.runs.create import create, refuse_other_config, take_world_size
 from lunaris.runs.provenance import composed_with
 from lunaris.runs.run_dir import RunDir
@@ -60,7 +61,8 @@ class Sweep:
 
     shared: the overrides that all points have; the others of a point make its name. warned: the
     lines that were printed of defaults, and of experiments that win over an option. zipped: what
-    each `--zip` names.
+    each `--zip` names. complete: whether all points are submitted together, so that others of the
+    manifest are removed ones.
     """
 
     dir: Path
@@ -70,6 +72,7 @@ class Sweep:
     outcomes: list[Outcome] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
     zipped: Sequence[str] = ()
+    complete: bool = False
 
     @property
     def name(self) -> str:
@@ -118,6 +121,9 @@ class Sweep:
                 with composed_with(self.composer.record(point.overrides)):
                     create(point.cfg, self.command, point.overrides)
         self.record(points)
+        if self.complete:
+            for line in note_removed(self.dir, [point.name for point in points]):
+                print(line, flush=True)
 
     def record(self, points: list[Point], job_ids: dict[str, str] | None = None) -> None:
         """Write points to the sweep's manifest. job_ids: by name, of the points that were sent."""

@@ -43,6 +43,7 @@ def sweep(flags: Flags, command: str) -> int:
         if flags.dry_run:
             show([listed(swept, swept.plan(points))])
             return 0
+        swept.complete = True
         outcomes = list(submit_points(swept, points, launcher).values())
     elif flags.dry_run:
         raise UserError(

@@ -13,16 +13,25 @@ from lunaris.runs.preparation import is_preparation
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import cancel_jobs
 from lunaris.runs.status import refuse_unknown, resolve_states
+from lunaris.runs.sweep_manifest import read_manifest
 
 
 def main(argv: list[str]) -> int:
-    """Cancel every queued or running job in a folder. Raises UserError where SLURM refuses."""
+    """Cancel every queued or running job in a folder, or those of a sweep's removed points.
+
+    Raises UserError where SLURM refuses.
+    """
     args = _parser().parse_args(argv)
     folder = Path(args.dir)
     prepares = is_preparation(folder)
     if not is_run(folder) and not is_sweep(folder) and not prepares:
         raise UserError(f"{folder}: not a run's folder, not a sweep's, and none that jobs prepare")
     found = find_runs(folder, preparations=prepares)
+    if args.removed:
+        if not is_sweep(folder):
+            raise UserError(f"--removed: goes with the folder of a sweep, which {folder} is not")
+        removed = read_manifest(folder).removed
+        found = [run for run in found if run.name in removed]
     paths = [run.path for run in found]
     states = resolve_states(paths)
     refuse_unknown(paths, states)
@@ -48,6 +57,9 @@ def main(argv: list[str]) -> int:
     if prepares:
         print("what is encoded is kept; the same `lunaris prepare` command continues")
         return 0
+    if args.removed:
+        print("the checkpoints are kept; the sweep's command with these values continues from them")
+        return 0
     print(
         f"the checkpoints are kept; `lunaris resume {shlex.quote(str(folder))}` continues from them"
     )
@@ -59,7 +71,12 @@ def _parser() -> argparse.ArgumentParser:
         prog="lunaris cancel",
         description="Cancel the queued and running SLURM jobs of a run, a sweep or a preparation "
         "(`lunaris prepare launch=slurm`). A run saves a checkpoint first.",
-        epilog="example: lunaris cancel sweeps/first",
+        epilog="examples: lunaris cancel sweeps/first; lunaris cancel sweeps/first --removed",
     )
     parser.add_argument("dir", help="the folder of a run, a sweep or shards")
+    parser.add_argument(
+        "--removed",
+        action="store_true",
+        help="of a sweep, only the points that its last command does not have any more",
+    )
     return parser

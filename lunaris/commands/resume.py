@@ -222,10 +222,14 @@ def _resume_sweep(
 
     given: the command that does so.
     """
-    found = find_runs(folder)
+    manifest = read_manifest(folder)
+    found = [run for run in find_runs(folder) if run.name not in manifest.removed]
     paths = [run.path for run in found]
     states = resolve_states(paths)
     refuse_unknown(paths, states)
+    if manifest.removed:
+        named = ", ".join(manifest.removed)
+        print(f"left out, because the sweep's last command does not have them: {named}")
     chosen = {run.name for run, s in zip(found, states, strict=True) if s.state in wanted}
     if not chosen:
         print(f"{folder}: no point is {' or '.join(wanted)}; nothing to do")
@@ -234,7 +238,6 @@ def _resume_sweep(
     from lunaris.launch.sweep.points import Sweep
 
     source = Source(dir=args.config_dir)
-    manifest = read_manifest(folder)
     flags = parse_flags(shlex.split(manifest.command)[2:])
     check_overrides(flags.overrides, folder)
     sweep = Sweep(folder, manifest.command, set(flags.overrides), Composer(flags.source))

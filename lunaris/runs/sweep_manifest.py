@@ -31,12 +31,17 @@ class ManifestPoint:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The content of a manifest; `created` is in seconds since the epoch."""
+    """The content of a manifest.
+
+    created: in seconds since the epoch. removed: the names of the points that the last command
+    did not have any more.
+    """
 
     name: str
     command: str
     created: float
     points: list[ManifestPoint]
+    removed: list[str] = field(default_factory=list)
 
 
 def read_points(folder: Path) -> list[ManifestPoint] | None:
@@ -66,6 +71,7 @@ def read_manifest(folder: Path) -> Manifest:
         str(content.get("command", "")),
         content.get("created", 0.0),
         points,
+        content["removed"] if are_texts(content.get("removed")) else [],
     )
 
 
@@ -87,8 +93,15 @@ def write_points(folder: Path, command: str, points: Iterable[ManifestPoint]) ->
             "command": command,
             "created": old.get("created", time.time()),
             "points": list(rows.values()),
+            "removed": old.get("removed", []),
         }
         write_json(folder / _NAME, content)
+
+
+def set_removed(folder: Path, names: list[str]) -> None:
+    """Note in the manifest of the sweep in `folder` which points its last command does not have."""
+    with file_lock(folder / ".manifest.lock"):
+        write_json(folder / _NAME, read_json(folder / _NAME) | {"removed": names})
 
 
 def _is_point(row: object) -> TypeGuard[dict[str, Any]]:

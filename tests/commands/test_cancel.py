@@ -57,6 +57,23 @@ def test_only_jobs_that_wait_or_run_are_cancelled(cluster: Callable[..., Path]) 
     assert marked == [True, True, False]
 
 
+def test_of_a_sweep_the_jobs_of_removed_points_alone_are_cancelled(
+    cluster: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls = cluster("7_0|RUNNING|None\n7_1|PENDING|None")
+    rows = [{"name": str(i), "overrides": [], "dir": str(i)} for i in range(2)]
+    Path("sweep").mkdir()
+    write_json(Path("sweep/manifest.json"), {"points": rows, "removed": ["1"]})
+    for i, state in enumerate(("running", "queued")):
+        make_run(Path("sweep") / str(i), state=state, job_id=f"7_{i}")
+    assert main(["cancel", "sweep", "--removed"]) == 0
+    assert calls.read_text().split() == ["--quiet", "7_1"]
+    assert "cancelled job 7_1: sweep/1" in capsys.readouterr().out
+    make_run(Path("run"), state="done")
+    assert main(["cancel", "run", "--removed"]) == 2
+    assert "--removed: goes with the folder of a sweep" in capsys.readouterr().err
+
+
 def test_a_refusal_is_told_and_nothing_is_marked(
     cluster: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -8,7 +8,13 @@ import pytest
 
 from lunaris.atomic_files import read_json, write_json
 from lunaris.errors import UserError
-from lunaris.runs.sweep_manifest import ManifestPoint, read_manifest, read_points, write_points
+from lunaris.runs.sweep_manifest import (
+    ManifestPoint,
+    read_manifest,
+    read_points,
+    set_removed,
+    write_points,
+)
 
 
 def test_a_point_that_is_written_again_keeps_its_place_and_its_job(tmp_path: Path) -> None:
@@ -30,6 +36,18 @@ def test_a_manifest_of_a_newer_version_is_read(tmp_path: Path) -> None:
     row = {"name": "a", "overrides": [], "dir": "a", "from_tomorrow": 1}
     write_json(tmp_path / "manifest.json", {"points": [row, {"name": "b"}, 3]})
     assert read_points(tmp_path) == [ManifestPoint("a", [], "a")]
+
+
+def test_removed_points_stay_noted_until_a_command_has_them_again(tmp_path: Path) -> None:
+    points = [ManifestPoint(name, [], name) for name in "ab"]
+    write_points(tmp_path, "train", points)
+    assert read_manifest(tmp_path).removed == []
+    set_removed(tmp_path, ["b"])
+    write_points(tmp_path, "train", points[:1])
+    manifest = read_manifest(tmp_path)
+    assert (manifest.removed, [p.name for p in manifest.points]) == (["b"], ["a", "b"])
+    set_removed(tmp_path, [])
+    assert read_manifest(tmp_path).removed == []
 
 
 def test_a_folder_of_something_else_is_no_sweep(tmp_path: Path) -> None:

@@ -58,6 +58,32 @@ def test_only_points_that_are_neither_done_nor_active_are_sent(
     assert [p.job_id for p in read_manifest(Path("sweeps/s")).points] == ["1_0", "2_0", "1_2"]
 
 
+def test_points_that_a_command_does_not_have_any_more_are_named_and_left_alone(
+    sent: list[list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*ARGV, "seed=1,2,3"]) == 0
+    assert "removed" not in capsys.readouterr().out
+    # The process of init, which lives as long as the machine runs.
+    RunDir("sweeps/s/seed=1").write_status(state="running", job_id="local-1")
+    RunDir("sweeps/s/seed=3").write_status(state="done")
+    assert main([*ARGV, "seed=2,4"]) == 0
+    said = capsys.readouterr().out
+    assert "removed 2 points of sweeps/s that this command does not have\n" in said
+    assert "seed=1: running, job local-1\n" in said and "seed=3: done\n" in said
+    assert "`lunaris cancel sweeps/s --removed` cancels their jobs" in said
+    assert sent[1:] == [["seed=2", "seed=4"]]
+    # Neither a rehearsal nor a resume of the others changes that.
+    assert main([*ARGV, "seed=4", "launch.dry_run=true"]) == 0
+    assert read_manifest(Path("sweeps/s")).removed == ["seed=1", "seed=3"]
+    capsys.readouterr()
+    RunDir("sweeps/s/seed=1").write_status(state="failed", job_id=None)
+    assert main(["resume", "sweeps/s"]) == 0
+    assert "does not have them: seed=1, seed=3\n" in capsys.readouterr().out
+    assert sent[2:] == [["seed=2", "seed=4"]]
+    assert main([*ARGV, "seed=1,2,3,4"]) == 0
+    assert sent[3][0] == "seed=1" and not read_manifest(Path("sweeps/s")).removed
+
+
 def test_points_with_other_resources_are_another_array(sent: list[list[str]]) -> None:
     assert main([*ARGV, "launch.mem_gb=1,2", "seed=1,2"]) == 0
     assert [len(array) for array in sent] == [2, 2]
