@@ -11,8 +11,9 @@ nothing itself, uses ports, sockets and folders of its own, and ends
 only processes that it started.
 
 Partitions: `low` (the default), `high` (preempts the others, which are requeued) and `grace`
-(as `low`, but a preempted job has 30 seconds to leave). Clocks are short, and an array has
-at most six jobs. Memory is not enforced, as that takes cgroups, but each node has four fake GPUs.
+(as `low`, but a preempted job has 30 seconds to leave). `gpu` has large nodes that never start, for
+scripts that are only tested. Clocks are short, and an array has at most six jobs. Memory is not
+enforced, as that takes cgroups, but each node has four fake GPUs.
 """
 
 from __future__ import annotations
@@ -70,13 +71,18 @@ BatchStartTimeout=10
 MessageTimeout=10
 MinJobAge=300
 MaxArraySize=6
+SuspendProgram=/bin/true
+ResumeProgram=/bin/true
+SuspendTime=-1
 SchedulerParameters=batch_sched_delay=0,sched_interval=2,bf_interval=2
 {plugins}
 {accounting}
 {nodes}
-PartitionName=low Nodes=ALL Default=YES PriorityTier=1 MaxTime=60 State=UP
-PartitionName=grace Nodes=ALL PriorityTier=1 GraceTime=30 MaxTime=60 State=UP
-PartitionName=high Nodes=ALL PriorityTier=10 PreemptMode=OFF MaxTime=60 State=UP
+NodeName=node[9-13] CPUs=96 RealMemory=1000000 Gres=gpu:8 Feature=h100 State=CLOUD
+PartitionName=low Nodes={names} Default=YES PriorityTier=1 MaxTime=60 State=UP
+PartitionName=grace Nodes={names} PriorityTier=1 GraceTime=30 MaxTime=60 State=UP
+PartitionName=high Nodes={names} PriorityTier=10 PreemptMode=OFF MaxTime=60 State=UP
+PartitionName=gpu Nodes=node[9-13] State=UP
 """
 _ACCOUNTING_CONF = """\
 AccountingStorageType=accounting_storage/slurmdbd
@@ -212,7 +218,7 @@ class Cluster:
         values = {
             "dir": self.dir, "user": getpass.getuser(), "host": socket.gethostname(),
             "name": f"lunaris{ctld_port}", "ctld_port": ctld_port, "dbd_port": dbd_port,
-            "sql_port": sql_port,
+            "sql_port": sql_port, "names": ",".join(names),
         }  # fmt: skip
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} "
