@@ -7,13 +7,14 @@ needs; so this module imports nothing but the standard library.
 
 from __future__ import annotations
 
+import os
 import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from lunaris.errors import UserError
-from lunaris.launch.requeue import is_running, requeue
+from lunaris.launch.requeue import exclude, is_running, requeue, requeue_without
 from lunaris.runs.first_cause import first_cause, recorded_errors
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import cancel_jobs
@@ -34,6 +35,9 @@ def main(argv: list[str]) -> None:
         return
     chain = status.get("chain") or []
     further = chain[chain.index(status["job_id"]) + 1 :] if status.get("job_id") in chain else []
+    if status.get("bad_nodes"):
+        _leave_out(run_dir, status, further, chained=bool(chain))
+        return
     if not _may_pass(run_dir, status):
         _cancel(further)
         return
@@ -55,6 +59,31 @@ def main(argv: list[str]) -> None:
     if refusal is not None:
         refused = f"{said}; SLURM refuses to requeue: {refusal}"
         run_dir.write_status(state=status.get("state"), last_error=refused)
+
+
+def _leave_out(
+    run_dir: RunDir, status: dict[str, Any], further: list[str], *, chained: bool
+) -> None:
+    """Requeue the job without the nodes that the preflight found bad, at most once for each node.
+
+    Of a chain, the jobs that follow get other nodes.
+    """
+    bad = status["bad_nodes"]
+    excluded = {**(status.get("excluded") or {}), **bad}
+    tries = status.get("preflights", 0) + 1
+    if tries > int(os.environ["SLURM_JOB_NUM_NODES"]) or (chained and not further):
+        run_dir.write_status(bad_nodes={}, excluded=excluded)
+        _cancel(further)
+        return
+    run_dir.write_status(state="queued", bad_nodes={}, excluded=excluded, preflights=tries)
+    print(f"without {', '.join(bad)} from now on: {'; '.join(bad.values())}", flush=True)
+    refusal = exclude(further, excluded) if chained else requeue_without(excluded)
+    if refusal is not None:
+        error = f"SLURM does not leave out {', '.join(bad)}: {refusal}"
+        # Where the job has not even been requeued, it ends here.
+        ended = {"state": "failed"} if not chained and is_running() else {}
+        run_dir.write_status(last_error=error, **ended)
+        print(error, flush=True)
 
 
 def _cancel(further: list[str]) -> None:

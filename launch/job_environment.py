@@ -56,7 +56,7 @@ def _run_file(keys: SlurmLaunchConfig, logs: Path) -> list[str]:
 
 def teardown_lines(keys: SlurmLaunchConfig) -> list[str] | None:
     """Return the lines of the job's script after its tasks have ended, or None for none."""
-    if not keys.max_failures and keys.chain == 1:
+    if not keys.max_failures and not keys.preflight and keys.chain == 1:
         return None
     python = _interpreter(keys, container=False)
     module = "lunaris.launch.after_failure"

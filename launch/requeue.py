@@ -6,7 +6,10 @@ Standard library only: the script of a job uses it too, by a python that may lac
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,6 +18,9 @@ if TYPE_CHECKING:
 
 # SLURM checks time limits twice a minute, and may send the signal up to a minute early.
 _SIGNAL_EARLY_S = 60
+# How often a change of a job that is being requeued is tried: less than SLURM's KillWait together.
+_UPDATES = 20
+_BETWEEN_S = 0.5
 
 
 @dataclass
@@ -61,12 +67,48 @@ def is_running() -> bool:
 
 def requeue() -> str | None:
     """Put the job of this process back into the queue; return SLURM's refusal, or None."""
-    command = ["scontrol", "requeue", os.environ["SLURM_JOB_ID"]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return _scontrol("requeue", os.environ["SLURM_JOB_ID"])
+
+
+def requeue_without(nodes: Iterable[str]) -> str | None:
+    """Put the job of this process back into the queue, never to run on some nodes again.
+
+    Returns SLURM's refusal, or None. SLURM changes the nodes of a pending job alone, so the job is
+    held until it has become one, while SLURM already ends this process: SIGTERM is ignored from now
+    on.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    job_id, excluded = os.environ["SLURM_JOB_ID"], _shown().get("ExcNodeList")
+    refusal = _scontrol("requeuehold", job_id)
+    if refusal is not None:
+        return refusal
+    names = [excluded] if excluded and excluded != "(null)" else []
+    for _ in range(_UPDATES):
+        refusal = _scontrol(
+            "update", f"jobid={job_id}", f"excnodelist={','.join([*names, *nodes])}"
+        )
+        if refusal is None:
+            break
+        time.sleep(_BETWEEN_S)
+    return _scontrol("release", job_id) or refusal
+
+
+def exclude(job_ids: Iterable[str], nodes: Iterable[str]) -> str | None:
+    """Let pending jobs run on other nodes; return SLURM's refusal, or None."""
+    refusals = [
+        _scontrol("update", f"jobid={job_id}", f"excnodelist={','.join(nodes)}")
+        for job_id in job_ids
+    ]
+    return next((refusal for refusal in refusals if refusal is not None), None)
+
+
+def _scontrol(*arguments: str) -> str | None:
+    """Call `scontrol`; return its message where it refuses, or None."""
+    done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=False)
     # A signal that ends scontrol comes from the requeue that it has caused.
     if done.returncode <= 0:
         return None
-    return done.stderr.strip() or "scontrol requeue failed"
+    return done.stderr.strip() or f"scontrol {arguments[0]} failed"
 
 
 def _shown() -> dict[str, str]:

@@ -270,6 +270,7 @@ def _mark_queued(run_dir: RunDir, code: snapshot.Snapshot, awaited: Sequence[str
     run_dir.write_status(
         state="queued", job_id=None, job_log=None, last_error=None, stop_cause=None, cancelled=None,
         after=after, failures=0, last_failure=None, chain=[],
+        bad_nodes={}, excluded={}, preflights=0,
     )  # fmt: skip
 
 

@@ -7,8 +7,10 @@ from contextlib import ExitStack, contextmanager, suppress
 
 import torch
 
+from lunaris.config.schema.launch import SlurmLaunchConfig
 from lunaris.config.schema.root import Config
-from lunaris.distributed import collectives, session
+from lunaris.console import say
+from lunaris.distributed import collectives, preflight, session
 from lunaris.errors import RunFailed, Stopped, UserError
 from lunaris.runs.checkpoint_files import full_disk
 from lunaris.runs.run_dir import RunDir
@@ -16,9 +18,13 @@ from lunaris.runs.slurm_client import current_job_id
 
 
 @contextmanager
-def supervise(run_dir: RunDir) -> Iterator[None]:
-    """Lock a run's folder, keep its state in status.json and say plainly when its disk is full."""
+def supervise(cfg: Config, run_dir: RunDir) -> Iterator[None]:
+    """Lock a run's folder, keep its state in status.json and say plainly when its disk is full.
+
+    Before anything else, the nodes are looked at if `launch.preflight` asks for it.
+    """
     with run_lock(run_dir), track_status(run_dir), explain_full_disk(run_dir):
+        check_nodes(cfg, run_dir)
         yield
 
 
@@ -64,6 +70,26 @@ def _attempt(run_dir: RunDir) -> Iterator[None]:
     finally:
         with suppress(OSError, KeyError):  # What ends the attempt counts, also on a full disk.
             run_dir.end_attempt()
+
+
+def check_nodes(cfg: Config, run_dir: RunDir) -> None:
+    """Look at the nodes of the run if `launch.preflight` asks for it; every process calls this.
+
+    Raises RunFailed that names the slow and the wrong ones, which status.json then holds for the
+    launcher to leave out.
+    """
+    launch = cfg.launch
+    if not isinstance(launch, SlurmLaunchConfig) or not launch.preflight:
+        return
+    found = preflight.measure()
+    faults = preflight.judge(found, launch.preflight_share)
+    if session.rank() == 0:
+        say(preflight.summary(found))
+    if faults:
+        # The first fault of a node counts.
+        bad = {fault.node: fault.what for fault in reversed(faults)}
+        collectives.on_rank_0(lambda: run_dir.write_status(bad_nodes=bad))
+        raise RunFailed(f"preflight: {'; '.join(map(str, faults))}")
 
 
 @contextmanager

@@ -61,7 +61,7 @@ def execute(cfg: Config, path: str | Path) -> RunResult:
     with ExitStack() as stack:
         stop = stack.enter_context(StopSignal(announce=say))
         stack.enter_context(session.join(cfg.trainer.device, cfg.launch.collective_timeout_s))
-        stack.enter_context(supervise(run_dir))
+        stack.enter_context(supervise(cfg, run_dir))
         run = build(cfg, run_dir, stop)
         stack.callback(run.loader.close)
         stack.callback(run.logger.finish)

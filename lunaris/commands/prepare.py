@@ -77,6 +77,11 @@ def _check_launch(launch: Any) -> None:
                 "uses no GPU and whose tasks are a job array: launch.array_tasks is their number, "
                 "launch.cpus_per_task the processes of each"
             )
+    for key, default in (("after", None), ("chain", 1), ("max_failures", 0), ("preflight", False)):
+        if launch.get(key, default) not in (default, []):
+            raise UserError(
+                f"launch.{key}={launch[key]}: goes with `lunaris train`, not with `lunaris prepare`"
+            )
 
 
 def _send(cfg: Config, command: str, overrides: list[str]) -> int:

@@ -34,9 +34,10 @@ def run_row(run: FoundRun, state: RunState) -> dict[str, Any]:
 
     final_train_loss, final_val_loss: of the last rows that have them. duration_s: seconds for which
     its processes existed. tokens: read so far. failures: of its job since it was sent, as far as
-    `launch.max_failures` counts them. values: of its overrides, as text by key. prepared: of a
-    folder of shards that jobs prepare, how many bytes of the input are `encoded` and `merged`, of
-    how many (`total`, 0 where unknown).
+    `launch.max_failures` counts them. excluded: the nodes that `launch.preflight` left out, and
+    why. values: of its overrides, as text by key. prepared: of a folder of shards that jobs
+    prepare, how many bytes of the input are `encoded` and `merged`, of how many (`total`, 0 where
+    unknown).
     """
     status, run_dir = state.status, RunDir(run.path)
     last = last_values(run_dir.metrics_path, ("train/loss", "val/loss"))
@@ -59,6 +60,7 @@ def run_row(run: FoundRun, state: RunState) -> dict[str, Any]:
         "attempts": status.get("attempts", 0),
         "failures": status.get("failures", 0),
         "last_failure": status.get("last_failure"),
+        "excluded": status.get("excluded", {}),
         "job_id": state.job_id,
         "changes": [
             {

@@ -56,7 +56,8 @@ _STATUS: dict[str, Callable[[object], bool]] = {
     "active_parameters": _is_count, "job_id": _is_text_or_null,
     "job_log": _is_text_or_null, "last_error": _is_text_or_null, "time": _is_number_or_null,
     "best_val_loss": _is_number_or_null, "after": _are(str), "chain": _are(str),
-    "failures": _is_count, "last_failure": _is_text_or_null,
+    "bad_nodes": _is_map, "excluded": _is_map,
+    "failures": _is_count, "preflights": _is_count, "last_failure": _is_text_or_null,
 }  # fmt: skip
 _PROVENANCE: dict[str, Callable[[object], bool]] = {
     "command": _is_text, "overrides": _are(str), "attempts": _are(dict), "earlier": _are(dict),

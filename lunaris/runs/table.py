@@ -198,6 +198,7 @@ def _notes(row: Row) -> list[str]:
     if row["failures"]:
         times = f"{row['failures']} time{'s' * (row['failures'] > 1)}"
         lines.append(f"  {name}: failed {times}; the last: {row['last_failure']}")
+    lines += [f"  {name}: without node {node}: {why}" for node, why in row["excluded"].items()]
     fine = state in _FINE and not (row["prepared"] and row["remark"])
     quiet = state in ("queued", "cancelled") and not row["remark"]
     if fine or quiet:

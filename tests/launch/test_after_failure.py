@@ -13,7 +13,7 @@ import pytest
 
 from lunaris.distributed.heartbeat import record_failure
 from lunaris.errors import RunFailed, UserError
-from lunaris.launch import after_failure, snapshot
+from lunaris.launch import after_failure, requeue, snapshot
 from lunaris.launch.slurm import Slurm
 from lunaris.runs.run_dir import RunDir
 
@@ -39,7 +39,7 @@ def scontrol(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., P
         client.parent.mkdir()
         client.write_text(
             f"#!/bin/sh\n[ $1 = show ] && echo JobState={state} && exit\n"
-            f"echo $@ >> {calls}\n[ {code} = 0 ] || echo refused >&2\nexit {code}\n"
+            f"echo $@ >> {calls}\n[ {code} = 0 ] || {{ echo refused >&2; exit {code}; }}\n"
         )
         client.chmod(0o755)
         calls.touch()
@@ -156,3 +156,53 @@ def test_of_a_chain_the_next_job_continues_or_all_are_given_up(
     status = failed(run_dir, limit)
     assert (status["state"], status["failures"], asked) == (state, 1, cancelled)
     assert not calls.read_text()
+
+
+@pytest.mark.parametrize("taken_at", [1, 3])
+def test_a_job_is_requeued_without_the_nodes_that_the_preflight_names(
+    run_dir: RunDir, scontrol: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, taken_at: int
+) -> None:
+    """SLURM takes other nodes once it has ended the job; until then the job is held."""
+    calls = scontrol(state="'RUNNING ExcNodeList=n[8-9]'")
+    client = tmp_path / "bin" / "scontrol"
+    refuse = f"[ $1 = update ] && [ $(grep -c update {calls}) -lt {taken_at} ] && exit 1\n"
+    client.write_text(client.read_text() + refuse + "exit 0\n")
+    monkeypatch.setattr(requeue, "_BETWEEN_S", 0.0)
+    monkeypatch.setattr(requeue.signal, "signal", lambda number, handler: None)
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    said = "a matrix product at 1 TFLOP/s"
+    run_dir.write_status(state="failed", bad_nodes={"n2": said})
+    status = failed(run_dir, limit=0)
+    assert (status["state"], status["bad_nodes"]) == ("queued", {})
+    assert status["excluded"] == {"n2": said}
+    assert "failures" not in status
+    without = "update jobid=7 excnodelist=n[8-9],n2"
+    expected = ["requeuehold 7", *[without] * taken_at, "release 7"]
+    assert calls.read_text().splitlines() == expected
+
+
+def test_a_run_tries_other_nodes_as_often_as_it_has_nodes(
+    run_dir: RunDir, scontrol: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = scontrol()
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    run_dir.write_status(
+        state="failed",
+        bad_nodes={"n4": "slow"},
+        excluded={"n2": "slow", "n3": "slow"},
+        preflights=2,
+    )
+    status = failed(run_dir)
+    assert (status["state"], sorted(status["excluded"])) == ("failed", ["n2", "n3", "n4"])
+    assert not calls.read_text()
+
+
+def test_the_next_jobs_of_a_chain_get_other_nodes(
+    run_dir: RunDir, scontrol: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = scontrol()
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    run_dir.write_status(state="failed", bad_nodes={"n2": "slow"}, chain=["7", "8", "9"])
+    assert failed(run_dir)["state"] == "queued"
+    expected = [f"update jobid={job_id} excnodelist=n2" for job_id in (8, 9)]
+    assert calls.read_text().splitlines() == expected

@@ -93,6 +93,8 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(
     ("overrides", "message"),
     [
         (["launch.nodes=2"], "launch.nodes=2: must be 1 for `lunaris prepare`"),
+        (["launch.chain=2"], "launch.chain=2: goes with `lunaris train`, not with"),
+        (["launch.after=runs/a"], "launch.after=runs/a: goes with `lunaris train`, not with"),
         (["launch.tasks_per_node=2"], "launch.tasks_per_node=2: must be 1 for"),
         (["launch.gpus_per_node=1"], "launch.gpus_per_node=1: must be 0 for"),
         (["launch.array_tasks=0"], "launch.array_tasks=0: must be at least 1"),

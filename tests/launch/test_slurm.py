@@ -49,6 +49,8 @@ RECORDED = {
         "launch.chain=3", "launch.max_failures=2", "launch.timeout_min=240",
         "launch.container=/images/lunaris.sif",
     ],
+    "preflight": ["launch.nodes=2", "launch.preflight=true", "launch.venv=/envs/moe",
+                  "parallelism=ddp"],
     "environment": [
         "launch.modules=[cuda/12.8,gcc]", "launch.conda=moe", 'launch.dependency="afterok:17:18"',
         "launch.mail=me@example.org", "launch.mail_type=FAIL",

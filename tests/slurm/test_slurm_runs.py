@@ -353,6 +353,56 @@ def test_a_chain_is_given_up_after_a_failure_and_cancelled_as_one(site: Any) -> 
     assert "JobState=CANCELLED" in site.cluster.client("scontrol", "show", "job", third)
 
 
+# Python runs it at its start: the node that has rank 1 of the first attempt is slow from then on.
+SLOW_NODE = """\
+import os, pathlib
+if os.environ.get("SLURM_PROCID") == "1":
+    from lunaris.distributed import preflight
+    file, name = pathlib.Path({file!r}), preflight.node_name()
+    if not file.exists():
+        file.write_text(name)
+    if file.read_text() == name:
+        measured = preflight.check_product
+        preflight.check_product = lambda device: (
+            measured(device)[0], measured(device)[1] / 1000
+        )
+"""
+
+
+def test_a_run_goes_on_without_the_node_that_the_preflight_finds_slow(
+    site: Any, tmp_path: Path
+) -> None:
+    file = tmp_path / "slow"
+    (tmp_path / "sitecustomize.py").write_text(SLOW_NODE.format(file=str(file)))
+    site.train(
+        "looked", DDP, "launch.nodes=2", "launch.preflight=true", "launch.preflight_share=0.05",
+        PYTHONPATH=f"{tmp_path}:{site.env['PYTHONPATH']}",
+    )  # fmt: skip
+    row = site.wait_for_state("runs/looked", "done", "failed")
+    slow = file.read_text()
+    assert (row["state"], row["attempts"], row["failures"]) == ("done", 2, 0)
+    assert list(row["excluded"]) == [slow]
+    shown = site.lunaris("runs", "runs/looked")
+    assert f"looked: without node {slow}: a matrix product at" in shown
+    shown = site.cluster.client("scontrol", "show", "job", row["job_id"])
+    assert f"ExcNodeList={slow}" in shown
+    log = (site.dir / "runs/looked/logs/rank_0.log").read_text()
+    assert f"preflight: {slow} (rank 1): a matrix product at" in log
+    assert log.count("preflight  2 nodes, ") == 2
+
+
+SCRIPTS = Path(__file__).parents[1] / "launch" / "scripts"
+
+
+@pytest.mark.parametrize("script", sorted(SCRIPTS.glob("*.sbatch")), ids=lambda path: path.stem)
+def test_sbatch_takes_every_recorded_script(site: Any, script: Path) -> None:
+    """As far as a cluster without accounts and qualities of service can tell."""
+    done = subprocess.run(
+        ["sbatch", "--test-only", str(script)], env=site.env, capture_output=True, text=True
+    )
+    assert done.returncode == 0 and "to start at" in done.stderr, done.stderr
+
+
 def rank_process(job_id: str, rank: int) -> int:
     """Return the process of a rank of a job on this machine."""
     wanted = {f"SLURM_JOB_ID={job_id}", f"SLURM_PROCID={rank}"}

@@ -16,6 +16,7 @@ _DEPENDENCIES = (
 # The keys that the local executor has no counterpart of.
 _OF_SLURM = (
     "container", "after", "dependency", "mail", "srun_args", "exclusive", "python", "max_failures",
+    "preflight",
 )  # fmt: skip
 
 
@@ -121,6 +122,10 @@ class SlurmLaunchConfig(LaunchConfig):
     # Jobs that are sent at once, of which each continues the run when the one before has ended, for
     # sites that requeue no job; 1: the job requeues itself.
     chain: int = key(1, low=1)
+    # Look at every node before the first step, and run without those that are slow or wrong.
+    preflight: bool = False
+    # Share of the nodes' median speed below which `preflight` leaves out a node.
+    preflight_share: float = key(0.7, above=0, high=1.0)
     # Points of a sweep, or tasks of `lunaris prepare`, that run at a time.
     array_parallelism: int = key(256, low=1)
     # Tasks of the job array of `lunaris prepare`, if there is work for so many.
@@ -141,9 +146,11 @@ class SlurmLaunchConfig(LaunchConfig):
                 shown = ",".join(map(str, getattr(self, name)))
                 raise UserError(f"launch.{name}=[{shown}]: needs launch.container")
         requeues = self.additional_parameters.get("requeue", True) not in (False, None)
-        if self.max_failures and self.chain == 1 and not requeues:
+        for name in ("max_failures", "preflight"):
+            if not getattr(self, name) or self.chain > 1 or requeues:
+                continue
             raise UserError(
-                f"launch.max_failures={self.max_failures}: needs launch.chain above 1 or a job "
+                f"launch.{name}={getattr(self, name)}: needs launch.chain above 1 or a job "
                 "that may be requeued, without launch.additional_parameters.requeue=false"
             )
         self._check_after(self.after)
