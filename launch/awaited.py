@@ -8,12 +8,13 @@ from pathlib import Path
 from lunaris.config.schema.launch import SlurmLaunchConfig
 from lunaris.errors import UserError
 from lunaris.runs.discovery import FoundRun, find_runs, is_run, is_sweep
+from lunaris.runs.preparation import is_preparation
 from lunaris.runs.slurm_client import LOCAL
 from lunaris.runs.status import RunState, refuse_unknown, resolve_states
 
 
 def awaited_jobs(keys: SlurmLaunchConfig) -> list[str]:
-    """Return the dependency of a job on the runs of `launch.after`, as sbatch takes it, or [].
+    """Return the dependency of a job on what `launch.after` names, as sbatch takes it, or [].
 
     A run that is done needs no wait. Raises UserError for one that is not done and has no job that
     waits or runs, and where SLURM does not say.
@@ -32,11 +33,13 @@ def awaited_jobs(keys: SlurmLaunchConfig) -> list[str]:
 
 def _runs_in(folder: str) -> Sequence[FoundRun]:
     path = Path(folder)
-    if not is_run(path) and not is_sweep(path):
+    prepares = is_preparation(path)
+    if not is_run(path) and not is_sweep(path) and not prepares:
         raise UserError(
-            f"launch.after={folder}: not a run's folder and not a sweep's; send that run first"
+            f"launch.after={folder}: not a run's folder, not a sweep's, and none that jobs "
+            "prepare; send that run first"
         )
-    return find_runs(path)
+    return find_runs(path, preparations=prepares)
 
 
 def _job_of(folder: str, run: FoundRun, state: RunState) -> str:
@@ -44,7 +47,8 @@ def _job_of(folder: str, run: FoundRun, state: RunState) -> str:
     said = f"launch.after={folder}: {run.path} is {state.state}"
     if not state.active:
         why = f" ({state.remark})" if state.remark else ""
-        raise UserError(f"{said}{why}; resume it first, or leave launch.after out")
+        first = "send it again" if run.prepares else "resume it"
+        raise UserError(f"{said}{why}; {first} first, or leave launch.after out")
     if state.job_id is None or state.job_id.startswith(LOCAL):
         raise UserError(f"{said} on a machine, not as a job of SLURM, which cannot wait for it")
     return state.job_ids[-1]

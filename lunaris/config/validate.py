@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import re
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING, OmegaConf
@@ -297,6 +298,8 @@ def _check_shards(cfg: Config) -> None:
     from lunaris.data.folders import inspect_folders, inspect_prepared
 
     data = cfg.data
+    if data_comes_later(cfg):
+        return
     if isinstance(data, PreparedDataConfig):
         found = inspect_prepared(data.dir, document_masking=data.document_masking)
     elif isinstance(data, ShardsDataConfig):
@@ -306,6 +309,19 @@ def _check_shards(cfg: Config) -> None:
     found.check_vocab_size("model.vocab_size", cfg.model.vocab_size)
     for info in found.train:
         _check_length(cfg, f"data.dir={info.path}", info.n_tokens)
+
+
+def data_comes_later(cfg: Config) -> bool:
+    """Return whether jobs have yet to prepare some of the data, for which the run's job waits.
+
+    The job then checks whether they fit.
+    """
+    if not isinstance(cfg.launch, SlurmLaunchConfig):
+        return False
+    awaited = {Path(folder).resolve() for folder in cfg.launch.awaited()}
+    given = getattr(cfg.data, "dir", None)
+    folders = [Path(str(each)) for each in (given if isinstance(given, list) else [given])]
+    return any(f.resolve() in awaited and not (f / "manifest.json").is_file() for f in folders)
 
 
 def _check_length(cfg: Config, key: str, n_tokens: int) -> None:

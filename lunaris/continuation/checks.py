@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lunaris.config.schema.base import Component
 from lunaris.config.schema.launch import SlurmLaunchConfig
 from lunaris.config.schema.root import Config
-from lunaris.config.validate import is_custom
+from lunaris.config.validate import data_comes_later, is_custom
 from lunaris.errors import UserError
 from lunaris.runs.facts import checkpoint_folders, is_complete
 from lunaris.runs.run_dir import RunDir
@@ -156,7 +156,8 @@ def _come_later(cfg: Config) -> bool:
 
 def _check_weights(cfg: Config) -> None:
     begun = checkpoint_folders(RunDir(cfg.out_dir).checkpoints)
-    if cfg.init_from is not None and not begun and not _come_later(cfg):
+    later = _come_later(cfg) or data_comes_later(cfg)
+    if cfg.init_from is not None and not begun and not later:
         from lunaris.config.instantiate import instantiate_component
         from lunaris.data.prepare.build import make_ready
         from lunaris.run import bare_model

@@ -66,7 +66,7 @@ def test_a_job_waits_for_the_jobs_of_runs_and_sweeps_that_are_not_done(queue: Qu
         ({"state": "failed", "job_id": "3", "last_error": "Boom"}, r"a is failed \(Boom\); resume"),
         ({"state": "queued"}, "a is missing; resume it first"),
         ({"state": "running", "job_id": "local-1"}, "a is running on a machine, not as a job"),
-        (None, "launch.after=a: not a run's folder"),
+        (None, "launch.after=a: not a run's folder, not a sweep's, and none that jobs prepare"),
     ],
 )
 def test_what_cannot_be_waited_for_is_refused_and_nothing_is_written(
@@ -141,3 +141,23 @@ def test_a_job_that_waited_in_vain_names_the_run_that_did_not_end_well(
     assert f"b: cancelled: y/runs/a, for which it waited, {said}" in capsys.readouterr().out
     RunDir("y/runs/a").write_status(state="done")
     assert resolve_states([Path("y/runs/b")])[0].state == "missing"
+
+
+def test_a_run_waits_for_the_preparation_of_its_data(
+    queue: Queue, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queue("7_0|RUNNING|None\n7_1|PENDING|None\n8|PENDING|Dependency")
+    Path("shards/x").mkdir(parents=True)
+    Path("shards/x/prepare.yaml").touch()
+    RunDir("shards/x").write_status(state="running", job_id="8", task_ids=["7_0", "7_1"])
+    train = ["train", "data=shards", "data.dir=shards/x", "launch=slurm", "launch.dry_run=true"]
+    assert main([*train, "launch.after=shards/x"]) == 0
+    assert "#SBATCH --dependency=afterok:8\n" in capsys.readouterr().out
+    # Without the wait, the data must be there.
+    assert main(train) == 2
+    assert "shards/x" in capsys.readouterr().err
+    RunDir("shards/x").write_status(state="failed", last_error="task 1: no")
+    queue("7_0|COMPLETED|None\n7_1|FAILED|None\n8|CANCELLED|None")
+    assert main([*train, "launch.after=shards/x"]) == 2
+    said = "shards/x is failed (task 1: no); send it again first"
+    assert said in capsys.readouterr().err

@@ -103,7 +103,7 @@ class SlurmLaunchConfig(LaunchConfig):
     container_args: list[str] = field(default_factory=list)
     # Further options of srun, like --cpu-bind=cores.
     srun_args: list[str] = field(default_factory=list)
-    # The folder of a run or a sweep, or a list of them, whose jobs must have ended well before.
+    # The folder of a run, a sweep or a preparation, or a list, whose jobs must have ended well.
     after: Any = None
     # Jobs that must have ended before, as sbatch takes it: afterok:17.
     dependency: str | None = None
