@@ -17,6 +17,7 @@ from lunaris.config.compose import Source
 from lunaris.config.frozen import to_tree, to_yaml
 from lunaris.config.identity import every_key, fixed_keys
 from lunaris.config.schema.root import Config
+from lunaris.console import labelled
 from lunaris.continuation.horizon import horizon
 from lunaris.continuation.set_aside import set_aside
 from lunaris.errors import UserError
@@ -151,7 +152,7 @@ def _start(
         step = max(stable)
     if step:
         _refuse_damaged(run_dir, step)
-    return step, [] if found is None else [f"schedule   {found.text}"]
+    return step, [] if found is None else [labelled("schedule", found.text)]
 
 
 def _refuse_damaged(run_dir: RunDir, step: int) -> None:
