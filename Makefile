@@ -45,7 +45,8 @@ clean: ## Remove the virtual environment and caches.
 
 $(VENV)/run.stamp: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=")'
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/pip || $(PYTHON) -m venv --clear $(VENV)
+	@echo "installing torch and what else lunaris needs into $(VENV): minutes, without a word"
 	$(BIN)/pip install --disable-pip-version-check --progress-bar off -q -e .
 	touch $@
 

@@ -46,7 +46,9 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
     except Stopped as stopped:
-        print(ending("stopped", str(stopped)), file=sys.stderr)
+        said = ending("stopped", str(stopped))
+        hint = "" if "same command" in said else "; run the same command to continue"
+        print(f"{said}{hint}", file=sys.stderr)
         return Stopped.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -113,10 +113,10 @@ def metrics(folder: str | Path) -> Any:
     """
     from lunaris.metrics.records import read_rows
     from lunaris.runs.discovery import is_run
-    from lunaris.runs.run_dir import RunDir
+    from lunaris.runs.run_dir import RunDir, not_a_run
 
     if not is_run(Path(folder)):
-        raise UserError(f"{folder}: not a run's folder")
+        raise UserError(not_a_run(Path(folder)))
     return _table(read_rows(RunDir(folder).metrics_path))
 
 

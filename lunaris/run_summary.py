@@ -7,6 +7,8 @@ from shlex import quote
 
 import numpy as np
 
+from lunaris.config.frozen import to_tree
+from lunaris.config.trust import flags_for
 from lunaris.console import labelled
 from lunaris.metrics.records import read_rows
 from lunaris.parallelism.base import unwrap
@@ -60,7 +62,9 @@ def write_parameters(run: Run) -> None:
 
 def conclude(run: Run) -> str:
     """Return how the run ended, where its results are, and the commands to run next."""
-    folder = run.dir.path
+    folder = quote(str(run.dir.path))
+    # A later command runs custom classes only where it is told to.
+    trust = "".join(f" {word}" for word in flags_for(to_tree(run.cfg)))
     losses = [row["val/loss"] for row in read_rows(run.dir.metrics_path) if row.get("val/loss")]
     lines = []
     if losses:
@@ -68,16 +72,16 @@ def conclude(run: Run) -> str:
         lines.append(labelled("validation", f"{last}, from {losses[0]:.4f} at the start"))
     lines += [
         f"checkpoint {complete(run.dir.checkpoints)[0]}",
-        f"plot       {folder / 'loss.png'}",
-        f"next       lunaris evaluate {quote(str(folder))}",
+        f"plot       {run.dir.path / 'loss.png'}",
+        f"next       lunaris evaluate {folder}{trust}",
     ]
     if run.dir.tokenizer_path.is_file():
-        command = f"lunaris generate {quote(str(folder))} --prompt {quote(_prompt(run))}"
+        command = f"lunaris generate {folder} --prompt {quote(_prompt(run))}{trust}"
         lines.append(f"           {command}")
     longer = f"trainer.max_steps={2 * run.cfg.trainer.max_steps}"
     lines += [
-        f"           lunaris report {quote(str(folder))}",
-        f"           lunaris resume {quote(str(folder))} {longer}",
+        f"           lunaris report {folder}",
+        f"           lunaris resume {folder} {longer}{trust}",
     ]
     return "\n".join(lines)
 

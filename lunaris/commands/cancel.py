@@ -10,7 +10,7 @@ from pathlib import Path
 from lunaris.errors import UserError
 from lunaris.runs.discovery import find_runs, is_run, is_sweep
 from lunaris.runs.preparation import is_preparation
-from lunaris.runs.run_dir import RunDir
+from lunaris.runs.run_dir import RunDir, not_a_run
 from lunaris.runs.slurm_client import cancel_jobs
 from lunaris.runs.status import refuse_unknown, resolve_states
 from lunaris.runs.sweep_manifest import read_manifest
@@ -25,7 +25,7 @@ def main(argv: list[str]) -> int:
     folder = Path(args.dir)
     prepares = is_preparation(folder)
     if not is_run(folder) and not is_sweep(folder) and not prepares:
-        raise UserError(f"{folder}: not a run's folder, not a sweep's, and none that jobs prepare")
+        raise UserError(not_a_run(folder, ", not a sweep's, and none that jobs prepare"))
     found = find_runs(folder, preparations=prepares)
     if args.removed:
         if not is_sweep(folder):

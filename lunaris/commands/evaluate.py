@@ -14,7 +14,7 @@ from lunaris.config.schema.data import ShardsDataConfig
 from lunaris.config.schema.root import Config
 from lunaris.config.trust import add_flag, allow
 from lunaris.errors import UserError, did_you_mean
-from lunaris.runs.run_dir import RunDir
+from lunaris.runs.run_dir import RunDir, not_a_run
 
 _KEYS = ("data.dir", "trainer.batch_size", "trainer.precision", "trainer.device")
 
@@ -44,6 +44,12 @@ def main(argv: list[str]) -> int:
         print(f"{rows[0].pop('run')}, step {rows[0].pop('step')}")
         for name, value in rows[0].items():
             print(f"{name:<28} {_shown(value)}")
+        steps = runs[0][1].trainer.eval_steps
+        if "val/loss" in rows[0] and args.max_sequences is None and steps is not None:
+            print(
+                "of all validation sequences; training evaluates at most "
+                f"trainer.eval_steps={steps} batches of each source"
+            )
     else:
         print(_table(rows))
     return 0
@@ -67,7 +73,7 @@ def _sort_arguments(arguments: list[str]) -> _Given:
         elif "=" in argument and "/" not in argument.partition("=")[0]:
             given.overrides.append(argument)
         else:
-            raise UserError(f"{argument}: no such run's folder or text file")
+            raise UserError(not_a_run(path, " and no text file"))
     if not given.runs:
         raise UserError("evaluate: needs a run's folder")
     return given

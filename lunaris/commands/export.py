@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import importlib.util
 from pathlib import Path
 
 from lunaris.config.trust import add_flag, allow
-from lunaris.errors import UserError
+from lunaris.errors import UserError, not_installed
 from lunaris.runs.run_dir import RunDir
 
 
@@ -18,7 +19,10 @@ def main(argv: list[str]) -> int:
         raise UserError(f"--max-shard-mb {args.max_shard_mb}: must be at least 1")
     text = _read(args.text)
     run_dir = RunDir(args.dir)
+    run_dir.read_config()
     out = Path(args.to)
+    if not args.no_check and importlib.util.find_spec("transformers") is None:
+        raise UserError(not_installed("transformers", "the check of lunaris export", "export"))
 
     # Imports torch, which `--help` does not need.
     from lunaris.export.folder import export_run, sentence

@@ -12,6 +12,7 @@ from lunaris.config.trust import add_flag, allow, allow_named
 from lunaris.errors import UserError
 from lunaris.runs.create import create
 from lunaris.runs.discovery import is_run, is_sweep
+from lunaris.runs.run_dir import not_a_run
 
 
 def main(argv: list[str]) -> int:
@@ -28,7 +29,7 @@ def main(argv: list[str]) -> int:
         folder = best_point(folder)
     elif not is_run(folder):
         hint = "; add --best for the best of its points" if is_sweep(folder) else ""
-        raise UserError(f"{folder}: not a run's folder{hint}")
+        raise UserError(not_a_run(folder) + hint)
     if args.at is not None and not args.weights:
         raise UserError(f"--at {args.at}: goes with --weights, whose checkpoint it chooses")
     source = Source(dir=args.config_dir)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from lunaris.config.trust import add_flag, allow
 from lunaris.errors import UserError
+from lunaris.runs.data_fingerprint import intact_tokenizer
 from lunaris.runs.run_dir import RunDir
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ def main(argv: list[str]) -> int:
     _check_prompts(prompts)
     run_dir = RunDir(args.dir)
     cfg = run_dir.read_config()
+    intact_tokenizer(run_dir)
 
     # Imports torch and tokenizers, which `--help` does not need.
     from lunaris.sampling import Request, Settings, sample_texts

@@ -10,7 +10,7 @@ from pathlib import Path
 from lunaris.errors import UserError
 from lunaris.runs.discovery import find_runs, is_run, is_sweep
 from lunaris.runs.follow import RunLog
-from lunaris.runs.run_dir import RunDir
+from lunaris.runs.run_dir import RunDir, not_a_run
 
 _SHOWN_POINTS = 3
 
@@ -27,7 +27,7 @@ def main(argv: list[str]) -> int:
             f"{', '.join(points[:_SHOWN_POINTS])}{more}"
         )
     if not (is_run(folder) or RunDir(folder).read_status()):
-        raise UserError(f"{folder}: not a run's folder")
+        raise UserError(not_a_run(folder))
     log = RunLog(folder, args.rank)
     _print(log.follow() if args.follow else log.read())
     return 0

@@ -39,7 +39,10 @@ def main(argv: list[str]) -> int:
     for path in paths:
         print(path)
     at, conf = quote(str(folder)), quote(str(folder / "conf"))
-    print(f"test it:    PYTHONPATH={at} pytest {quote(str(folder / f'test_{args.name}.py'))}")
+    test = quote(str(folder / f"test_{args.name}.py"))
+    print(f"test it:    PYTHONPATH={at} python -m pytest {test}")
+    if importlib.util.find_spec("pytest") is None:
+        print("            after `pip install pytest`")
     print(f"train with: PYTHONPATH={at} lunaris train --config-dir {conf} {made.choose}")
     return 0
 

@@ -22,7 +22,7 @@ from lunaris.errors import UserError, did_you_mean
 from lunaris.runs.changes import read_changes
 from lunaris.runs.create import create
 from lunaris.runs.discovery import find_runs, is_run, is_sweep
-from lunaris.runs.run_dir import RunDir
+from lunaris.runs.run_dir import RunDir, not_a_run
 from lunaris.runs.status import ACTIVE, STATES, RunState, refuse_unknown, resolve_states
 from lunaris.runs.sweep_manifest import ManifestPoint, read_manifest
 
@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
                 "sweep, whose points read their data in different orders"
             )
         return _resume_sweep(folder, wanted, args, shlex.join(["lunaris", "resume", *argv]))
-    raise UserError(f"{folder}: not a run's folder and not a sweep's")
+    raise UserError(not_a_run(folder, " and not a sweep's"))
 
 
 def _is_launch(override: str) -> bool:

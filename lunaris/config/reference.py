@@ -68,7 +68,8 @@ def find(names: list[str]) -> list[Section]:
             known |= {section.group for section in sections()} - {""}
             known |= {key.rpartition(".")[2] for key in known}
             known |= {each for section in sections() for each in _options_of(section)}
-            raise UserError(f"{name}: no such group or key{did_you_mean(name, sorted(known))}")
+            near = did_you_mean(name, sorted(known)) or "; `lunaris keys` lists all"
+            raise UserError(f"{name}: no such group or key{near}")
         for section in hits:
             before = found.get(section.group)
             keys = [*(before.keys if before else ()), *section.keys]

@@ -57,6 +57,12 @@ def targets_of(tree: Any) -> set[str]:
     return {target for _, target in _of_tree(tree, "")}
 
 
+def flags_for(tree: Any) -> list[str]:
+    """Return the words by which a person trusts the custom classes that a config names."""
+    others = [t for t in targets_of(tree) if not any(f"{t}.".startswith(f"{a}.") for a in _ALWAYS)]
+    return [word for name in _packages(sorted(others)) for word in ("--trust", name)]
+
+
 def check_tree(tree: Any, path: Path) -> None:
     """Raise UserError where the content of a config file names a class that is not trusted."""
     _check(_of_tree(tree, ""), path)
@@ -91,7 +97,8 @@ def _check(found: Iterable[tuple[str, str]], path: Path) -> None:
         modules = _packages(others.values())
         named = ", ".join(f"{key}={target}" for key, target in others.items())
         raise UserError(
-            f"{path}: {named}: is no part of this package, and what a folder names is run; where "
+            f"{path}: {named}: {'is' if len(others) == 1 else 'are'} no part of this package, and "
+            "what a folder names is run; where "
             f"you trust the folder, add {' '.join(f'--trust {module}' for module in modules)}"
         )
 

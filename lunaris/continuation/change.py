@@ -92,10 +92,11 @@ def plan_change(
     if new.trainer.max_steps <= step:
         if not keys and at is None:
             raise UserError(f"{run_dir.path}: has trained all of its {step} steps")
+        earlier = sorted(s for s in steps if s < new.trainer.max_steps)
+        back = f"go back by --at STEP to one of {', '.join(map(str, earlier))}"
         raise UserError(
             f"trainer.max_steps={new.trainer.max_steps}: the run is at step {step}; give more "
-            "steps, or go back by --at STEP to one of "
-            + ", ".join(map(str, sorted(s for s in steps if s < new.trainer.max_steps)) or ["none"])
+            f"steps, or {back if earlier else 'start another run by `lunaris fork`'}"
         )
     data, eot_id = None, None
     if any(key.startswith("data.") and key != "data.verify" for key in keys) or _VOCABULARY in keys:

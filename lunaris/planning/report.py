@@ -22,7 +22,8 @@ def as_text(plan: Plan, device: Device | None, mfu: float) -> str:
     asked = host_request(plan.cfg)
     if asked is not None:
         memory = "the partition's default" if asked[1] is None else f"{asked[1]:g} GB"
-        lines.append(_row("slurm", f"{asked[0]} cores and {memory} of memory on each node"))
+        cores = f"{asked[0]} core{'s' * (asked[0] != 1)}"
+        lines.append(_row("slurm", f"{cores} and {memory} of memory on each node"))
     return "\n".join(lines)
 
 

@@ -72,7 +72,10 @@ def intact_tokenizer(run_dir: RunDir) -> Path:
     """Return the run's tokenizer.json. Raises UserError when it is absent or not the run's own."""
     path = run_dir.tokenizer_path
     if not path.is_file():
-        raise UserError(f"{path}: missing; a run on data without a tokenizer cannot generate text")
+        raise UserError(
+            f"{path}: missing; data without a tokenizer, such as data=synthetic, gives no text to "
+            "generate: train with data=stdlib, text, hf or shards"
+        )
     facts = newest_facts(run_dir.checkpoints)
     if facts is not None and facts.tokenizer not in (None, sha256_of(path)):
         raise UserError(

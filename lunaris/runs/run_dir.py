@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from lunaris.atomic_files import FileInUse, file_lock, read_json, write_json
-from lunaris.errors import UserError
+from lunaris.errors import UserError, did_you_mean
 from lunaris.runs import changes, provenance
 from lunaris.runs.facts import checkpoint_folders, newest_facts
 
@@ -68,6 +68,18 @@ _PROVENANCE: dict[str, Callable[[object], bool]] = {
 _RULES = {"status.json": _STATUS, "provenance.json": _PROVENANCE}
 
 
+def not_a_run(folder: Path, further: str = "") -> str:
+    """Return the message that a folder is no run's, with what it is not either (`further`).
+
+    Of a folder that does not exist, it names the nearest one beside it.
+    """
+    text = f"{folder}: not a run's folder{further}"
+    if folder.exists():
+        return text
+    beside = folder.parent.iterdir() if folder.parent.is_dir() else ()
+    return f"{text}: it does not exist{did_you_mean(str(folder), map(str, beside))}"
+
+
 class RunDir:
     """The files of one run."""
 
@@ -99,7 +111,7 @@ class RunDir:
                 return saved
             if checkpoint_folders(self.checkpoints):
                 raise UserError(f"{self.config_path}: missing, and no checkpoint has a copy of it")
-            raise UserError(f"{self.path}: not a run's folder (it holds no config.yaml)")
+            raise UserError(not_a_run(self.path))
         try:
             cfg = read_config(self.config_path)
         except UserError as error:
