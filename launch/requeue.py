@@ -6,6 +6,7 @@ Standard library only: the script of a job uses it too, by a python that may lac
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import time
@@ -21,6 +22,11 @@ _SIGNAL_EARLY_S = 60
 # How often a change of a job that is being requeued is tried: less than SLURM's KillWait together.
 _UPDATES = 20
 _BETWEEN_S = 0.5
+# Seconds between the tries of a question to SLURM; together less than a job has to save and leave.
+_WAITS_S = (0.5, 1.0, 2.0)
+_NO_ANSWER = "NO_ANSWER"
+# How SLURM's commands say that the controller is not reached.
+_UNREACHED = re.compile(r"contact|timed out|connect|communicat", re.IGNORECASE)
 
 
 @dataclass
@@ -46,7 +52,7 @@ class Job:
         run_s, limit_s = _seconds(fields.get("RunTime")), _seconds(fields.get("TimeLimit"))
         slack = launch.signal_delay_s + _SIGNAL_EARLY_S
         timed_out = run_s is not None and limit_s is not None and run_s >= limit_s - slack
-        running = fields.get("JobState") == "RUNNING"
+        running = fields.get("JobState", _NO_ANSWER) in ("RUNNING", _NO_ANSWER)
         before = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         return cls(False, timed_out, running, int(fields.get("Restarts", before)) > before)
 
@@ -60,9 +66,10 @@ class Job:
 def is_running() -> bool:
     """Return whether nobody has ended the job of this process or has put it back into the queue.
 
-    A job that is being requeued or cancelled is already COMPLETING.
+    A job that is being requeued or cancelled is already COMPLETING. Where SLURM does not answer,
+    the job is taken to be running: to give it up would lose it.
     """
-    return _shown().get("JobState") == "RUNNING"
+    return _shown().get("JobState", _NO_ANSWER) in ("RUNNING", _NO_ANSWER)
 
 
 def requeue() -> str | None:
@@ -104,7 +111,7 @@ def exclude(job_ids: Iterable[str], nodes: Iterable[str]) -> str | None:
 
 def _scontrol(*arguments: str) -> str | None:
     """Call `scontrol`; return its message where it refuses, or None."""
-    done = subprocess.run(["scontrol", *arguments], capture_output=True, text=True, check=False)
+    done = _answer_of("scontrol", *arguments)
     # A signal that ends scontrol comes from the requeue that it has caused.
     if done.returncode <= 0:
         return None
@@ -112,10 +119,23 @@ def _scontrol(*arguments: str) -> str | None:
 
 
 def _shown() -> dict[str, str]:
-    """Return what SLURM shows of the job of this process: names and values."""
-    command = ["scontrol", "show", "job", "-o", os.environ["SLURM_JOB_ID"]]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    """Return what SLURM shows of the job of this process by names; {} without an answer."""
+    done = _answer_of("scontrol", "show", "job", "-o", os.environ["SLURM_JOB_ID"])
     return dict(field.split("=", 1) for field in done.stdout.split() if "=" in field)
+
+
+def _answer_of(*command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command; again after a moment, a few times, while the controller is not reached.
+
+    A busy one does not answer at once.
+    """
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    for wait_s in _WAITS_S:
+        if done.returncode <= 0 or not _UNREACHED.search(done.stderr):
+            break
+        time.sleep(wait_s)
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done
 
 
 def _seconds(text: str | None) -> int | None:

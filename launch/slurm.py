@@ -6,6 +6,7 @@ import io
 import os
 import shlex
 import shutil
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
@@ -73,10 +74,10 @@ class Slurm:
         check_folder(path)
         if self.keys.dry_run:
             print(self.script(str(cfg.name), path / "logs" / "slurm", path / "code" / "SNAPSHOT"))
+            say_dry(cfg.out_dir)
             return 0
         refuse_active(path)
-        self.check_clients()
-        awaited_jobs(self.keys)
+        self.check(str(cfg.name), path)
         run_dir = RunDir(create(cfg, command, overrides).path.absolute())
         if run_dir.read_status().get("state") == "done":
             print(f"{cfg.out_dir}: already done; nothing was sent")
@@ -230,6 +231,11 @@ class Slurm:
             # The jobs outlive this process; Python warns about the running child.
             warnings.simplefilter("ignore", ResourceWarning)
             return executor.submit_array(tasks)
+
+
+def say_dry(folder: object) -> None:
+    """Say on standard error, away from the scripts, that nothing was sent."""
+    print(f"launch.dry_run: nothing was written to {folder} or sent", file=sys.stderr)
 
 
 def _folder_of(logs: Path) -> Path:

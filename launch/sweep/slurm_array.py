@@ -9,7 +9,7 @@ from lunaris.config.frozen import to_tree
 from lunaris.config.schema.base import component_keys
 from lunaris.config.trust import targets_of
 from lunaris.errors import UserError
-from lunaris.launch.slurm import Slurm, check_folder, wait_until_ended
+from lunaris.launch.slurm import Slurm, check_folder, say_dry, wait_until_ended
 from lunaris.launch.sweep.points import Outcome, Point, Sweep, outcome_of
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.status import refuse_unknown, resolve_states
@@ -93,6 +93,7 @@ def _print_scripts(sweep: Sweep, points: list[Point]) -> list[Outcome]:
             sweep.name, folder / "logs" / "slurm", folder / "code" / "SNAPSHOT",
             points=len(group) if len(group) > 1 else None,
         ))  # fmt: skip
+    say_dry(sweep.dir)
     return [Outcome(point, "checked") for point in points]
 
 

@@ -162,7 +162,7 @@ def test_without_slurm_the_message_says_what_else_there_is(
     assert not Path(cfg.out_dir).exists()
 
 
-def test_a_refused_run_is_failed_with_the_reason(
+def test_of_a_refused_run_nothing_is_written(
     tiny: Callable[..., Any],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -175,10 +175,9 @@ def test_a_refused_run_is_failed_with_the_reason(
         client.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     cfg = tiny("launch=slurm", "launch.partition=nope")
-    with pytest.raises(UserError, match="refuses the job: .*invalid partition nope"):
+    with pytest.raises(UserError, match="refuses the job, and nothing was sent: invalid part"):
         Slurm.of(cfg).submit(cfg, "test", [])
-    status = RunDir(cfg.out_dir).read_status()
-    assert status["state"] == "failed" and "invalid partition nope" in status["last_error"]
+    assert not Path(cfg.out_dir).exists()
     # The command prints the error, once.
     assert "nope" not in capsys.readouterr().err
 
@@ -234,6 +233,28 @@ def test_a_refused_requeue_is_reported(tiny: Any, scontrol: Any) -> None:
     code, status = after_stop(tiny)
     assert (code, status["state"]) == (3, "stopped")
     assert status["last_error"] == "scontrol requeue failed"
+
+
+@pytest.mark.parametrize("answers_after", [2, 99])
+def test_a_controller_that_does_not_answer_at_once_costs_no_run(
+    tiny: Any, scontrol: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answers_after: int
+) -> None:
+    calls = scontrol()
+    client = tmp_path / "bin" / "scontrol"
+    answering = tmp_path / "answering" / "scontrol"
+    answering.parent.mkdir()
+    client.rename(answering)
+    client.write_text(
+        f"#!/bin/sh\necho >> {tmp_path}/tries\n"
+        f"[ $1 = show ] && [ $(wc -l < {tmp_path}/tries) -le {answers_after} ] && {{\n"
+        "  echo 'slurm_load_jobs error: Unable to contact slurm controller' >&2; exit 1; }\n"
+        f'exec {answering} "$@"\n'
+    )
+    client.chmod(0o755)
+    monkeypatch.setattr(requeue, "_WAITS_S", (0.0, 0.0, 0.0))
+    code, status = after_stop(tiny)
+    assert (code, status["state"]) == (0, "queued")
+    assert calls()[-1] == "requeue 7"
 
 
 def test_a_requeue_that_kills_its_own_command_is_not_refused(tiny: Any, scontrol: Any) -> None:
