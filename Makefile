@@ -22,7 +22,7 @@ test-fast: $(VENV)/dev.stamp ## Run the unit tests only, in under two minutes.
 		-n $(TEST_WORKERS) --dist loadfile
 
 faults: $(VENV)/dev.stamp ## Run the long form of the fault tests and print how many tries each made (hours).
-	LUNARIS_FAULTS=long OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults --timeout 0 \
+	LUNARIS_FAULTS=long OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults tests/slurm/test_preemptions.py --timeout 0 \
 		-n $(TEST_WORKERS)
 
 cluster: ## Install SLURM from Debian's packages for the cluster tests (root).

@@ -87,11 +87,10 @@ def states_without_node(site: Any, lost_node: str) -> dict[str, dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(site: Any) -> dict[str, str]:
-    """What the interrupted runs are compared with: the same without an interruption."""
-    site.train("calm", f"trainer.max_steps={STEPS * 4}", on(site, 1))
-    site.train("calm2", DDP, "launch.nodes=2", f"trainer.max_steps={STEPS}", on(site, 0, 1))
-    return {"timed": "runs/calm", "preempted": "runs/calm2"}
+def undisturbed(site: Any) -> str:
+    """What the run with a time limit is compared with: the same without an interruption."""
+    site.train("calm-timed", f"trainer.max_steps={STEPS * 4}", on(site, 1))
+    return "runs/calm-timed"
 
 
 @pytest.mark.usefixtures("timed", "undisturbed", "lost_node")
@@ -107,36 +106,6 @@ def test_two_nodes_by_two_tasks_train_as_one_process_here(site: Any, parallelism
     )
     logs = sorted(path.name for path in (site.dir / f"runs/{name}/logs").glob("rank_*.log"))
     assert logs == [f"rank_{rank}.log" for rank in range(4)]
-
-
-def test_preempted_twice_a_run_repeats_and_loses_nothing(site: Any, undisturbed: Any) -> None:
-    pace = site.dir / "pace-preempted"
-    pace.write_text("0.5")
-    site.train(
-        "preempted", DDP, "launch.nodes=2", f"trainer.max_steps={STEPS}", on(site, 2, 3),
-        PACE=str(pace),
-    )  # fmt: skip
-    for attempt in (1, 2):
-
-        def under_way(attempt: int = attempt) -> bool:
-            status = site.status("runs/preempted")
-            return status.get("attempts") == attempt and status["step"] > 5 * attempt
-
-        site.wait_for(under_way)
-        site.cluster.client(
-            "sbatch", "-p", "high", "-N2", "--exclusive", "-o", "/dev/null",
-            "-w", ",".join(site.cluster.nodes[2:4]), "--wrap", "sleep 1",
-        )  # fmt: skip
-        row = site.wait_for_state("runs/preempted", "queued")
-        assert row["attempts"] == attempt
-    pace.write_text("0")
-    site.wait_for_state("runs/preempted", "done", "failed")
-    site.wait_for_state(undisturbed["preempted"], "done", "failed")
-
-    assert site.status("runs/preempted")["attempts"] == 3
-    assert site.metrics("runs/preempted") == site.metrics(undisturbed["preempted"])
-    pairs = stops_and_resumes(site, "runs/preempted")
-    assert len(pairs) == 2 and all(stop == resume for stop, resume in pairs)
 
 
 def test_preempted_while_python_starts_a_run_is_requeued(site: Any, tmp_path: Path) -> None:
@@ -513,11 +482,11 @@ def test_waiting_for_the_end_returns_the_run_s_exit_code(site: Any) -> None:
 
 
 def test_run_into_its_time_limit_twice_a_run_repeats_and_loses_nothing(
-    site: Any, timed: Callable[[], None], undisturbed: dict[str, str]
+    site: Any, timed: Callable[[], None], undisturbed: str
 ) -> None:
     timed()
-    site.wait_for_state(undisturbed["timed"], "done", "failed")
-    assert site.metrics("runs/timed") == site.metrics(undisturbed["timed"])
+    site.wait_for_state(undisturbed, "done", "failed")
+    assert site.metrics("runs/timed") == site.metrics(undisturbed)
     pairs = stops_and_resumes(site, "runs/timed")
     assert len(pairs) >= 2 and all(stop == resume for stop, resume in pairs)
     status = site.status("runs/timed")
