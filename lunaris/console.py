@@ -6,6 +6,7 @@ Where standard output is not a terminal there are plain lines alone, without col
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -40,6 +41,18 @@ def labelled(label: str, text: str) -> str:
         break_long_words=False,
         break_on_hyphens=False,
     )
+
+
+def fitted(text: str) -> str:
+    """Return lines of prose that a terminal does not break within a word; elsewhere, `text`."""
+    if not is_terminal(sys.stdout):
+        return text
+    columns = shutil.get_terminal_size().columns
+    lines = (
+        textwrap.wrap(line, columns, break_long_words=False, break_on_hyphens=False) or [""]
+        for line in text.splitlines()
+    )
+    return "\n".join(part for parts in lines for part in parts)
 
 
 def is_terminal(stream: TextIO) -> bool:

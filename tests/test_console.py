@@ -11,7 +11,7 @@ from collections.abc import Callable
 import pytest
 from rich.text import Text
 
-from lunaris.console import Below, Tee, current_phase, is_terminal, labelled, phase, say
+from lunaris.console import Below, Tee, current_phase, fitted, is_terminal, labelled, phase, say
 from lunaris.metrics.progress import Progress
 
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
@@ -113,6 +113,17 @@ def test_labelled_lines_keep_words_whole_within_60_columns() -> None:
     assert all(line.startswith(" " * 11) for line in rest)
     assert all(len(line) <= 60 or "a-very-long-path" in line for line in (first, *rest))
     assert " ".join(text.split()[1:]) == " ".join(("word " * 30 + "a-very-long-path/" * 5).split())
+
+
+def test_prose_is_broken_at_words_on_a_terminal_alone(
+    on_terminal: Callable[[int], io.StringIO], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "shards/mine: " + "142,595 tokens, " * 10 + "\n\nend"
+    assert fitted(text) == text
+    on_terminal(60)
+    lines = fitted(text).split("\n")
+    assert "" in lines and all(len(line) <= 60 for line in lines)
+    assert " ".join(lines).split() == text.split()
 
 
 def test_a_tee_goes_on_when_the_reader_of_the_console_has_left() -> None:

@@ -8,6 +8,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any
 
+from lunaris.console import fitted
 from lunaris.errors import UserError
 
 if TYPE_CHECKING:
@@ -125,7 +126,9 @@ def _prepare_here(cfg: Config) -> int:
         )
     if sent:
         RunDir(data.folder).write_status(state="done", last_error=None)
-    print(summary(made, str(data.folder), time.monotonic() - began))
+    about, _, command = summary(made, str(data.folder), time.monotonic() - began).rpartition("\n")
+    # A command stays one line, which can be copied.
+    print(f"{fitted(about)}\n{command}")
     return 0
 
 
