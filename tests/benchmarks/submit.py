@@ -4,13 +4,15 @@
 
 Starts a cluster of one node on this machine (needs root and `make cluster`), holds all jobs, and
 prints the wall-clock time of each command and a profile by part: processes' start and imports,
-composing and checking, freezing folders, copying the code, and sbatch.
+composing and checking, freezing folders, copying the code, and sbatch. Of the sweep also the time
+of `lunaris runs`, and the files that it has made.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import os
 import statistics
 import subprocess
@@ -74,6 +76,7 @@ def main() -> None:
         try:
             _measure("one run", ["train", *held], args.repeat)
             _measure(f"{args.points} points", ["train", "-m", *held, f"seed={seeds}"], args.repeat)
+            _look(Path("sweeps/run0"), args.points)
         finally:
             cluster.stop()
 
@@ -97,13 +100,29 @@ def _measure(label: str, command: list[str], repeat: int) -> None:
     print(done.stdout, end="", flush=True)
 
 
+def _look(sweep: Path, points: int) -> None:
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", "lunaris", "runs", str(sweep), "--json"],
+        check=True, capture_output=True, text=True,
+    )  # fmt: skip
+    seconds = time.perf_counter() - start
+    states = {row["state"] for row in json.loads(done.stdout)}
+    files = [path for path in sweep.rglob("*") if path.is_file()]
+    code = sum(path.is_relative_to(sweep / "code") for path in files)
+    print(
+        f"lunaris runs: {seconds:.2f} s, {points} points {'/'.join(sorted(states))}\n"
+        f"files: {(len(files) - code) / points:.1f} a point, and {code} of the code once"
+    )
+
+
 def _cluster(folder: Path) -> Any:
     path = Path(__file__).parents[1] / "slurm" / "cluster.py"
     spec = importlib.util.spec_from_file_location("slurm_cluster", path)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.Cluster(folder, nodes=1)
+    return module.Cluster(folder, nodes=1, max_array_size=1001)
 
 
 if __name__ == "__main__":

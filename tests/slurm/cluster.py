@@ -70,7 +70,7 @@ SlurmctldTimeout=10
 BatchStartTimeout=10
 MessageTimeout=10
 MinJobAge=300
-MaxArraySize=6
+MaxArraySize={max_array_size}
 SuspendProgram=/bin/true
 ResumeProgram=/bin/true
 SuspendTime=-1
@@ -129,9 +129,12 @@ class Cluster:
         nodes: int = 4,
         accounting: bool = False,
         slurm: Path | None = None,
+        max_array_size: int = 6,
     ) -> None:
-        """slurm: a folder of newer.py whose programs it runs; None: those that are installed."""
+        """slurm: a folder of newer.py whose programs it runs; None: those that are installed.
+        max_array_size: jobs of its largest array."""
         self.dir = Path(folder).absolute()
+        self._max_array_size = max_array_size
         self.slurm = None if slurm is None else slurm.absolute()
         self.n_nodes = nodes
         self.accounting = accounting
@@ -219,6 +222,7 @@ class Cluster:
             "dir": self.dir, "user": getpass.getuser(), "host": socket.gethostname(),
             "name": f"lunaris{ctld_port}", "ctld_port": ctld_port, "dbd_port": dbd_port,
             "sql_port": sql_port, "names": ",".join(names),
+            "max_array_size": self._max_array_size,
         }  # fmt: skip
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} "
