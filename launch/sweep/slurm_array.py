@@ -9,9 +9,11 @@ from lunaris.config.frozen import to_tree
 from lunaris.config.schema.base import component_keys
 from lunaris.config.trust import targets_of
 from lunaris.errors import UserError
+from lunaris.launch.arrays import split
 from lunaris.launch.slurm import Slurm, check_folder, say_dry, wait_until_ended
 from lunaris.launch.sweep.points import Outcome, Point, Sweep, outcome_of
 from lunaris.runs.run_dir import RunDir
+from lunaris.runs.slurm_client import max_array_size
 from lunaris.runs.status import refuse_unknown, resolve_states
 
 
@@ -93,6 +95,11 @@ def _print_scripts(sweep: Sweep, points: list[Point]) -> list[Outcome]:
             sweep.name, folder / "logs" / "slurm", folder / "code" / "SNAPSHOT",
             points=len(group) if len(group) > 1 else None,
         ))  # fmt: skip
+        largest = max_array_size() if len(group) > 1 else None
+        parts = split(len(group), largest, launcher.keys.array_parallelism)
+        if len(parts) > 1:
+            sizes = ", ".join(str(part.size) for part in parts)
+            print(f"# sent as {len(parts)} arrays, of {sizes} points: MaxArraySize is {largest}")
     say_dry(sweep.dir)
     return [Outcome(point, "checked") for point in points]
 

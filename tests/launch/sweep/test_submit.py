@@ -11,7 +11,7 @@ import pytest
 
 from lunaris.__main__ import main
 from lunaris.launch.slurm import Slurm
-from lunaris.launch.sweep import run_points
+from lunaris.launch.sweep import run_points, slurm_array
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import refusal_of
 from lunaris.runs.sweep_manifest import read_manifest
@@ -82,6 +82,19 @@ def test_points_that_a_command_does_not_have_any_more_are_named_and_left_alone(
     assert sent[2:] == [["seed=2", "seed=4"]]
     assert main([*ARGV, "seed=1,2,3,4"]) == 0
     assert sent[3][0] == "seed=1" and not read_manifest(Path("sweeps/s")).removed
+
+
+def test_a_dry_run_says_of_how_many_arrays_its_script_is(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(slurm_array, "max_array_size", lambda: 2)
+    argv = [*ARGV, "launch.dry_run=true"]
+    assert main([*argv, "seed=1,2,3,4,5"]) == 0
+    said = capsys.readouterr()
+    assert "# sent as 3 arrays, of 2, 2, 1 points: MaxArraySize is 2\n" in said.out
+    assert "launch.dry_run: nothing was written to sweeps/s or sent\n" in said.err
+    assert main([*argv, "seed=1,2"]) == 0
+    assert "arrays" not in capsys.readouterr().out and not Path("sweeps").exists()
 
 
 def test_points_with_other_resources_are_another_array(sent: list[list[str]]) -> None:
