@@ -21,6 +21,9 @@ UNREACHED = "UNREACHED"
 _TIMEOUT_S = 30
 # Seconds between the tries to get a list that SLURM refuses, as a busy or restarting one does.
 _WAITS_S = (0.5, 1.0, 2.0)
+# What squeue may show, without a reason, of a job that is being requeued; seconds until it is asked
+# again.
+_REQUEUES_S = (1.0, 1.0)
 # How SLURM says that it knows none of the jobs; anything else is no answer.
 _FORGOTTEN = "Invalid job id"
 # What the controller says of a script that it will never run, however long the job waits.
@@ -41,6 +44,9 @@ class JobState:
     reason: str = ""
 
 
+_PASSING = (JobState("CANCELLED"), JobState("PREEMPTED"))
+
+
 def ask_slurm(job_ids: Iterable[str]) -> dict[str, JobState]:
     """Return what `squeue`, or else `sacct`, says of each job; jobs that SLURM forgot are absent.
 
@@ -49,6 +55,12 @@ def ask_slurm(job_ids: Iterable[str]) -> dict[str, JobState]:
     """
     wanted = set(job_ids)
     found, silence = _ask(_SQUEUE, wanted, _WAITS_S) if wanted else ({}, None)
+    for wait_s in _REQUEUES_S:
+        passing = {i for i in wanted if _record_of(i, found) in _PASSING}
+        if not passing:
+            break
+        time.sleep(wait_s)
+        found |= _ask(_SQUEUE, passing, ())[0]
     forgotten = {i for i in wanted if _record_of(i, found) is None}
     if forgotten:
         # Many clusters have no accounting, so that its silence means nothing.

@@ -239,6 +239,25 @@ def test_where_slurm_is_silent_the_log_tells_what_is_final(
     assert resolve_state(tmp_path, status, JobState(UNREACHED, "x")).state == expected
 
 
+@pytest.mark.parametrize("shown", ["CANCELLED", "PREEMPTED"])
+def test_a_job_that_is_being_requeued_is_asked_for_again(
+    monkeypatch: pytest.MonkeyPatch, shown: str
+) -> None:
+    answers = iter([f"3|{shown}|None", "3|PENDING|BeginTime"])
+
+    def client(*command: str) -> subprocess.CompletedProcess[str]:
+        answer = next(answers) if command[0] == "squeue" else ""
+        return subprocess.CompletedProcess(command, 0, answer, "")
+
+    monkeypatch.setattr(slurm_client, "_client", client)
+    monkeypatch.setattr(slurm_client, "_REQUEUES_S", (0.0, 0.0))
+    assert ask_slurm(["3"]) == {"3": JobState("PENDING", "BeginTime")}
+    # It stays so where nobody requeues it, and a reason leaves no doubt.
+    answers = iter([f"3|{shown}|None"] * 3 + [f"3|{shown}|DependencyNeverSatisfied"])
+    assert ask_slurm(["3"])["3"].name == shown
+    assert ask_slurm(["3"])["3"].name == shown
+
+
 def test_records_of_many_elements_are_read(clients: Clients) -> None:
     clients(squeue="7_[1-2,5%4]|PENDING|JobArrayTaskLimit\n8|CANCELLED|None")
     found = ask_slurm(["7_1", "7_2", "7_3", "7_5", "8_4"])

@@ -19,10 +19,12 @@ pytestmark = [pytest.mark.cluster, pytest.mark.timeout(7200)]
 
 LONG = os.environ.get("LUNARIS_FAULTS") == "long"
 PREEMPTIONS = 50 if LONG else 2
+# More than it trains until the last of them, at the pace that it keeps so long.
+STEPS = 12 * PREEMPTIONS if LONG else 60
 # Of a run of four processes on two nodes, with a save every fourth step.
 FSDP = [
     "parallelism=fsdp", "launch.nodes=2", "launch.tasks_per_node=2", "launch.partition=grace",
-    "checkpoint.save_interval=4", "logger=[local,wandb]", f"trainer.max_steps={12 * PREEMPTIONS}",
+    "checkpoint.save_interval=4", "logger=[local,wandb]", f"trainer.max_steps={STEPS}",
 ]  # fmt: skip
 # Every third preemption comes within so many seconds of the job's start, most of them in Python's;
 # the others come at a step or in a save.
@@ -60,7 +62,7 @@ def test_preempted_at_random_moments_a_run_repeats_and_its_state_is_never_wrong(
 ) -> None:
     drawn = random.Random(7)
     pace = site.dir / "pace-often"
-    pace.write_text("0.2")
+    pace.write_text("0.3")
     chosen, others = site.cluster.nodes[:2], site.cluster.nodes[2:4]
     pinned = "launch.additional_parameters.nodelist"
     site.train("often", *FSDP, f'{pinned}="{",".join(chosen)}"', PACE=str(pace))
