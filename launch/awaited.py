@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lunaris.config.schema.launch import SlurmLaunchConfig
+from lunaris.data import manifest as manifests
 from lunaris.errors import UserError
-from lunaris.runs.discovery import FoundRun, find_runs, is_run, is_sweep
+from lunaris.runs.discovery import FoundRun, expected_runs, is_run, is_sweep
 from lunaris.runs.preparation import is_preparation
 from lunaris.runs.slurm_client import LOCAL
 from lunaris.runs.status import RunState, refuse_unknown, resolve_states
@@ -35,11 +36,13 @@ def _runs_in(folder: str) -> Sequence[FoundRun]:
     path = Path(folder)
     prepares = is_preparation(path)
     if not is_run(path) and not is_sweep(path) and not prepares:
+        if manifests.read(path) is not None:
+            return []  # Shards that were prepared without a job.
         raise UserError(
-            f"launch.after={folder}: not a run's folder, not a sweep's, and none that jobs "
-            "prepare; send that run first"
+            f"launch.after={folder}: {path.absolute()} is not a run's folder, not a sweep's, and "
+            "none that jobs prepare; send that run first, or give launch.after=null"
         )
-    return find_runs(path, preparations=prepares)
+    return expected_runs(path, preparations=prepares)
 
 
 def _job_of(folder: str, run: FoundRun, state: RunState) -> str:
@@ -48,7 +51,7 @@ def _job_of(folder: str, run: FoundRun, state: RunState) -> str:
     if not state.active:
         why = f" ({state.remark})" if state.remark else ""
         first = "send it again" if run.prepares else "resume it"
-        raise UserError(f"{said}{why}; {first} first, or leave launch.after out")
+        raise UserError(f"{said}{why}; {first} first, or give launch.after=null")
     if state.job_id is None or state.job_id.startswith(LOCAL):
         raise UserError(f"{said} on a machine, not as a job of SLURM, which cannot wait for it")
     return state.job_ids[-1]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lunaris.config.schema.launch import SlurmLaunchConfig
+from lunaris.errors import UserError
 from lunaris.launch.submitit_internals import HELD
 
 # The variable that names the file in which rank 0 writes the folder of its run, for the script.
@@ -107,6 +108,11 @@ def sbatch_options(keys: SlurmLaunchConfig, after: Sequence[str] = ()) -> dict[s
         found.setdefault("exclusive", True)
     if found["requeue"] in (False, None):
         found |= {"requeue": None, "no-requeue": True}
+    if after and "?" in (found["dependency"] or ""):
+        raise UserError(
+            f"launch.dependency={found['dependency']}: not where jobs wait for each other, because "
+            "SLURM joins dependencies by either , or ?"
+        )
     if after:
         found["dependency"] = ",".join([*filter(None, [found["dependency"]]), *after])
     if any(each.startswith("afterok") for each in after):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from lunaris.launch.arrays import split
 from lunaris.launch.job_environment import python_command
 from lunaris.launch.prepare_task import PrepareTask, spec_for_jobs
 from lunaris.launch.sending import end_of
-from lunaris.launch.slurm import Slurm, check_folder, wait_until_ended
+from lunaris.launch.slurm import Slurm, check_folder, say_dry, wait_until_ended
 from lunaris.launch.submitit_internals import sbatch_script
 from lunaris.runs import provenance
 from lunaris.runs.preparation import CONFIG
@@ -62,6 +63,7 @@ class PrepareArray(Slurm):
         name, tasks = f"prepare-{path.name}", min(self.keys.array_tasks, most_tasks(spec))
         if self.keys.dry_run:
             print("\n".join(self.scripts(name, path, tasks)))
+            say_dry(given)
             return 0
         refuse_active(path)
         self.check(name, path)
@@ -111,7 +113,8 @@ class PrepareArray(Slurm):
         except (FailedJobError, FailedSubmissionError) as error:
             reason = str(error).strip().replace("sbatch: error: ", "")
             refused = f"SLURM refuses the job: {reason}"
-            cancel_jobs(sent)
+            with suppress(RuntimeError):
+                cancel_jobs(sent)
             run_dir.write_status(state="failed", last_error=refused)
             raise UserError(f"launch=slurm: {refused}") from error
         run_dir.write_status(job_id=sent[-1], task_ids=sent[:-1])
@@ -137,6 +140,8 @@ class PrepareArray(Slurm):
             parameters["array_parallelism"] = part.parallelism
             chosen = shares[part.first : part.first + part.size]
             sent += [job.job_id for job in self._submit(chosen, logs, parameters)]
+            # At once, so that a command that is interrupted here leaves no unknown job.
+            RunDir(folder).write_status(job_id=sent[-1], task_ids=sent[:-1])
         parameters = self.parameters(name, logs, code)
         if shares:
             arrays = list(dict.fromkeys(job_id.partition("_")[0] for job_id in sent))

@@ -10,9 +10,11 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+from lunaris.runs.slurm_client import current_job_id
 
 if TYPE_CHECKING:
     from lunaris.config.schema.launch import SlurmLaunchConfig
@@ -26,7 +28,7 @@ _BETWEEN_S = 0.5
 _WAITS_S = (0.5, 1.0, 2.0)
 _NO_ANSWER = "NO_ANSWER"
 # How SLURM's commands say that the controller is not reached.
-_UNREACHED = re.compile(r"contact|timed out|connect|communicat", re.IGNORECASE)
+_UNREACHED = re.compile(r"contact|timed out|connect|communicat|zero bytes|standby", re.IGNORECASE)
 
 
 @dataclass
@@ -74,7 +76,7 @@ def is_running() -> bool:
 
 def requeue() -> str | None:
     """Put the job of this process back into the queue; return SLURM's refusal, or None."""
-    return _scontrol("requeue", os.environ["SLURM_JOB_ID"])
+    return _requeued_by("requeue")
 
 
 def requeue_without(nodes: Iterable[str]) -> str | None:
@@ -85,8 +87,8 @@ def requeue_without(nodes: Iterable[str]) -> str | None:
     on.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    job_id, excluded = os.environ["SLURM_JOB_ID"], _shown().get("ExcNodeList")
-    refusal = _scontrol("requeuehold", job_id)
+    job_id, excluded = _job_id(), _shown().get("ExcNodeList")
+    refusal = _requeued_by("requeuehold")
     if refusal is not None:
         return refusal
     names = [excluded] if excluded and excluded != "(null)" else []
@@ -109,6 +111,24 @@ def exclude(job_ids: Iterable[str], nodes: Iterable[str]) -> str | None:
     return next((refusal for refusal in refusals if refusal is not None), None)
 
 
+def _job_id() -> str:
+    """Return the id of the job of this process.
+
+    The last task of an array has the number of the array in SLURM_JOB_ID, which stands for all of
+    its tasks.
+    """
+    return current_job_id() or ""
+
+
+def _requeued_by(command: str) -> str | None:
+    """Requeue the job of this process by a command of `scontrol`; return a refusal, or None.
+
+    Where the answer of a first try was lost, SLURM refuses a second one of what it has done.
+    """
+    refusal = _scontrol(command, _job_id())
+    return None if refusal is not None and not is_running() else refusal
+
+
 def _scontrol(*arguments: str) -> str | None:
     """Call `scontrol`; return its message where it refuses, or None."""
     done = _answer_of("scontrol", *arguments)
@@ -120,7 +140,7 @@ def _scontrol(*arguments: str) -> str | None:
 
 def _shown() -> dict[str, str]:
     """Return what SLURM shows of the job of this process by names; {} without an answer."""
-    done = _answer_of("scontrol", "show", "job", "-o", os.environ["SLURM_JOB_ID"])
+    done = _answer_of("scontrol", "show", "job", "-o", _job_id())
     return dict(field.split("=", 1) for field in done.stdout.split() if "=" in field)
 
 
@@ -129,13 +149,20 @@ def _answer_of(*command: str) -> subprocess.CompletedProcess[str]:
 
     A busy one does not answer at once.
     """
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = _run(command)
     for wait_s in _WAITS_S:
         if done.returncode <= 0 or not _UNREACHED.search(done.stderr):
             break
         time.sleep(wait_s)
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = _run(command)
     return done
+
+
+def _run(command: Sequence[str]) -> subprocess.CompletedProcess[str]:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False)
+    except OSError as error:  # A container's image may lack SLURM's commands.
+        return subprocess.CompletedProcess(command, 127, "", str(error))
 
 
 def _seconds(text: str | None) -> int | None:

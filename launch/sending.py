@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,22 +42,33 @@ def send_all(
                 tasks = [Task(path.absolute(), link, keys.chain) for path in chosen]
                 links.append(submit(tasks, [*awaited, *before], part.parallelism))
                 before = [end_of(links[-1][0].job_id)]
+                # At once, so that a command that is interrupted here leaves no unknown job.
+                _record_links(chosen, links, keys.chain)
         except (FailedJobError, FailedSubmissionError) as error:
             # A chain is sent completely or not at all.
-            with suppress(RuntimeError):
+            forgotten: dict[str, Any] = {"job_id": None, "chain": []}
+            try:
                 cancel_jobs([array_of(sent[0].job_id) for sent in links])
+            except RuntimeError:
+                forgotten = {}  # They still wait.
             reason = str(error).strip().replace("sbatch: error: ", "")
             refused = f"SLURM refuses the job: {reason}"
             for path in paths[part.first :]:
-                RunDir(path).write_status(state="failed", last_error=refused)
+                RunDir(path).write_status(state="failed", last_error=refused, **forgotten)
             sooner = f" ({part.first} points were sent before)" if part.first else ""
             raise UserError(f"launch=slurm: {refused}{sooner}") from error
         ends.append(end_of(links[-1][0].job_id))
-        ids += record(chosen, links[0])
-        if keys.chain > 1:
-            for path, *jobs in zip(chosen, *links, strict=True):
-                RunDir(path).write_status(chain=[job.job_id for job in jobs])
+        ids += [job.job_id for job in links[0]]
     return ids
+
+
+def _record_links(paths: Sequence[Path], links: Sequence[Sequence[Any]], chain: int) -> None:
+    """Write the jobs that were sent so far into the folders of their runs."""
+    if len(links) == 1:
+        record(paths, links[0])
+    if chain > 1:
+        for path, *jobs in zip(paths, *links, strict=True):
+            RunDir(path).write_status(chain=[job.job_id for job in jobs])
 
 
 def record(paths: Sequence[Path], sent: Sequence[Any], prefix: str = "") -> list[str]:

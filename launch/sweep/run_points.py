@@ -190,11 +190,12 @@ def _record_exit(run_dir: RunDir, code: int, forwarded: signal.Signals | None = 
 
     forwarded: the signal that it was sent, if any.
     """
-    if code < 0 and forwarded is not None:
+    status = run_dir.read_status()
+    started = status.get("state") != "queued"
+    if forwarded is not None and (code < 0 or (code == 1 and not started)):
         # It died before it could handle the signal: nothing is saved or wrong.
         run_dir.write_status(state="stopped")
         return
-    status = run_dir.read_status()
     if code != 0 and status.get("state") in ("queued", "running"):
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         error = status.get("last_error") or ("" if code == 2 else how)

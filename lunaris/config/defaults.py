@@ -148,13 +148,15 @@ def _checked(key: str, value: Any, config_dirs: list[Path]) -> Any:
     if first != rest:
         return value  # An entry of a free map, like `launch.additional_parameters`.
     value = as_taken(schema, key, value)
+    tree = OmegaConf.structured(schema)
     try:
-        OmegaConf.update(OmegaConf.structured(schema), rest, value, merge=True)
+        OmegaConf.update(tree, rest, value, merge=True)
     except OmegaConfBaseException as error:
         raise UserError(wrong_value(schema, key, value)) from error
     limits = next(item.metadata.get("limits") for item in fields(schema) if item.name == rest)
     if limits and not (isinstance(value, str) and "${" in value):
-        check_limits(key, value, **limits)
+        # As the key's type has it: a number may be written in quotes.
+        check_limits(key, tree[rest], **limits)
     return value
 
 

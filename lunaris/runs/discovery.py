@@ -10,7 +10,7 @@ from lunaris.errors import UserError
 from lunaris.runs.facts import checkpoint_folders
 from lunaris.runs.preparation import is_preparation
 from lunaris.runs.run_dir import RunDir
-from lunaris.runs.sweep_manifest import are_texts, read_points
+from lunaris.runs.sweep_manifest import are_texts, read_manifest, read_points
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,12 @@ def find_runs(folder: Path, *, preparations: bool = False) -> list[FoundRun]:
     if not found:
         raise UserError(f"{folder}: holds no runs and no sweeps")
     return found
+
+
+def expected_runs(folder: Path, *, preparations: bool = False) -> list[FoundRun]:
+    """Return what `find_runs` does, without the points that a sweep's command does not have."""
+    removed = read_manifest(folder).removed if is_sweep(folder) else []
+    return [run for run in find_runs(folder, preparations=preparations) if run.name not in removed]
 
 
 def completions(begun: str) -> list[str]:

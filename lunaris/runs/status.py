@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from lunaris.errors import UserError
-from lunaris.runs.discovery import find_runs
+from lunaris.runs.discovery import expected_runs
 from lunaris.runs.first_cause import FirstCause, first_cause, last_attempt
 from lunaris.runs.preparation import failed_task, job_ids, leading_job, log_of_task
 from lunaris.runs.run_dir import RunDir
@@ -203,7 +203,7 @@ def _unmet(path: Path, status: dict[str, Any]) -> str:
     for folder in status.get("after") or []:
         awaited = Path(os.path.normpath(path / folder))
         try:
-            paths = [run.path for run in find_runs(awaited)]
+            paths = [run.path for run in expected_runs(awaited)]
         except UserError:  # Nothing is left there.
             paths = [awaited]
         for other, state in zip(paths, resolve_states(paths), strict=True):

@@ -13,6 +13,7 @@ import pytest
 from lunaris.__main__ import main
 from lunaris.config.compose import Composer, Source, compose
 from lunaris.config.defaults import user_folder
+from lunaris.errors import UserError
 from lunaris.launch.local import Local
 from lunaris.launch.sweep import run_points
 from lunaris.launch.sweep.points import Outcome, Point
@@ -346,3 +347,12 @@ def test_the_points_of_a_sweep_have_it(
         keys = run_dir.noted("defaults")
         assert keys["file"] == str(file) and keys["keys"]["trainer.log_interval"] == 3
     assert capsys.readouterr().err.count("defaults   ") == 1
+
+
+def test_a_number_in_quotes_is_a_number(write: Write) -> None:
+    file = write('trainer: {max_steps: "12"}\noptimizer: {learning_rate: "0.01"}\n')
+    cfg = compose([])
+    assert (cfg.trainer.max_steps, cfg.optimizer.learning_rate) == (12, 0.01)
+    file.write_text('trainer: {max_steps: "0"}\n')
+    with pytest.raises(UserError, match="trainer.max_steps=0: must be at least 1"):
+        compose([])

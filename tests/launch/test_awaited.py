@@ -13,6 +13,7 @@ from lunaris.__main__ import main
 from lunaris.atomic_files import write_json
 from lunaris.continuation.checks import check_start
 from lunaris.errors import UserError
+from lunaris.launch import awaited
 from lunaris.launch.slurm import Slurm, _mark_queued
 from lunaris.launch.snapshot import Snapshot
 from lunaris.runs.run_dir import RunDir
@@ -60,13 +61,28 @@ def test_a_job_waits_for_the_jobs_of_runs_and_sweeps_that_are_not_done(queue: Qu
     assert "#SBATCH --kill-on-invalid-dep=yes\n" in shown
 
 
+def test_removed_points_and_shards_made_without_a_job_are_not_awaited(
+    queue: Queue, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    queue("9_1|RUNNING|None")
+    Path("s").mkdir()
+    rows = [{"name": str(i), "overrides": [], "dir": str(i)} for i in range(2)]
+    write_json(Path("s/manifest.json"), {"points": rows, "removed": ["0"]})
+    make_run("s/0", state="cancelled", job_id="9_0", cancelled=1.0)
+    make_run("s/1", state="running", job_id="9_1")
+    assert "#SBATCH --dependency=afterok:9_1\n" in script(after="s")
+    Path("shards").mkdir()
+    monkeypatch.setattr(awaited.manifests, "read", lambda path: path.name == "shards" or None)
+    assert "dependency" not in script(after="shards")
+
+
 @pytest.mark.parametrize(
     ("status", "message"),
     [
         ({"state": "failed", "job_id": "3", "last_error": "Boom"}, r"a is failed \(Boom\); resume"),
         ({"state": "queued"}, "a is missing; resume it first"),
         ({"state": "running", "job_id": "local-1"}, "a is running on a machine, not as a job"),
-        (None, "launch.after=a: not a run's folder, not a sweep's, and none that jobs prepare"),
+        (None, "launch.after=a: /.*/a is not a run's folder, not a sweep's, and none that jobs"),
     ],
 )
 def test_what_cannot_be_waited_for_is_refused_and_nothing_is_written(
@@ -94,6 +110,7 @@ def test_while_slurm_does_not_answer_nothing_is_sent(monkeypatch: pytest.MonkeyP
         (["launch.after=7"], "launch.after=7: must be the folder of a run"),
         (["launch.after=[a,null]"], "must be the folder of a run"),
         (["launch.after=a", 'launch.dependency="afterok:1?afterok:2"'], "joins dependencies by"),
+        (["launch.chain=2", 'launch.dependency="afterok:1?afterok:2"'], "not with launch.chain"),
         (["launch.after=a", "launch.cluster=local"], "launch.after=a: needs SLURM"),
     ],
 )

@@ -75,6 +75,22 @@ def test_a_chain_is_sent_completely_or_not_at_all(
     assert "state" not in RunDir("a").read_status()
 
 
+def test_a_command_that_is_interrupted_between_two_jobs_leaves_no_unknown_one(
+    three: list[Path],
+) -> None:
+    sent = Sent()
+
+    def interrupted(*args: Any) -> Any:
+        if len(sent.jobs) == 1:
+            raise KeyboardInterrupt
+        return sent(*args)
+
+    with pytest.raises(KeyboardInterrupt):
+        sending.send_all(three, Slurm(chain=3).keys, interrupted, [])
+    assert RunDir("a").read_status()["chain"] == ["10_0"]
+    assert RunDir("b").read_status()["job_id"] == "10_1"
+
+
 @pytest.fixture
 def in_job(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     """A run whose chain is jobs 7, 8 and 9; this process is the only rank of job 8."""

@@ -202,6 +202,32 @@ def test_a_stopped_run_is_requeued_once(tiny: Any, scontrol: Any) -> None:
     assert calls() == ["show job -o 7", "requeue 7"]
 
 
+def test_a_task_of_an_array_requeues_itself_alone(
+    tiny: Any, scontrol: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SLURM gives the last task of an array the number of the array as the number of its job."""
+    calls = scontrol()
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "2")
+    assert after_stop(tiny)[0] == 0
+    assert calls() == ["show job -o 7_2", "requeue 7_2"]
+
+
+def test_a_requeue_whose_answer_was_lost_is_not_refused(
+    tiny: Any, scontrol: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scontrol()
+    (tmp_path / "bin" / "scontrol").write_text(
+        f"#!/bin/sh\ncd {tmp_path}\n"
+        "if [ $1 = show ]; then [ -e done ] && echo JobState=PENDING || echo JobState=RUNNING\n"
+        "elif [ -e done ]; then echo 'Job is pending execution' >&2; exit 1\n"
+        "else touch done; echo 'Socket timed out on send/recv operation' >&2; exit 1; fi\n"
+    )
+    monkeypatch.setattr(requeue, "_WAITS_S", (0.0,))
+    code, status = after_stop(tiny)
+    assert (code, status["state"], status.get("last_error")) == (0, "queued", None)
+
+
 def test_near_its_limit_a_stop_counts_as_a_timeout_up_to_the_limit_of_those(
     tiny: Any, scontrol: Any
 ) -> None:

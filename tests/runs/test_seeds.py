@@ -35,7 +35,7 @@ def row(sweep: str | None, loss: float | None, **values: str) -> dict[str, Any]:
         "name": "x", "sweep": sweep, "values": values, "overrides": [], "state": "done",
         "step": 2, "max_steps": 2, "final_train_loss": None, "best_val_loss": loss,
         "duration_s": None, "job_id": None, "remark": None, "changes": [], "parents": [],
-        "logs": [], "prepared": None,
+        "logs": [], "prepared": None, "failures": 0, "last_failure": None, "excluded": {},
     }  # fmt: skip
 
 

@@ -115,7 +115,9 @@ class Site:
         for job, since in self._waiting.items():
             # Not at once: a node refuses a job that it ended in the same second.
             if now - since > _REST_S:
-                self.cluster.client("scontrol", "update", f"jobid={job}", "StartTime=now")
+                self.cluster.client(
+                    "scontrol", "update", f"jobid={job}", "StartTime=now", check=False
+                )
 
 
 def _site(

@@ -72,6 +72,23 @@ def test_six_points_are_one_array_watched_to_its_end_and_mended(site: Any) -> No
     assert "nothing to do" in site.lunaris("resume", "sweeps/six", "--trust", "paced")
 
 
+def test_the_last_point_of_an_array_is_requeued_alone(site: Any) -> None:
+    """SLURM gives it the number of the array as the number of its job."""
+    pace = site.dir / "pace-pair"
+    pace.write_text("0.5")
+    site.train("pair", "-m", "data.seed=1,2", "trainer.max_steps=30", PACE=str(pace))
+    first, last = (f"sweeps/pair/data.seed={seed}" for seed in (1, 2))
+    for run in (first, last):
+        site.wait_for(lambda run=run: site.status(run).get("step", 0) >= 2)
+    site.cluster.client("scancel", "--signal=USR2", site.status(last)["job_id"])
+    site.wait_for(lambda: site.status(last).get("attempts") == 2)
+    pace.write_text("0")
+    for run in (first, last):
+        site.wait_for_state(run, "done", "failed")
+    assert [site.status(run)["attempts"] for run in (first, last)] == [1, 2]
+    assert states(site, "sweeps/pair") == {"data.seed=1": "done", "data.seed=2": "done"}
+
+
 def test_an_invalid_point_sends_nothing_and_is_named(site: Any) -> None:
     text = sweep(site, "invalid", "moe.n_experts_per_token=1,2,9", code=2)
     assert "moe.n_experts_per_token=9" in text and "Traceback" not in text

@@ -185,9 +185,10 @@ class SlurmLaunchConfig(LaunchConfig):
                     f"launch.dependency={given}: {kind!r} is no type of dependency; "
                     f"{allowed}{did_you_mean(kind, _DEPENDENCIES)}"
                 )
-            if "?" in given and self.awaited():
+            other = "launch.after" if self.awaited() else "launch.chain" if self.chain > 1 else ""
+            if "?" in given and other:
                 raise UserError(
-                    f"launch.dependency={given}: not with launch.after, because SLURM joins "
+                    f"launch.dependency={given}: not with {other}, because SLURM joins "
                     "dependencies by either , or ?"
                 )
             if kind != "singleton" and not re.fullmatch(r"\d+[\d:_+]*", jobs):
