@@ -139,7 +139,7 @@ def test_several_runs_are_one_table(run: RunDir, capsys: pytest.CaptureFixture[s
 
 
 BAD: list[tuple[list[str], str]] = [
-    (["absent.txt"], "absent.txt: no such run's folder or text file"),
+    (["absent.txt"], "absent.txt: not a run's folder and no text file"),
     (["empty.txt"], "empty.txt: is empty"),
     (["binary.txt"], r"binary.txt: not text in UTF-8 (byte 2)"),
     (["a.txt", "--stride", "0"], "--stride 0: must be at least 1"),
