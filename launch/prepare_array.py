@@ -26,7 +26,7 @@ from lunaris.launch import snapshot
 from lunaris.launch.arrays import split
 from lunaris.launch.job_environment import python_command
 from lunaris.launch.prepare_task import PrepareTask, spec_for_jobs
-from lunaris.launch.sending import end_of
+from lunaris.launch.sending import array_of, end_of, refusal
 from lunaris.launch.slurm import Slurm, check_folder, say_dry, wait_until_ended
 from lunaris.launch.submitit_internals import sbatch_script
 from lunaris.runs import provenance
@@ -111,8 +111,7 @@ class PrepareArray(Slurm):
         try:
             merging = self._send_jobs(folder, name, tasks, code.path, sent)
         except (FailedJobError, FailedSubmissionError) as error:
-            reason = str(error).strip().replace("sbatch: error: ", "")
-            refused = f"SLURM refuses the job: {reason}"
+            refused = refusal(error)
             with suppress(RuntimeError):
                 cancel_jobs(sent)
             run_dir.write_status(state="failed", last_error=refused)
@@ -144,7 +143,7 @@ class PrepareArray(Slurm):
             RunDir(folder).write_status(job_id=sent[-1], task_ids=sent[:-1])
         parameters = self.parameters(name, logs, code)
         if shares:
-            arrays = list(dict.fromkeys(job_id.partition("_")[0] for job_id in sent))
+            arrays = list(dict.fromkeys(map(array_of, sent)))
             parameters = self._merging(name, logs, code, arrays)
         (job,) = self._submit([PrepareTask(folder, None)], logs, parameters)
         sent.append(job.job_id)
@@ -166,7 +165,7 @@ class PrepareArray(Slurm):
         shape = f"{cores} process{'es' * (cores != 1)}{where}"
         jobs = f"job {ids[-1]} ({shape})"
         if tasks > 1:
-            arrays = list(dict.fromkeys(i.partition("_")[0] for i in ids[:-1]))
+            arrays = list(dict.fromkeys(map(array_of, ids[:-1])))
             one = len(arrays) == 1 or self.keys.cluster == "local"
             named = f"job array {arrays[0]}" if one else f"job arrays {', '.join(arrays)}"
             jobs = f"{named} ({tasks} tasks × {shape}), and job {ids[-1]}, which merges after it"

@@ -10,7 +10,7 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,6 @@ _UPDATES = 20
 _BETWEEN_S = 0.5
 # Seconds between the tries of a question to SLURM; together less than a job has to save and leave.
 _WAITS_S = (0.5, 1.0, 2.0)
-_NO_ANSWER = "NO_ANSWER"
 # How SLURM's commands say that the controller is not reached.
 _UNREACHED = re.compile(r"contact|timed out|connect|communicat|zero bytes|standby", re.IGNORECASE)
 
@@ -54,9 +53,9 @@ class Job:
         run_s, limit_s = _seconds(fields.get("RunTime")), _seconds(fields.get("TimeLimit"))
         slack = launch.signal_delay_s + _SIGNAL_EARLY_S
         timed_out = run_s is not None and limit_s is not None and run_s >= limit_s - slack
-        running = fields.get("JobState", _NO_ANSWER) in ("RUNNING", _NO_ANSWER)
         before = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        return cls(False, timed_out, running, int(fields.get("Restarts", before)) > before)
+        restarts = int(fields.get("Restarts", before)) > before
+        return cls(False, timed_out, _at_work(fields), restarts)
 
     def requeue(self) -> str | None:
         """Put the job back into the queue under its id; return SLURM's refusal, or None."""
@@ -66,12 +65,8 @@ class Job:
 
 
 def is_running() -> bool:
-    """Return whether nobody has ended the job of this process or has put it back into the queue.
-
-    A job that is being requeued or cancelled is already COMPLETING. Where SLURM does not answer,
-    the job is taken to be running: to give it up would lose it.
-    """
-    return _shown().get("JobState", _NO_ANSWER) in ("RUNNING", _NO_ANSWER)
+    """Return whether nobody has ended the job of this process or has put it back into the queue."""
+    return _at_work(_shown())
 
 
 def requeue() -> str | None:
@@ -142,6 +137,15 @@ def _shown() -> dict[str, str]:
     """Return what SLURM shows of the job of this process by names; {} without an answer."""
     done = _answer_of("scontrol", "show", "job", "-o", _job_id())
     return dict(field.split("=", 1) for field in done.stdout.split() if "=" in field)
+
+
+def _at_work(fields: Mapping[str, str]) -> bool:
+    """Return whether a job runs, from what SLURM shows of it.
+
+    A job that is being requeued or cancelled is already COMPLETING. Where SLURM does not answer,
+    the job is taken to be running: to give it up would lose it.
+    """
+    return fields.get("JobState", "RUNNING") == "RUNNING"
 
 
 def _answer_of(*command: str) -> subprocess.CompletedProcess[str]:

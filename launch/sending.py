@@ -51,8 +51,7 @@ def send_all(
                 cancel_jobs([array_of(sent[0].job_id) for sent in links])
             except RuntimeError:
                 forgotten = {}  # They still wait.
-            reason = str(error).strip().replace("sbatch: error: ", "")
-            refused = f"SLURM refuses the job: {reason}"
+            refused = refusal(error)
             for path in paths[part.first :]:
                 RunDir(path).write_status(state="failed", last_error=refused, **forgotten)
             sooner = f" ({part.first} points were sent before)" if part.first else ""
@@ -76,6 +75,11 @@ def record(paths: Sequence[Path], sent: Sequence[Any], prefix: str = "") -> list
     for path, job in zip(paths, sent, strict=True):
         RunDir(path).write_status(job_id=prefix + job.job_id, job_log=str(job.paths.stdout))
     return [prefix + job.job_id for job in sent]
+
+
+def refusal(error: Exception) -> str:
+    """Return the message that SLURM refuses a job, from submitit's error."""
+    return f"SLURM refuses the job: {str(error).strip().replace('sbatch: error: ', '')}"
 
 
 def array_of(job_id: str) -> str:

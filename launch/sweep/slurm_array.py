@@ -10,6 +10,7 @@ from lunaris.config.schema.base import component_keys
 from lunaris.config.trust import targets_of
 from lunaris.errors import UserError
 from lunaris.launch.arrays import split
+from lunaris.launch.sending import array_of
 from lunaris.launch.slurm import Slurm, check_folder, say_dry, wait_until_ended
 from lunaris.launch.sweep.points import Outcome, Point, Sweep, outcome_of
 from lunaris.runs.run_dir import RunDir
@@ -80,7 +81,7 @@ def send_points(sweep: Sweep, points: list[Point]) -> None:
         ids = launcher.send(paths, folder=folder, name=sweep.name, targets=targets)
         sweep.record(group, dict(zip((p.name for p in group), ids, strict=True)))
         one_job = len(ids) == 1 or launcher.keys.cluster == "local"
-        arrays = Counter(job_id.partition("_")[0] for job_id in ids)
+        arrays = Counter(map(array_of, ids))
         links = launcher.keys.chain
         further = f", followed by {links - 1} that continue it" if links > 1 else ""
         for array, n in [(ids[0], len(ids))] if one_job else arrays.items():

@@ -21,7 +21,7 @@ from lunaris.config.validate import validate
 from lunaris.errors import UserError, did_you_mean
 from lunaris.runs.changes import read_changes
 from lunaris.runs.create import create
-from lunaris.runs.discovery import find_runs, is_run, is_sweep
+from lunaris.runs.discovery import expected_runs, is_run, is_sweep
 from lunaris.runs.run_dir import RunDir, not_a_run
 from lunaris.runs.status import ACTIVE, STATES, RunState, refuse_unknown, resolve_states
 from lunaris.runs.sweep_manifest import ManifestPoint, read_manifest
@@ -223,7 +223,7 @@ def _resume_sweep(
     given: the command that does so.
     """
     manifest = read_manifest(folder)
-    found = [run for run in find_runs(folder) if run.name not in manifest.removed]
+    found = expected_runs(folder)
     paths = [run.path for run in found]
     states = resolve_states(paths)
     refuse_unknown(paths, states)
