@@ -18,6 +18,7 @@ from lunaris.launch.requeue import exclude, is_running, requeue, requeue_without
 from lunaris.runs.first_cause import first_cause, recorded_errors
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import cancel_jobs
+from lunaris.runs.status import FINISHED
 
 
 def main(argv: list[str]) -> None:
@@ -31,7 +32,7 @@ def main(argv: list[str]) -> None:
         return  # No rank has begun to run, or SLURM ends the job.
     run_dir = RunDir(file.read_text())
     status = run_dir.read_status()
-    if status.get("state") in ("done", "stopped"):
+    if status.get("state") in (*FINISHED, "stopped"):
         return
     chain = status.get("chain") or []
     further = chain[chain.index(status["job_id"]) + 1 :] if status.get("job_id") in chain else []

@@ -43,7 +43,7 @@ from lunaris.launch.submitit_internals import (
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import LOCAL, refusal_of
-from lunaris.runs.status import RunState, refuse_active, resolve_states
+from lunaris.runs.status import FINISHED, RunState, has_trained, refuse_active, resolve_states
 
 _POLL_S = 2.0
 
@@ -79,8 +79,10 @@ class Slurm:
         refuse_active(path)
         self.check(str(cfg.name), path)
         run_dir = RunDir(create(cfg, command, overrides).path.absolute())
-        if run_dir.read_status().get("state") == "done":
-            print(f"{cfg.out_dir}: already done; nothing was sent")
+        if has_trained(run_dir.path, cfg):
+            status = run_dir.read_status()
+            how = "done" if status["state"] == "done" else f"at step {status['step']}"
+            print(f"{cfg.out_dir}: already {how}; nothing was sent")
             return 0
         # Two commands that send one run at the same time: the second sees the job of the first.
         with run_dir.submission_lock():
@@ -99,7 +101,7 @@ class Slurm:
         print(f"{state}: {cfg.out_dir}")
         if state in ("stopped", "preempted"):
             return Stopped.exit_code
-        return int(state != "done")
+        return int(state not in FINISHED)
 
     def check_clients(self) -> None:
         """Raise UserError where the jobs are for SLURM and its commands are absent."""

@@ -20,6 +20,7 @@ from lunaris.launch.worker import main
 from lunaris.runs.first_cause import recorded_errors
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import current_job_id
+from lunaris.runs.status import FINISHED
 
 
 class Task:
@@ -66,7 +67,7 @@ class Task:
     def _code_of_nothing_to_do(self, run_dir: RunDir) -> int | None:
         """Return the exit code of a later job of a chain that does not train, else None."""
         status = run_dir.read_status()
-        if status.get("state") == "done":
+        if status.get("state") in FINISHED:
             return 0
         # The run may have been sent again since, so that other jobs train it.
         ours = current_job_id() in (status.get("chain") or [])

@@ -23,7 +23,7 @@ def supervise(cfg: Config, run_dir: RunDir) -> Iterator[None]:
 
     Before anything else, the nodes are looked at if `launch.preflight` asks for it.
     """
-    with run_lock(run_dir), track_status(run_dir), explain_full_disk(run_dir):
+    with run_lock(run_dir), track_status(cfg, run_dir), explain_full_disk(run_dir):
         check_nodes(cfg, run_dir)
         yield
 
@@ -39,8 +39,8 @@ def run_lock(run_dir: RunDir) -> Iterator[None]:
 
 
 @contextmanager
-def track_status(run_dir: RunDir) -> Iterator[None]:
-    """Write the state to status.json on rank 0: running, then done, stopped or failed."""
+def track_status(cfg: Config, run_dir: RunDir) -> Iterator[None]:
+    """Write the state to status.json on rank 0: running, then done, paused, stopped or failed."""
     if session.rank() != 0:
         yield
         return
@@ -60,7 +60,9 @@ def track_status(run_dir: RunDir) -> Iterator[None]:
         with suppress(OSError):
             run_dir.write_status(state=state, last_error=f"{type(error).__name__}: {error}")
         raise
-    run_dir.write_status(state="done", last_error=None)
+    trainer, step = cfg.trainer, run_dir.read_status().get("step", 0)
+    paused = max(step, trainer.end()) < trainer.max_steps
+    run_dir.write_status(state="paused" if paused else "done", last_error=None)
 
 
 @contextmanager

@@ -70,7 +70,7 @@ def execute(cfg: Config, path: str | Path) -> RunResult:
         if run.parallelism.is_writer:
             marks = {change.step: str(change) for change in read_changes(run_dir.path)}
             plot_loss(run_dir.metrics_path, run_dir.path / "loss.png", marks)
-            if cfg.checkpoint.consolidated:
+            if cfg.checkpoint.consolidated and run.state.step == cfg.trainer.max_steps:
                 run.checkpoints.consolidate(run.state.step)
             run.logger.message(conclude(run))
     return RunResult(run.state.step, run.state.best_val_loss)

@@ -65,8 +65,12 @@ def conclude(run: Run) -> str:
     folder = quote(str(run.dir.path))
     # A later command runs custom classes only where it is told to.
     trust = "".join(f" {word}" for word in flags_for(to_tree(run.cfg)))
+    trainer, paused = run.cfg.trainer, run.state.step < run.cfg.trainer.max_steps
     losses = [row["val/loss"] for row in read_rows(run.dir.metrics_path) if row.get("val/loss")]
     lines = []
+    if paused:
+        at = f"after step {run.state.step:,} of {trainer.max_steps:,} (trainer.stop_at)"
+        lines.append(labelled("paused", at))
     if losses:
         last = f"{losses[-1]:.4f} nats a token (perplexity {math.exp(losses[-1]):.1f})"
         lines.append(labelled("validation", f"{last}, from {losses[0]:.4f} at the start"))
@@ -78,7 +82,7 @@ def conclude(run: Run) -> str:
     if run.dir.tokenizer_path.is_file():
         command = f"lunaris generate {folder} --prompt {quote(_prompt(run))}{trust}"
         lines.append(f"           {command}")
-    longer = f"trainer.max_steps={2 * run.cfg.trainer.max_steps}"
+    longer = "trainer.stop_at=null" if paused else f"trainer.max_steps={2 * trainer.max_steps}"
     lines += [
         f"           lunaris report {folder}",
         f"           lunaris resume {folder} {longer}{trust}",

@@ -82,7 +82,7 @@ class StepStats:
 
 
 def train(run: Run) -> None:
-    """Train until `trainer.max_steps`.
+    """Train until `trainer.max_steps`, or pause at `trainer.stop_at`.
 
     Raises Stopped on a signal, with a checkpoint saved unless it meets the first evaluation.
     Raises RunFailed when too many steps in a row had to be skipped.
@@ -91,7 +91,7 @@ def train(run: Run) -> None:
     if state.step == 0 or state.unfinished is not None:
         log_missing_row(run)
     batches = iter(run.loader)
-    while state.step < trainer.max_steps:
+    while state.step < trainer.end():
         stats = train_step(run, next(batches))
         state.step += 1
         state.sequences = sequences_of_step(run)[1] + 1
@@ -112,10 +112,11 @@ def train(run: Run) -> None:
                     state.unfinished, stop = row, True
             if row and state.unfinished is None:
                 run.logger.log({"step": state.step} | row)
-            if last or stop or run.checkpoints.is_due(state.step):
-                save(run, last=last or stop)
+            ends = stop or state.step == trainer.end()
+            if ends or run.checkpoints.is_due(state.step):
+                save(run, last=ends)
             run.checkpoints.try_finalize()
-        if state.unfinished is not None or (stop and not last):
+        if state.unfinished is not None or (stop and state.step < trainer.end()):
             run.checkpoints.wait_pending()
             raise Stopped(f"stopped by {run.stop.name} at step {state.step}; a checkpoint is saved")
     run.checkpoints.wait_pending()

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +12,11 @@ from lunaris.lifecycle import explain_out_of_memory, track_status
 from lunaris.runs.run_dir import RunDir
 
 
-def test_a_run_that_ends_well_keeps_no_error_of_another_process(tmp_path: Path) -> None:
+def test_a_run_that_ends_well_keeps_no_error_of_another_process(
+    tmp_path: Path, tiny: Callable[..., Any]
+) -> None:
     run_dir = RunDir(tmp_path)
-    with track_status(run_dir):
+    with track_status(tiny(), run_dir):
         # As a job that starts while this run has the folder's lock.
         run_dir.write_status(last_error="UserError: in use")
     status = run_dir.read_status()

@@ -22,7 +22,7 @@ from lunaris.launch.sweep.removed import note_removed
 from lunaris.runs.create import create, refuse_other_config, take_world_size
 from lunaris.runs.provenance import composed_with
 from lunaris.runs.run_dir import RunDir
-from lunaris.runs.status import last_line
+from lunaris.runs.status import FINISHED, has_trained, last_line
 from lunaris.runs.sweep_manifest import ManifestPoint, read_points, write_points
 
 # A sweep of more points prints that it checks them, because that takes seconds.
@@ -40,8 +40,11 @@ class Point:
 
     @property
     def done(self) -> bool:
-        """Whether its run is done. `Sweep.plan` refuses a folder with another run."""
-        return RunDir(self.dir).read_status().get("state") == "done"
+        """Whether its run has trained as far as `cfg` says.
+
+        `Sweep.plan` refuses a folder with another run.
+        """
+        return has_trained(self.dir, self.cfg)
 
 
 @dataclass
@@ -213,6 +216,9 @@ def outcome_of(point: Point) -> Outcome:
     """Return how a point ended, from the files in its folder."""
     status = RunDir(point.dir).read_status()
     state, error = str(status.get("state", "failed")), str(status.get("last_error") or "")
+    if point.done and state not in FINISHED:
+        # It was stopped, or failed, after the step that it was to pause at.
+        state = "paused"
     logs = RunDir(point.dir).logs
     written = (logs / "rank_0.log", logs / "console.log")
     log = next((path for path in written if path.is_file() and path.stat().st_size), None)

@@ -99,7 +99,7 @@ class _Running:
 
     def __init__(self, point: Point) -> None:
         self._path = RunDir(point.dir).metrics_path
-        self._max_steps = point.cfg.trainer.max_steps
+        self._max_steps = point.cfg.trainer.end()
         self._step, self._loss = self._last()
         # The time (seconds) and the step of the first row that this process wrote, and of the last.
         self._first: tuple[float, int] | None = None

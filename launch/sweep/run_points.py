@@ -20,6 +20,7 @@ from lunaris.launch.sweep.places import Places
 from lunaris.launch.sweep.points import Outcome, Point, PointLauncher, Sweep, outcome_of
 from lunaris.launch.sweep.progress import Silent, SweepProgress
 from lunaris.runs.run_dir import RunDir
+from lunaris.runs.status import FINISHED
 
 _POLL_S = 0.2
 _LOCAL, _SLURM = f"{PLUGIN_PACKAGE}.LocalSweep", f"{PLUGIN_PACKAGE}.SlurmArray"
@@ -124,7 +125,7 @@ class _Group:
             point = self._waiting[0]
             if point.done:
                 outcome = self._ended[point.name] = outcome_of(point)
-                self._progress.ended(point, f"already done, {shown_loss(outcome)}")
+                self._progress.ended(point, f"already {_reached(outcome)}, {shown_loss(outcome)}")
             else:
                 variables = self._places.take(point.name, point.cfg)
                 if variables is None:
@@ -141,8 +142,10 @@ class _Group:
             self._places.free(point.name)
             _record_exit(RunDir(point.dir), worker.process.returncode, self._signals.received)
             outcome = self._ended[point.name] = outcome_of(point)
-            if outcome.state == "done":
-                self._progress.ended(point, f"done in {seconds}, {shown_loss(outcome)}")
+            if outcome.state in FINISHED:
+                self._progress.ended(
+                    point, f"{_reached(outcome)} in {seconds}, {shown_loss(outcome)}"
+                )
             else:
                 self._progress.ended(point, f"{outcome.state} after {seconds}: {outcome.error}")
 
@@ -183,6 +186,11 @@ def worker_command(path: Path) -> list[str]:
 def shown_loss(outcome: Outcome) -> str:
     """Return the best validation loss of a point in words."""
     return "no validation" if outcome.val_loss is None else f"val loss {outcome.val_loss:.4f}"
+
+
+def _reached(outcome: Outcome) -> str:
+    """Return how far a point has trained that is done or paused."""
+    return "done" if outcome.state == "done" else f"at step {outcome.point.cfg.trainer.end()}"
 
 
 def _record_exit(run_dir: RunDir, code: int, forwarded: signal.Signals | None = None) -> None:

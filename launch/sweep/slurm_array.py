@@ -15,7 +15,7 @@ from lunaris.launch.slurm import Slurm, check_folder, say_dry, wait_until_ended
 from lunaris.launch.sweep.points import Outcome, Point, Sweep, outcome_of
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.slurm_client import max_array_size
-from lunaris.runs.status import refuse_unknown, resolve_states
+from lunaris.runs.status import ACTIVE, FINISHED, refuse_unknown, resolve_states
 
 
 class SlurmPoints:
@@ -44,7 +44,7 @@ class SlurmPoints:
         known = resolve_states(paths)
         refuse_unknown(paths, known)
         states = zip(points, known, strict=True)
-        unsent = [p for p, s in states if s.state != "done" and not (s.active and s.job_id)]
+        unsent = [p for p, s in states if not (p.done or (s.active and s.job_id))]
         check_points(sweep, unsent)
         sweep.freeze(points)
         send_points(sweep, unsent)
@@ -115,6 +115,8 @@ def _by_launch(points: list[Point]) -> list[tuple[Slurm, list[Point]]]:
 
 def _outcome(point: Point, state: str, error: str = "") -> Outcome:
     read = outcome_of(point)
-    if state in ("done", "queued", "running"):
+    if point.done:
+        return read
+    if state in (*FINISHED, *ACTIVE):
         return Outcome(point, state, read.val_loss)
     return Outcome(point, "failed", None, read.error or error or state, read.log)

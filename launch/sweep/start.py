@@ -7,11 +7,14 @@ launcher of Hydra's is run by `hydra.main`.
 from __future__ import annotations
 
 import os
+from typing import Any
 
 from lunaris.config.cli import Flags
 from lunaris.config.run_names import values_of
 from lunaris.errors import UserError
 from lunaris.launch.sweep.expand import PRODUCT, read_request
+from lunaris.launch.sweep.halving import CHOICE as HALVING_CHOICE
+from lunaris.launch.sweep.halving import HALVING, in_words, plan_rungs, run_rungs
 from lunaris.launch.sweep.optuna_study import CHOICE, OPTUNA, require_plugin, study_overrides
 from lunaris.launch.sweep.points import Outcome, Point, Sweep, submit_points
 from lunaris.launch.sweep.run_points import point_launcher, shown_loss
@@ -32,19 +35,29 @@ def sweep(flags: Flags, command: str) -> int:
     swept = request.sweep()
     hydra = request.hydra_config(swept.composer)
     targets = [hydra.sweeper._target_, hydra.launcher._target_]
-    if flags.zipped and targets[0] != PRODUCT:
+    if flags.zipped and targets[0] not in (PRODUCT, HALVING):
         raise UserError(
             f"--zip: goes with hydra/sweeper=lunaris, which runs every combination; {targets[0]} "
             "chooses the points itself"
         )
     launcher = point_launcher(targets[1])
-    if targets[0] == PRODUCT and launcher is not None and not hydra.callbacks:
-        points = request.expand(hydra.sweeper.params or {})
+    ours = launcher is not None and not hydra.callbacks
+    if targets[0] == HALVING and not ours:
+        raise UserError(
+            f"{HALVING_CHOICE}: goes with the launchers of this package and without callbacks of "
+            f"Hydra's; {targets[1]} does not pause a point"
+        )
+    if targets[0] in (PRODUCT, HALVING) and launcher is not None and ours:
+        halving = hydra.sweeper if targets[0] == HALVING else None
+        texts = request.expand(hydra.sweeper.params or {})
         if flags.dry_run:
-            show([listed(swept, swept.plan(points))])
+            _list(swept, texts, halving)
             return 0
         swept.complete = True
-        outcomes = list(submit_points(swept, points, launcher).values())
+        if halving is None:
+            outcomes = list(submit_points(swept, texts, launcher).values())
+        else:
+            outcomes = run_rungs(swept, swept.plan(texts), launcher, halving)
     elif flags.dry_run:
         raise UserError(
             f"--dry-run: goes with the sweeper and launchers of this package; {targets[0]} and "
@@ -60,6 +73,14 @@ def sweep(flags: Flags, command: str) -> int:
         outcomes = list({outcome.point.name: outcome for outcome in ended}.values())
     print(summary(swept, outcomes))
     return int(any(outcome.state == "failed" for outcome in outcomes))
+
+
+def _list(sweep: Sweep, job_overrides: list[list[str]], halving: Any) -> None:
+    """Print the points of a sweep, and the rungs where `halving` is its sweeper's config."""
+    points = sweep.plan(job_overrides)
+    show([listed(sweep, points)])
+    if halving is not None:
+        print(f"\nhalving: {in_words(plan_rungs(points, halving))}")
 
 
 def listed(sweep: Sweep, points: list[Point]) -> Table:

@@ -23,7 +23,7 @@ from lunaris.runs.changes import read_changes
 from lunaris.runs.create import create
 from lunaris.runs.discovery import expected_runs, is_run, is_sweep
 from lunaris.runs.run_dir import RunDir, not_a_run
-from lunaris.runs.status import ACTIVE, STATES, RunState, refuse_unknown, resolve_states
+from lunaris.runs.status import ACTIVE, FINISHED, STATES, RunState, refuse_unknown, resolve_states
 from lunaris.runs.sweep_manifest import ManifestPoint, read_manifest
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from lunaris.data.base import Data
     from lunaris.launch.sweep.points import Point, Sweep
 
-_UNDONE = tuple(state for state in STATES if state not in ("done", "unknown", *ACTIVE))
+_UNDONE = tuple(state for state in STATES if state not in (*FINISHED, "unknown", *ACTIVE))
 
 
 def main(argv: list[str]) -> int:
@@ -170,7 +170,11 @@ def _resume_run(
 
     state = _refuse_active(folder)
     if state.state not in wanted:
-        print(f"{folder}: {state.state}; nothing to do")
+        said = f"{state.state}; nothing to do"
+        if state.state == "paused":
+            longer = shlex.join(["lunaris", "resume", str(folder), "trainer.stop_at=null"])
+            said = f"paused by trainer.stop_at; `{longer}` continues to the last step"
+        print(f"{folder}: {said}")
         return 0
     run_dir = RunDir(folder)
     cfg = _config_of(folder)
@@ -306,10 +310,10 @@ def _submit(sweep: Sweep, points: list[Point], plans: list[Continuation]) -> int
         _write(plans)
         send_points(sweep, points)
         ended = wait_until_ended([point.dir for point in points]) if launch.wait else []
-        return int(any(state.state != "done" for state in ended))
+        return int(any(state.state not in FINISHED for state in ended))
     _write(plans)
     outcomes = run_points(points, SweepProgress(points))
-    return int(any(outcome.state != "done" for outcome in outcomes))
+    return int(any(outcome.state not in FINISHED for outcome in outcomes))
 
 
 def _write(plans: list[Continuation]) -> None:

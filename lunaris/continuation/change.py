@@ -98,6 +98,11 @@ def plan_change(
             f"trainer.max_steps={new.trainer.max_steps}: the run is at step {step}; give more "
             f"steps, or {back if earlier else 'start another run by `lunaris fork`'}"
         )
+    stop_at = new.trainer.stop_at
+    if stop_at is not None and stop_at <= step:
+        raise UserError(
+            f"trainer.stop_at={stop_at}: the run is at step {step}; give a later step, or null"
+        )
     data, eot_id = None, None
     if any(key.startswith("data.") and key != "data.verify" for key in keys) or _VOCABULARY in keys:
         data, eot_id = _other_data(run_dir, new, step)

@@ -68,6 +68,9 @@ def plan_fork(
     step = _step(folder, at) if weights else None
     if step is not None:
         given.append(f"init_from={quoted(str(folder / 'checkpoints' / f'step_{step:08d}'))}")
+    if "trainer.stop_at" not in keys:
+        # Where its parent paused is no end of a run of its own.
+        given.append("trainer.stop_at=null")
     new = changed(cfg, given, source)
     if "out_dir" not in keys:
         in_sweep = is_sweep(folder.absolute().parent)

@@ -93,9 +93,7 @@ class LocalLogger:
         """Open the metrics file after cutting rows past `step`, and show the progress."""
         trainer = cfg.trainer
         self._file = MetricsFile(run_dir.metrics_path, step)
-        self._time = TimeLeft(
-            trainer.max_steps, trainer.eval_interval, cfg.checkpoint.save_interval
-        )
+        self._time = TimeLeft(trainer.end(), trainer.eval_interval, cfg.checkpoint.save_interval)
         self._bell = AlarmBell(getattr(cfg.moe, "balancing", None))
         self._extras: set[str] = set()
         self._began, self._drawn = time.monotonic(), 0.0

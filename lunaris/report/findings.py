@@ -42,6 +42,9 @@ def _state(record: RunRecord) -> list[Note]:
         return [
             Note("warn", f"The run was stopped at {at}.", f"`lunaris resume {path}` continues.")
         ]
+    if state == "paused":
+        again = f"`lunaris resume {path} trainer.stop_at=null` continues."
+        return [Note("info", f"The run is paused at {at} (trainer.stop_at).", again)]
     return [Note("info", f"The run is {state} at {at}; this page shows it as it was when written.")]
 
 

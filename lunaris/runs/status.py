@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lunaris.config.schema.root import Config
 from lunaris.errors import UserError
 from lunaris.runs.discovery import expected_runs
 from lunaris.runs.first_cause import FirstCause, first_cause, last_attempt
@@ -35,10 +36,13 @@ STATES = (
     "out_of_memory",
     "cancelled",
     "stopped",
+    "paused",
     "missing",
     "unknown",
 )
 ACTIVE = ("queued", "running")
+# What a run writes that has trained as far as its config says.
+FINISHED = ("done", "paused")
 
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 _AT_WORK = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
@@ -70,6 +74,7 @@ _IN_WORDS = {
     "out_of_memory": "ran out of memory",
     "cancelled": "was cancelled",
     "stopped": "was stopped",
+    "paused": "is paused",
     "missing": "never started",
 }
 
@@ -104,7 +109,8 @@ class RunState:
 def resolve_states(paths: Sequence[Path]) -> list[RunState]:
     """Return the state of each run; SLURM is asked once for all of them."""
     statuses = [RunDir(path).read_status() for path in paths]
-    ids = [i for status in statuses if status.get("state") != "done" for i in job_ids(status)]
+    waiting = [status for status in statuses if status.get("state") not in FINISHED]
+    ids = [i for status in waiting for i in job_ids(status)]
     jobs = ask_slurm(i for i in ids if not i.startswith(LOCAL))
     return [_resolve(path, status, jobs) for path, status in zip(paths, statuses, strict=True)]
 
@@ -132,6 +138,13 @@ def _current(status: dict[str, Any], jobs: dict[str, JobState]) -> JobState | No
     if active and status.get("job_id") in status["chain"]:
         return min(active, key=lambda job: job.name == "COMPLETING")
     return leading_job(status, jobs)
+
+
+def has_trained(path: Path, cfg: Config) -> bool:
+    """Return whether the run in `path` has trained as far as `cfg` says, or further."""
+    status, end = RunDir(path).read_status(), cfg.trainer.end()
+    state, step = status.get("state"), status.get("step", 0)
+    return state == "done" or step > end or (state == "paused" and step == end)
 
 
 def refuse_active(path: Path) -> None:
@@ -163,8 +176,8 @@ def resolve_state(path: Path, status: dict[str, Any], job: JobState | None) -> R
     not answer.
     """
     written, error = status.get("state"), status.get("last_error") or ""
-    if written == "done":
-        return RunState("done", status)
+    if written in FINISHED:
+        return RunState(str(written), status)
     if job is not None and job.name == UNREACHED:
         if _may_have_job(status):
             return RunState("unknown", status, job.reason)

@@ -18,7 +18,7 @@ from lunaris.runs.status import STATES, last_line
 Row = dict[str, Any]
 
 # States that need no explanation below the table.
-_FINE = ("done", "running", "stopped")
+_FINE = ("done", "running", "stopped", "paused")
 # What a person may call a column, beside the keys of a row.
 _SHORT = {
     "run": "name",

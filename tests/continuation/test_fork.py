@@ -50,7 +50,14 @@ def test_the_best_point_of_a_sweep_is_found_and_named(
     Path("sweeps/s/manifest.json").write_text(json.dumps({"points": rows}))
     best = best_point(Path("sweeps/s"))
     assert best == Path("sweeps/s/seed=2")
+    # Where the best point paused is no end of the fork.
+    paused = RunDir(best).config_path
+    text = paused.read_text()
+    assert "  stop_at: null\n" in text
+    paused.write_text(text.replace("  stop_at: null\n", "  stop_at: 3\n"))
     fork = plan_fork(best, ["trainer.max_steps=20"])
+    assert fork.cfg.trainer.stop_at is None and "trainer.stop_at" in fork.change.keys
+    assert plan_fork(best, ["trainer.stop_at=5"]).cfg.trainer.stop_at == 5
     assert fork.cfg.out_dir == "runs/seed=2,trainer.max_steps=20"
     assert fork.cfg.name == "seed=2,trainer.max_steps=20"
 

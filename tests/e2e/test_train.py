@@ -161,6 +161,37 @@ def test_a_run_stopped_by_a_signal_and_started_again_equals_an_undisturbed_one(
     assert_same_run(whole, parts, tmp_path)
 
 
+def test_a_run_that_paused_and_went_on_equals_one_that_did_not(
+    tiny: Callable[..., Any],
+    run_here: Callable[[Any], RunDir],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    whole = run_here(tiny(name="whole"))
+    parts = run_here(tiny("trainer.stop_at=3", name="parts"))
+    status = parts.read_status()
+    assert (status["state"], status["step"], status["max_steps"]) == ("paused", 3, 8)
+    assert [row["step"] for row in read_rows(parts.metrics_path)] == [0, 1, 2, 3]
+    printed = capsys.readouterr().out
+    folder = tmp_path / "runs/parts"
+    assert "paused     after step 3 of 8 (trainer.stop_at)" in printed
+    assert f"lunaris resume {folder} trainer.stop_at=null" in printed
+    # Once more there is nothing to do, and it is no fault.
+    assert main(["resume", str(folder)]) == 0
+    assert "trainer.stop_at=null` continues to the last step" in capsys.readouterr().out
+    assert run_here(tiny("trainer.stop_at=3", name="parts")).read_status()["state"] == "paused"
+    for step in (2, 3):
+        assert main(["resume", str(folder), f"trainer.stop_at={step}"]) == 2
+        assert f"trainer.stop_at={step}: the run is at step 3; give" in capsys.readouterr().err
+    assert main(["resume", str(folder), "trainer.stop_at=6"]) == 0
+    assert parts.read_status()["state"] == "paused" and parts.read_status()["step"] == 6
+    assert main(["resume", str(folder), "trainer.stop_at=null"]) == 0
+    assert parts.read_status()["state"] == "done"
+    assert_same_run(whole, parts, tmp_path)
+    # A run that is done stays so.
+    assert run_here(tiny("trainer.stop_at=3", name="parts")).read_status()["state"] == "done"
+
+
 @pytest.mark.slow
 def test_a_run_killed_outright_and_started_again_equals_an_undisturbed_one(
     tiny: Callable[..., Any], run_here: Callable[[Any], RunDir], tmp_path: Path

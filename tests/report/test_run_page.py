@@ -67,6 +67,15 @@ def test_the_warnings_say_what_is_wrong(
         assert words in text
 
 
+def test_a_run_that_paused_is_no_fault(
+    make_run: Callable[..., Path], report_of: Callable[..., Any]
+) -> None:
+    folder = make_run("runs/x", ROWS, state="paused")
+    text = " ".join(report_of(str(folder)).text.split())
+    assert "The run is paused at step 8 of 8 (trainer.stop_at)." in text
+    assert "lunaris resume runs/x trainer.stop_at=null" in text
+
+
 def test_the_page_loads_nothing_and_runs_only_its_own_scripts(
     make_run: Callable[..., Path], report_of: Callable[..., Any]
 ) -> None:

@@ -7,6 +7,7 @@ import socket
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,13 @@ from lunaris.runs.slurm_client import (
     current_job_id,
     is_process,
 )
-from lunaris.runs.status import last_line, logs_of, resolve_state, resolve_states
+from lunaris.runs.status import (
+    has_trained,
+    last_line,
+    logs_of,
+    resolve_state,
+    resolve_states,
+)
 
 Clients = Callable[..., None]
 
@@ -305,6 +312,35 @@ def test_while_slurm_does_not_answer_a_later_job_of_a_chain_may_wait(
 def test_who_cancelled_is_not_part_of_the_state(clients: Clients) -> None:
     clients(sacct="3|CANCELLED by 1000|0:0")
     assert ask_slurm(["3"]) == {"3": JobState("CANCELLED")}
+
+
+@pytest.mark.parametrize("job", [None, "COMPLETED", "FAILED", UNREACHED])
+def test_a_run_that_paused_needs_no_job(tmp_path: Path, job: str | None) -> None:
+    path = run(tmp_path, state="paused", step=3, job_id="7")
+    found = resolve_state(path, RunDir(path).read_status(), JobState(job) if job else None)
+    assert (found.state, found.ended) == ("paused", True)
+
+
+@pytest.mark.parametrize(
+    ("state", "step", "stop_at", "expected"),
+    [
+        ("paused", 3, 3, True),
+        ("paused", 3, 5, False),
+        ("paused", 3, None, False),
+        ("paused", 5, 3, True),
+        ("running", 3, 3, False),  # Its checkpoint may not be saved yet.
+        ("stopped", 4, 3, True),
+        ("done", 8, None, True),
+        ("done", 8, 3, True),
+        ("failed", 8, None, False),
+    ],
+)
+def test_a_run_has_trained_as_far_as_its_config_says(
+    tmp_path: Path, tiny: Callable[..., Any], state: str, step: int, stop_at: int | None,
+    expected: bool,
+) -> None:  # fmt: skip
+    cfg = tiny(f"trainer.stop_at={'null' if stop_at is None else stop_at}")
+    assert has_trained(run(tmp_path, state=state, step=step), cfg) is expected
 
 
 def test_a_folder_without_a_status_is_missing(tmp_path: Path) -> None:

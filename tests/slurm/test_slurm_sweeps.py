@@ -160,6 +160,19 @@ def test_waiting_for_a_sweep_returns_each_point_s_loss(site: Any) -> None:
     assert "2 done" in text and "best: seed=" in text
 
 
+def test_the_best_of_three_points_trains_on_in_a_second_array(site: Any) -> None:
+    keys = ("trainer.eval_interval=1", "hydra.sweeper.first_step=2", "launch.wait=true")
+    text = sweep(site, "halved", "hydra/sweeper=halving", "seed=1,2,3", *keys)
+    assert "rung    2 of 2: 1 point to step" in text and "1 done, 2 paused" in text
+    found = {row["name"]: (row["state"], row["step"]) for row in site.rows("sweeps/halved")}
+    assert sorted(state for state, _ in found.values()) == ["done", "paused", "paused"]
+    assert {step for state, step in found.values() if state == "paused"} == {2}
+    attempts = {site.status(f"sweeps/halved/{name}")["attempts"] for name in found}
+    assert attempts == {1, 2}
+    # SLURM knows the jobs as completed; what paused is not sent again.
+    assert "no point to send" in sweep(site, "halved", "hydra/sweeper=halving", "seed=1,2,3", *keys)
+
+
 def test_the_stock_launcher_runs_every_task_as_a_rank(site: Any) -> None:
     text = site.train(
         "stock", "-m", "launch=local", "hydra/launcher=submitit_slurm", "parallelism=ddp",

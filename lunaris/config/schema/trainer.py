@@ -17,6 +17,8 @@ class TrainerConfig(Schema):
     _group_ = "trainer"
     # Optimizer steps of the run.
     max_steps: int = changeable(300, low=1)
+    # Pause after this step, with a checkpoint saved and the schedule of `max_steps`; null: do not.
+    stop_at: int | None = free(None, low=1)
     # Sequences of a micro-step in each process.
     batch_size: int = free(16, low=1)
     # Micro-steps of a step; their gradients are averaged.
@@ -46,6 +48,10 @@ class TrainerConfig(Schema):
     skip_spikes: bool = changeable(False)
     # Null: cuda where there is one.
     device: str | None = free(None, allowed=("cpu", "cuda"))
+
+    def end(self) -> int:
+        """Return the step after which the processes of the run end: paused, or done."""
+        return min(self.max_steps, self.stop_at or self.max_steps)
 
 
 @dataclass

@@ -1,0 +1,168 @@
+"""Successive halving (arXiv 1502.07943): all points train a little, and the best of them train on.
+
+A rung is a step at which the points pause (`trainer.stop_at`) and are compared by their validation
+losses there. One of `factor` trains on to the next rung, `factor` times as far; the others stay
+paused, with a checkpoint. All that decides is in the folders of the points, so that the command
+given again continues the sweep.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lunaris.config.hydra_internals import PLUGIN_PACKAGE
+from lunaris.errors import UserError
+from lunaris.launch.sweep.points import Outcome, Point, PointLauncher, Sweep
+from lunaris.metrics.records import read_rows
+from lunaris.runs.run_dir import RunDir
+
+# The sweeper, as `hydra.sweeper._target_` names it.
+HALVING = f"{PLUGIN_PACKAGE}.Halving"
+CHOICE = "hydra/sweeper=halving"
+
+
+@dataclass(frozen=True)
+class Rung:
+    """So many points that train up to a step."""
+
+    points: int
+    step: int
+
+
+def plan_rungs(points: list[Point], sweeper: Any) -> list[Rung]:
+    """Return the rungs of a sweep, the last one at `trainer.max_steps`; write nothing.
+
+    sweeper: `hydra.sweeper`, with `factor` and `first_step`. A rung is a step at which the points
+    evaluate anyway: a multiple of `trainer.eval_interval`. Raises UserError where the points
+    cannot be compared.
+    """
+    factor, first = sweeper.factor, sweeper.first_step
+    if not isinstance(factor, int) or factor < 2:
+        raise UserError(f"hydra.sweeper.factor={factor}: must be a whole number of at least 2")
+    last, interval = _compared(points)
+    if first is None:
+        # As many rungs as it takes until one point is left.
+        first = max(1, last // factor ** _divisions(len(points), factor))
+    elif not isinstance(first, int) or not 1 <= first < last:
+        raise UserError(
+            f"hydra.sweeper.first_step={first}: must be at least 1 and less than "
+            f"trainer.max_steps={last}"
+        )
+    rungs, left = [], len(points)
+    step = math.ceil(first / interval) * interval
+    while step < last and left > 1:
+        rungs.append(Rung(left, step))
+        left = math.ceil(left / factor)
+        first *= factor
+        step = max(step + interval, math.ceil(first / interval) * interval)
+    return [*rungs, Rung(left, last)]
+
+
+def in_words(rungs: list[Rung]) -> str:
+    """Return how far how many points train."""
+    return ", ".join(
+        f"{rung.points} point{'s' * (rung.points > 1)} to step {rung.step:,}" for rung in rungs
+    )
+
+
+def run_rungs(
+    sweep: Sweep, points: list[Point], launcher: PointLauncher, sweeper: Any
+) -> list[Outcome]:
+    """Train the points from rung to rung; return how each ended: done, paused or failed.
+
+    A point that fails before a rung is out. Raises UserError, having written nothing, where the
+    points cannot be compared or the launcher does not wait for them, and what the launcher raises.
+    """
+    rungs = plan_rungs(points, sweeper)
+    _check_waits(points[0])
+    ended: dict[str, Outcome] = {}
+    print(f"halving {in_words(rungs)}", flush=True)
+    for number, rung in enumerate(rungs, 1):
+        last = number == len(rungs)
+        print(f"rung    {number} of {len(rungs)}: {in_words([rung])}", flush=True)
+        at = [_until(point, None if last else rung.step) for point in points]
+        # What is left out later is not removed from the sweep.
+        sweep.complete = number == 1
+        outcomes = launcher.submit(sweep, at)
+        ended |= {outcome.point.name: outcome for outcome in outcomes}
+        if not last:
+            points = _best([outcome.point for outcome in outcomes], rungs[number])
+        if not points:
+            print("no point has a validation loss to go on with", flush=True)
+            break
+    return list(ended.values())
+
+
+def _divisions(points: int, factor: int) -> int:
+    """Return how many times `points` is divided by `factor`, rounded up, until 1 is left."""
+    count = 0
+    while points > 1:
+        points, count = math.ceil(points / factor), count + 1
+    return count
+
+
+def _compared(points: list[Point]) -> tuple[int, int]:
+    """Return the last step of all points, and the steps between their evaluations."""
+    found = []
+    for key in ("max_steps", "eval_interval"):
+        values = list(dict.fromkeys(getattr(point.cfg.trainer, key) for point in points))
+        if len(values) > 1:
+            shown = ",".join("null" if value is None else str(value) for value in values)
+            raise UserError(
+                f"trainer.{key}={shown}: {CHOICE} compares the points at the same steps; it needs "
+                "one value for all"
+            )
+        found += values
+    last, interval = found
+    if interval is None or interval >= last:
+        raise UserError(
+            f"trainer.eval_interval={'null' if interval is None else interval}: {CHOICE} compares "
+            f"validation losses before the last step; give less than trainer.max_steps={last}"
+        )
+    for point in points:
+        if point.cfg.trainer.stop_at is not None:
+            raise UserError(
+                f"trainer.stop_at={point.cfg.trainer.stop_at}: {CHOICE} chooses the steps at which "
+                "points pause; leave it out"
+            )
+    return last, interval
+
+
+def _check_waits(point: Point) -> None:
+    launch = point.cfg.launch
+    if hasattr(launch, "dry_run") and (launch.dry_run or not launch.wait):
+        raise UserError(
+            f"launch.wait={str(launch.wait).lower()}, launch.dry_run="
+            f"{str(launch.dry_run).lower()}: {CHOICE} chooses by the losses of points that have "
+            "paused; it needs launch.wait=true and launch.dry_run=false"
+        )
+
+
+def _until(point: Point, step: int | None) -> Point:
+    """Return a point that pauses at a step, or trains to its end."""
+    trainer = replace(point.cfg.trainer, stop_at=step)
+    return replace(point, cfg=replace(point.cfg, trainer=trainer))
+
+
+def _best(points: Sequence[Point], rung: Rung) -> list[Point]:
+    """Return the points that train on to a rung, in their order, and print which and why."""
+    losses = {point.name: _loss_at(point) for point in points}
+    finite = [point for point in points if math.isfinite(losses[point.name])]
+    ranked = sorted(finite, key=lambda point: losses[point.name])  # Stable, where two are equal.
+    kept = {point.name for point in ranked[: rung.points]}
+    for point in ranked:
+        said = "trains on" if point.name in kept else "stays"
+        print(f"        {losses[point.name]:.4f}  {point.name}: {said}", flush=True)
+    return [point for point in finite if point.name in kept]
+
+
+def _loss_at(point: Point) -> float:
+    """Return the validation loss of a point where it paused (nats), or NaN without one."""
+    step, found = point.cfg.trainer.end(), math.nan
+    for row in read_rows(RunDir(point.dir).metrics_path):
+        if row.get("step") == step and row.get("val/loss") is not None:
+            found = row["val/loss"]
+    return found
