@@ -55,6 +55,11 @@ class Task:
         os.environ.setdefault("OMP_NUM_THREADS", os.environ.get("SLURM_CPUS_PER_TASK", "1"))
         error_file = run_dir.logs / f".error_{rank}.json"
         error_file.unlink(missing_ok=True)
+        world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        if rank == 0:
+            # Those of an earlier attempt with more ranks would tell of this one.
+            for other in (r for r in recorded_errors(run_dir.logs) if r >= world_size):
+                (run_dir.logs / f".error_{other}.json").unlink(missing_ok=True)
         os.environ["TORCHELASTIC_ERROR_FILE"] = str(error_file)
         code = self._stopped_before() or main([str(self.path)])
         if code == Stopped.exit_code:

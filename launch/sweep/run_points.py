@@ -15,12 +15,12 @@ from types import FrameType
 
 from lunaris.config.hydra_internals import PLUGIN_PACKAGE
 from lunaris.distributed.signals import StopSignal, saving
-from lunaris.errors import Stopped
+from lunaris.errors import Stopped, UserError
 from lunaris.launch.sweep.places import Places
 from lunaris.launch.sweep.points import Outcome, Point, PointLauncher, Sweep, outcome_of
 from lunaris.launch.sweep.progress import Silent, SweepProgress
 from lunaris.runs.run_dir import RunDir
-from lunaris.runs.status import FINISHED
+from lunaris.runs.status import ACTIVE, FINISHED
 
 _POLL_S = 0.2
 _LOCAL, _SLURM = f"{PLUGIN_PACKAGE}.LocalSweep", f"{PLUGIN_PACKAGE}.SlurmArray"
@@ -164,7 +164,8 @@ class _Group:
 
 def _start_worker(point: Point, variables: dict[str, str]) -> _Worker:
     run_dir = RunDir(point.dir)
-    run_dir.write_status(state="queued", last_error=None)
+    if not _is_in_use(run_dir):
+        run_dir.write_status(state="queued", last_error=None)
     with (run_dir.logs / "console.log").open("ab") as log:
         process = subprocess.Popen(
             worker_command(point.dir),
@@ -204,7 +205,16 @@ def _record_exit(run_dir: RunDir, code: int, forwarded: signal.Signals | None = 
         # It died before it could handle the signal: nothing is saved or wrong.
         run_dir.write_status(state="stopped")
         return
-    if code != 0 and status.get("state") in ("queued", "running"):
+    if code != 0 and status.get("state") in ACTIVE and not _is_in_use(run_dir):
         how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
         error = status.get("last_error") or ("" if code == 2 else how)
         run_dir.write_status(state="failed", **({"last_error": error} if error else {}))
+
+
+def _is_in_use(run_dir: RunDir) -> bool:
+    """Return whether a process of another command trains the run, which refused ours."""
+    try:
+        run_dir.lock().close()
+    except UserError:
+        return True
+    return False

@@ -12,7 +12,15 @@ from lunaris.console import fitted
 from lunaris.errors import UserError
 
 if TYPE_CHECKING:
+    from lunaris.config.compose import Composer
     from lunaris.config.schema.root import Config
+
+# Keys of launch=slurm with the values that a preparation takes, the default first.
+_SHAPE: dict[str, tuple[Any, ...]] = {
+    "nodes": (1,), "tasks_per_node": (None, 1), "gpus_per_node": (0,),
+}  # fmt: skip
+# Keys of launch=slurm for runs alone, with their defaults.
+_OF_RUNS = {"after": None, "chain": 1, "max_failures": 0, "preflight": False}
 
 _USAGE = """\
 usage: lunaris prepare [--verify] data=text|hf|stdlib data.dir=FOLDER [data.KEY=VALUE ...]
@@ -50,8 +58,8 @@ def main(argv: list[str]) -> int:
     from lunaris.config.schema.launch import SlurmLaunchConfig
     from lunaris.runs.provenance import composed_with
 
-    overrides = [arg for arg in argv if not arg.startswith("-")]
     composer = Composer()
+    overrides = _for_tasks(composer, [arg for arg in argv if not arg.startswith("-")])
     for line in composer.defaults_lines([overrides], ("data", "launch")):
         print(line, file=sys.stderr)
     _check_launch(composer.compose_raw(overrides).launch)
@@ -64,21 +72,43 @@ def main(argv: list[str]) -> int:
     return _prepare_here(cfg)
 
 
+def _for_tasks(composer: Composer, overrides: list[str]) -> list[str]:
+    """Return the overrides, and for a preparation by jobs those that undo defaults for runs.
+
+    A site's `launch.gpus_per_node` in a defaults.yaml, say, is not meant for tasks without a GPU.
+    """
+    from lunaris.config.keys import flat
+    from lunaris.config.messages import shown
+
+    if not _is_slurm(composer.compose_raw(overrides).launch):
+        return overrides
+    given = {text.partition("=")[0] for text in overrides}
+    values = {f"launch.{key}": allowed[0] for key, allowed in _SHAPE.items()}
+    values |= {f"launch.{key}": default for key, default in _OF_RUNS.items()}
+    set_there = flat(composer.defaults.keys).keys() - given
+    undone = {key: value for key, value in values.items() if key in set_there}
+    return [*overrides, *(f"{key}={shown(value)}" for key, value in undone.items())]
+
+
+def _is_slurm(launch: Any) -> bool:
+    return str(launch.get("_target_")).startswith("lunaris.launch.slurm.")
+
+
 def _check_launch(launch: Any) -> None:
     """Raise UserError for keys of launch=slurm that a preparation has no use for.
 
     launch: as composed; a further check would ask for a parallelism over several nodes.
     """
-    if not str(launch.get("_target_")).startswith("lunaris.launch.slurm."):
+    if not _is_slurm(launch):
         return
-    for key, allowed in (("nodes", (1,)), ("tasks_per_node", (None, 1)), ("gpus_per_node", (0,))):
+    for key, allowed in _SHAPE.items():
         if launch.get(key, allowed[0]) not in allowed:
             raise UserError(
                 f"launch.{key}={launch[key]}: must be {allowed[-1]} for `lunaris prepare`, which "
                 "uses no GPU and whose tasks are a job array: launch.array_tasks is their number, "
                 "launch.cpus_per_task the processes of each"
             )
-    for key, default in (("after", None), ("chain", 1), ("max_failures", 0), ("preflight", False)):
+    for key, default in _OF_RUNS.items():
         if launch.get(key, default) not in (default, []):
             raise UserError(
                 f"launch.{key}={launch[key]}: goes with `lunaris train`, not with `lunaris prepare`"

@@ -89,6 +89,27 @@ def test_a_dry_run_prints_the_scripts_and_writes_nothing(
     assert sorted(os.listdir()) == before
 
 
+def test_defaults_of_a_site_for_runs_are_not_those_of_a_preparation(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.setenv("LUNARIS_CONFIG_DIR", str(site))
+    (site / "defaults.yaml").write_text(
+        "launch: {partition: gpu, nodes: 4, gpus_per_node: 8, preflight: true, max_failures: 2}\n"
+    )
+    write_corpus(1)
+    assert main([*COMMAND, "launch.dry_run=true"]) == 0
+    shown = capsys.readouterr()
+    assert "launch.partition=gpu" in shown.err and "gpus_per_node" not in shown.err
+    assert "--partition=gpu" in shown.out and "gpus" not in shown.out
+    # What the command itself says is refused as before, and runs keep their defaults.
+    assert main([*COMMAND, "launch.dry_run=true", "launch.nodes=4"]) == 2
+    assert "launch.nodes=4: must be 1 for" in capsys.readouterr().err
+    assert main(["train", "launch=slurm", "launch.dry_run=true", "parallelism=fsdp"]) == 0
+    assert "--gpus-per-node=8" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from lunaris.__main__ import main
-from lunaris.atomic_files import read_json
+from lunaris.atomic_files import read_json, write_json
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import UserError
 from lunaris.launch import free_port, requeue, slurm, slurm_task
@@ -24,6 +24,7 @@ from lunaris.launch.slurm import Slurm
 from lunaris.launch.slurm_task import Task
 from lunaris.launch.submitit_internals import HELD, HOLD_SIGNALS
 from lunaris.runs.create import create
+from lunaris.runs.first_cause import recorded_errors
 from lunaris.runs.run_dir import RunDir
 
 SCRIPTS = Path(__file__).parent / "scripts"
@@ -433,6 +434,13 @@ def test_rank_0_alone_requeues_and_only_failures_end_a_task(
 
     for name in ("OMP_NUM_THREADS", "TORCHELASTIC_ERROR_FILE", "RANK"):
         monkeypatch.setenv(name, rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    # Errors of an earlier attempt, which had four ranks.
+    for i in range(4):
+        write_json(
+            run_dir.logs / f".error_{i}.json",
+            {"message": {"message": "old", "extraInfo": {"time": 1}}},
+        )
     monkeypatch.setattr(slurm_task, "export_ranks", lambda: None)
     monkeypatch.setattr(slurm_task, "main", lambda argv: code)
     monkeypatch.setattr(Task, "_after_stop", after_stop)
@@ -443,3 +451,5 @@ def test_rank_0_alone_requeues_and_only_failures_end_a_task(
     else:
         Task(run_dir.path)()
     assert bool(stops) == requeued
+    left = {1} if rank == "0" else {0, 2, 3}
+    assert recorded_errors(run_dir.logs).keys() - {int(rank)} == left

@@ -74,6 +74,36 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     Path("together").write_text("1")
 
 
+def test_a_point_that_another_command_trains_is_left_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two commands of one sweep at once: one process of a point gets the lock, one is refused."""
+    real = run_points._start_worker
+
+    def start(point: Point, variables: dict[str, str]) -> Any:
+        run_dir = RunDir(point.dir)
+        locks.append(run_dir.lock())
+        run_dir.write_status(state="running", step=3)
+        return real(point, variables)
+
+    locks: list[Any] = []
+    monkeypatch.setattr(run_points, "_start_worker", start)
+    monkeypatch.setattr(
+        run_points, "worker_command", lambda path: [sys.executable, "-I", "-c", "exit(2)"]
+    )
+    assert main([*ARGV, "seed=1,2"]) == 0
+    for point in Path("sweeps/s").glob("seed=*"):
+        status = RunDir(point).read_status()
+        assert (status["state"], status.get("last_error")) == ("running", None)
+    assert "sweep sweeps/s: 2 running" in capsys.readouterr().out
+    for lock in locks:
+        lock.close()
+    # Without the other command it is a failure.
+    monkeypatch.setattr(run_points, "_start_worker", real)
+    assert main([*ARGV, "seed=1,2"]) == 1
+    assert "sweep sweeps/s: 2 failed" in capsys.readouterr().out
+
+
 def events() -> list[tuple[str, str, str]]:
     """Return what the workers wrote, in its order: what, seed, GPUs."""
     lines = Path("events").read_text().splitlines()
