@@ -16,9 +16,8 @@ from typing import Any
 from lunaris.errors import UserError
 from lunaris.launch.requeue import exclude, is_running, requeue, requeue_without
 from lunaris.runs.first_cause import first_cause, recorded_errors
-from lunaris.runs.run_dir import RunDir
+from lunaris.runs.run_dir import FINISHED, RunDir
 from lunaris.runs.slurm_client import cancel_jobs
-from lunaris.runs.status import FINISHED
 
 
 def main(argv: list[str]) -> None:

@@ -10,6 +10,7 @@ from lunaris.data import manifest as manifests
 from lunaris.errors import UserError
 from lunaris.runs.discovery import FoundRun, expected_runs, is_run, is_sweep
 from lunaris.runs.preparation import is_preparation
+from lunaris.runs.run_dir import FINISHED
 from lunaris.runs.slurm_client import LOCAL
 from lunaris.runs.status import RunState, refuse_unknown, resolve_states
 
@@ -27,7 +28,7 @@ def awaited_jobs(keys: SlurmLaunchConfig) -> list[str]:
     ids = [
         _job_of(folder, run, state)
         for (folder, run), state in zip(folders, states, strict=True)
-        if state.state != "done"
+        if state.state not in FINISHED
     ]
     return [f"afterok:{':'.join(dict.fromkeys(ids))}"] if ids else []
 

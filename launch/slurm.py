@@ -41,9 +41,9 @@ from lunaris.launch.submitit_internals import (
     sbatch_script,
 )
 from lunaris.runs.create import create
-from lunaris.runs.run_dir import RunDir
+from lunaris.runs.run_dir import FINISHED, RunDir
 from lunaris.runs.slurm_client import LOCAL, refusal_of
-from lunaris.runs.status import FINISHED, RunState, has_trained, refuse_active, resolve_states
+from lunaris.runs.status import RunState, has_trained, refuse_active, resolve_states
 
 _POLL_S = 2.0
 

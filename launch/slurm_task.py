@@ -18,9 +18,8 @@ from lunaris.launch.requeue import Job
 from lunaris.launch.submitit_internals import REQUEUE_EXIT_CODE, SIGNALLED
 from lunaris.launch.worker import main
 from lunaris.runs.first_cause import recorded_errors
-from lunaris.runs.run_dir import RunDir
+from lunaris.runs.run_dir import FINISHED, RunDir
 from lunaris.runs.slurm_client import current_job_id
-from lunaris.runs.status import FINISHED
 
 
 class Task:

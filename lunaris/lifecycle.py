@@ -13,7 +13,7 @@ from lunaris.console import say
 from lunaris.distributed import collectives, preflight, session
 from lunaris.errors import RunFailed, Stopped, UserError
 from lunaris.runs.checkpoint_files import full_disk
-from lunaris.runs.run_dir import RunDir
+from lunaris.runs.run_dir import FINISHED, RunDir
 from lunaris.runs.slurm_client import current_job_id
 
 
@@ -44,7 +44,7 @@ def track_status(cfg: Config, run_dir: RunDir) -> Iterator[None]:
     if session.rank() != 0:
         yield
         return
-    was_done = run_dir.read_status().get("state") == "done"
+    before = run_dir.read_status().get("state")
     attempts, job_id = run_dir.record_attempt(session.world_size()), current_job_id()
     run_dir.write_status(state="running", attempts=attempts, last_error=None, job_id=job_id)
     try:
@@ -55,7 +55,7 @@ def track_status(cfg: Config, run_dir: RunDir) -> Iterator[None]:
         raise
     except BaseException as error:
         # A run that was done stays done when it cannot start again, because its data moved say.
-        state = "done" if was_done and isinstance(error, UserError) else "failed"
+        state = before if before in FINISHED and isinstance(error, UserError) else "failed"
         # The error that counts is the first one, also where a full disk takes no status.
         with suppress(OSError):
             run_dir.write_status(state=state, last_error=f"{type(error).__name__}: {error}")

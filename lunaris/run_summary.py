@@ -42,6 +42,8 @@ def describe(run: Run) -> str:
             f"{trainer.precision} on {run.parallelism.device.type}",
         ),
     ]
+    if run.state.step < trainer.end() < trainer.max_steps:
+        lines.append(labelled("pauses", f"after step {trainer.end():,} (trainer.stop_at)"))
     if run.precision.emulated:
         text = f"this processor only emulates trainer.precision={trainer.precision}; fp32 is many "
         lines.append(labelled("note", f"{text}times as fast here"))

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lunaris.config.hydra_internals import PLUGIN_PACKAGE
-from lunaris.errors import UserError
+from lunaris.errors import Stopped, UserError
 from lunaris.launch.sweep.points import Outcome, Point, PointLauncher, Sweep
 from lunaris.metrics.records import read_rows
-from lunaris.runs.run_dir import RunDir
+from lunaris.runs.run_dir import FINISHED, RunDir
+from lunaris.runs.status import resolve_states
 
 # The sweeper, as `hydra.sweeper._target_` names it.
 HALVING = f"{PLUGIN_PACKAGE}.Halving"
@@ -43,6 +44,7 @@ def plan_rungs(points: list[Point], sweeper: Any) -> list[Rung]:
     if not isinstance(factor, int) or factor < 2:
         raise UserError(f"hydra.sweeper.factor={factor}: must be a whole number of at least 2")
     last, interval = _compared(points)
+    _check_waits(points[0])
     if first is None:
         # As many rungs as it takes until one point is left.
         first = max(1, last // factor ** _divisions(len(points), factor))
@@ -58,6 +60,11 @@ def plan_rungs(points: list[Point], sweeper: Any) -> list[Rung]:
         left = math.ceil(left / factor)
         first *= factor
         step = max(step + interval, math.ceil(first / interval) * interval)
+    if not rungs and left > 1:
+        raise UserError(
+            f"{CHOICE}: from hydra.sweeper.first_step={first} on there is no evaluation before the "
+            f"last of {last} steps; lower it, or trainer.eval_interval={interval}"
+        )
     return [*rungs, Rung(left, last)]
 
 
@@ -74,26 +81,60 @@ def run_rungs(
     """Train the points from rung to rung; return how each ended: done, paused or failed.
 
     A point that fails before a rung is out. Raises UserError, having written nothing, where the
-    points cannot be compared or the launcher does not wait for them, and what the launcher raises.
+    points cannot be compared or the launcher does not wait for them; Stopped where a point has not
+    come to a rung for another reason; and what the launcher raises.
     """
     rungs = plan_rungs(points, sweeper)
-    _check_waits(points[0])
     ended: dict[str, Outcome] = {}
     print(f"halving {in_words(rungs)}", flush=True)
     for number, rung in enumerate(rungs, 1):
         last = number == len(rungs)
-        print(f"rung    {number} of {len(rungs)}: {in_words([rung])}", flush=True)
         at = [_until(point, None if last else rung.step) for point in points]
+        if not last:
+            _check_losses(at)
+        here = in_words([Rung(len(points), rung.step)])
+        print(f"rung    {number} of {len(rungs)}: {here}", flush=True)
         # What is left out later is not removed from the sweep.
         sweep.complete = number == 1
         outcomes = launcher.submit(sweep, at)
         ended |= {outcome.point.name: outcome for outcome in outcomes}
-        if not last:
-            points = _best([outcome.point for outcome in outcomes], rungs[number])
+        if last:
+            break
+        _raise_if_missing(outcomes)
+        points = _best([outcome.point for outcome in outcomes], rungs[number])
         if not points:
             print("no point has a validation loss to go on with", flush=True)
             break
     return list(ended.values())
+
+
+def _check_losses(points: list[Point]) -> None:
+    """Raise UserError for a point that has trained past a rung without an evaluation there."""
+    for point in points:
+        if point.done and _loss_at(point) is None:
+            raise UserError(
+                f"{point.dir}: has trained past step {point.cfg.trainer.end()} and has no "
+                "validation loss there to be compared by, as it was evaluated at other steps; "
+                "give trainer.eval_interval and hydra.sweeper.first_step as before, or another "
+                "`name=`"
+            )
+
+
+def _raise_if_missing(outcomes: Sequence[Outcome]) -> None:
+    """Raise Stopped where a point has neither come to its rung nor failed.
+
+    It was preempted or cancelled, say, or another command trains it. Who trains on is decided when
+    all are there.
+    """
+    for outcome in outcomes:
+        if outcome.point.done:
+            continue
+        (state,) = resolve_states([outcome.point.dir])
+        if state.state not in ("failed", "out_of_memory"):
+            raise Stopped(
+                f"at {outcome.point.dir}: {state.state} before step "
+                f"{outcome.point.cfg.trainer.end()}; run the same command to continue"
+            )
 
 
 def _divisions(points: int, factor: int) -> int:
@@ -148,20 +189,31 @@ def _until(point: Point, step: int | None) -> Point:
 
 
 def _best(points: Sequence[Point], rung: Rung) -> list[Point]:
-    """Return the points that train on to a rung, in their order, and print which and why."""
-    losses = {point.name: _loss_at(point) for point in points}
-    finite = [point for point in points if math.isfinite(losses[point.name])]
+    """Return the points that train on to a rung, in their order, and print which and why.
+
+    The others are paused from now on, also one that was stopped on a later rung of an earlier
+    command.
+    """
+    found = {point.name: _loss_at(point) for point in points}
+    losses = {name: loss for name, loss in found.items() if loss is not None}
+    finite = [point for point in points if math.isfinite(losses.get(point.name, math.nan))]
     ranked = sorted(finite, key=lambda point: losses[point.name])  # Stable, where two are equal.
     kept = {point.name for point in ranked[: rung.points]}
     for point in ranked:
         said = "trains on" if point.name in kept else "stays"
         print(f"        {losses[point.name]:.4f}  {point.name}: {said}", flush=True)
+        run_dir = RunDir(point.dir)
+        if point.name not in kept and run_dir.read_status().get("state") not in FINISHED:
+            run_dir.write_status(state="paused", last_error=None)
+    for point in points:
+        if point not in finite:
+            print(f"        -       {point.name}: out, without a validation loss", flush=True)
     return [point for point in finite if point.name in kept]
 
 
-def _loss_at(point: Point) -> float:
-    """Return the validation loss of a point where it paused (nats), or NaN without one."""
-    step, found = point.cfg.trainer.end(), math.nan
+def _loss_at(point: Point) -> float | None:
+    """Return the validation loss of a point where it paused (nats), or None without one."""
+    step, found = point.cfg.trainer.end(), None
     for row in read_rows(RunDir(point.dir).metrics_path):
         if row.get("step") == step and row.get("val/loss") is not None:
             found = row["val/loss"]

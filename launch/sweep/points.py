@@ -20,9 +20,10 @@ from lunaris.continuation.checks import check_start
 from lunaris.errors import UserError
 from lunaris.launch.sweep.removed import note_removed
 from lunaris.runs.create import create, refuse_other_config, take_world_size
+from lunaris.runs.facts import checkpoint_folders, is_complete, step_of
 from lunaris.runs.provenance import composed_with
-from lunaris.runs.run_dir import RunDir
-from lunaris.runs.status import FINISHED, has_trained, last_line
+from lunaris.runs.run_dir import FINISHED, RunDir
+from lunaris.runs.status import has_trained, last_line
 from lunaris.runs.sweep_manifest import ManifestPoint, read_points, write_points
 
 # A sweep of more points prints that it checks them, because that takes seconds.
@@ -44,7 +45,12 @@ class Point:
 
         `Sweep.plan` refuses a folder with another run.
         """
-        return has_trained(self.dir, self.cfg)
+        if has_trained(self.dir, self.cfg):
+            return True
+        # It was to pause, and has been trained further since, by a later rung say.
+        saved = filter(is_complete, checkpoint_folders(RunDir(self.dir).checkpoints))
+        end = self.cfg.trainer.stop_at
+        return end is not None and max(map(step_of, saved), default=0) >= end
 
 
 @dataclass
@@ -117,10 +123,13 @@ class Sweep:
             if RunDir(path).config_path.is_file()
         ]
 
-    def freeze(self, points: list[Point]) -> None:
-        """Write the sweep's manifest and the folder of every point that is not done."""
+    def freeze(self, points: list[Point], active: Sequence[Point] = ()) -> None:
+        """Write the sweep's manifest and the folder of every point that is not done.
+
+        active: points that have a job, whose folders stay as the job finds them.
+        """
         for point in points:
-            if not point.done:
+            if not point.done and point not in active:
                 with composed_with(self.composer.record(point.overrides)):
                     create(point.cfg, self.command, point.overrides)
         self.record(points)

@@ -19,8 +19,8 @@ from lunaris.errors import Stopped, UserError
 from lunaris.launch.sweep.places import Places
 from lunaris.launch.sweep.points import Outcome, Point, PointLauncher, Sweep, outcome_of
 from lunaris.launch.sweep.progress import Silent, SweepProgress
-from lunaris.runs.run_dir import RunDir
-from lunaris.runs.status import ACTIVE, FINISHED
+from lunaris.runs.run_dir import FINISHED, RunDir
+from lunaris.runs.status import ACTIVE
 
 _POLL_S = 0.2
 _LOCAL, _SLURM = f"{PLUGIN_PACKAGE}.LocalSweep", f"{PLUGIN_PACKAGE}.SlurmArray"
@@ -155,7 +155,11 @@ class _Group:
         return f"{len(self._waiting)} more to start" if self._waiting else ""
 
     def _raise_if_stopped(self) -> None:
-        stopped = [o.point for o in self._ended.values() if o.state == "stopped"]
+        halted = ["stopped"]
+        if self._signals.received is not None:
+            # A point that paused is not to train on after a signal.
+            halted.append("paused")
+        stopped = [o.point for o in self._ended.values() if o.state in halted]
         at = stopped or list(self._waiting)[:1]
         if at:
             folders = ", ".join(str(point.dir) for point in at)

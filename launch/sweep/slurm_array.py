@@ -13,9 +13,9 @@ from lunaris.launch.arrays import split
 from lunaris.launch.sending import array_of
 from lunaris.launch.slurm import Slurm, check_folder, say_dry, wait_until_ended
 from lunaris.launch.sweep.points import Outcome, Point, Sweep, outcome_of
-from lunaris.runs.run_dir import RunDir
+from lunaris.runs.run_dir import FINISHED, RunDir
 from lunaris.runs.slurm_client import max_array_size
-from lunaris.runs.status import ACTIVE, FINISHED, refuse_unknown, resolve_states
+from lunaris.runs.status import ACTIVE, refuse_unknown, resolve_states
 
 
 class SlurmPoints:
@@ -43,10 +43,11 @@ class SlurmPoints:
         paths = [point.dir for point in points]
         known = resolve_states(paths)
         refuse_unknown(paths, known)
-        states = zip(points, known, strict=True)
-        unsent = [p for p, s in states if not (p.done or (s.active and s.job_id))]
+        states = list(zip(points, known, strict=True))
+        active = [p for p, s in states if s.active and s.job_id]
+        unsent = [p for p in points if not p.done and p not in active]
         check_points(sweep, unsent)
-        sweep.freeze(points)
+        sweep.freeze(points, active)
         send_points(sweep, unsent)
         if not launch.wait:
             # From the files: SLURM does not report a job that it has only just taken.

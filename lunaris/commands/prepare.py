@@ -82,7 +82,7 @@ def _for_tasks(composer: Composer, overrides: list[str]) -> list[str]:
 
     if not _is_slurm(composer.compose_raw(overrides).launch):
         return overrides
-    given = {text.partition("=")[0] for text in overrides}
+    given = {text.partition("=")[0].lstrip("+~") for text in overrides}
     values = {f"launch.{key}": allowed[0] for key, allowed in _SHAPE.items()}
     values |= {f"launch.{key}": default for key, default in _OF_RUNS.items()}
     set_there = flat(composer.defaults.keys).keys() - given

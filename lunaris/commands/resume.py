@@ -22,8 +22,8 @@ from lunaris.errors import UserError, did_you_mean
 from lunaris.runs.changes import read_changes
 from lunaris.runs.create import create
 from lunaris.runs.discovery import expected_runs, is_run, is_sweep
-from lunaris.runs.run_dir import RunDir, not_a_run
-from lunaris.runs.status import ACTIVE, FINISHED, STATES, RunState, refuse_unknown, resolve_states
+from lunaris.runs.run_dir import FINISHED, RunDir, not_a_run
+from lunaris.runs.status import ACTIVE, STATES, RunState, refuse_unknown, resolve_states
 from lunaris.runs.sweep_manifest import ManifestPoint, read_manifest
 
 if TYPE_CHECKING:
@@ -31,7 +31,10 @@ if TYPE_CHECKING:
     from lunaris.data.base import Data
     from lunaris.launch.sweep.points import Point, Sweep
 
+# Which states go on where `--only` names none, and which it may name.
 _UNDONE = tuple(state for state in STATES if state not in (*FINISHED, "unknown", *ACTIVE))
+_NAMED = (*_UNDONE, "paused")
+_TO_THE_END = "trainer.stop_at=null"
 
 
 def main(argv: list[str]) -> int:
@@ -43,6 +46,8 @@ def main(argv: list[str]) -> int:
     wanted = _states(args.only)
     skipped = _sequences(args.skip_sequences)
     if is_run(folder):
+        if "paused" in wanted and not args.overrides and _state_of(folder) == "paused":
+            args.overrides = [_TO_THE_END]
         if args.overrides or args.at is not None:
             return _change_run(folder, args, shlex.join(["lunaris", "resume", *argv]), skipped)
         return _resume_run(folder, wanted, skipped)
@@ -98,7 +103,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--only",
         metavar="STATES",
-        help=f"of a sweep, only the points in these states: {', '.join(_UNDONE)}",
+        help=f"of a sweep, only the points in these states: {', '.join(_NAMED)}; those that "
+        "paused train to their end",
     )
     parser.add_argument(
         "--skip-sequences",
@@ -124,9 +130,9 @@ def _sequences(text: str | None) -> tuple[int, int] | None:
 def _states(only: str | None) -> tuple[str, ...]:
     wanted = tuple(only.split(",")) if only else _UNDONE
     for state in wanted:
-        if state not in _UNDONE:
+        if state not in _NAMED:
             raise UserError(
-                f"--only {state}: allowed are {', '.join(_UNDONE)}{did_you_mean(state, _UNDONE)}"
+                f"--only {state}: allowed are {', '.join(_NAMED)}{did_you_mean(state, _NAMED)}"
             )
     return wanted
 
@@ -153,6 +159,10 @@ def _change_run(
     return submit(plan.cfg, run_dir.noted("command") or "", run_dir.noted("overrides") or [])
 
 
+def _state_of(folder: Path) -> str:
+    return str(RunDir(folder).read_status().get("state"))
+
+
 def _refuse_active(folder: Path) -> RunState:
     """Return the state of a run; raise UserError if it is queued or running, or may be."""
     (state,) = resolve_states([folder])
@@ -172,7 +182,7 @@ def _resume_run(
     if state.state not in wanted:
         said = f"{state.state}; nothing to do"
         if state.state == "paused":
-            longer = shlex.join(["lunaris", "resume", str(folder), "trainer.stop_at=null"])
+            longer = shlex.join(["lunaris", "resume", str(folder), _TO_THE_END])
             said = f"paused by trainer.stop_at; `{longer}` continues to the last step"
         print(f"{folder}: {said}")
         return 0
@@ -234,9 +244,12 @@ def _resume_sweep(
     if manifest.removed:
         named = ", ".join(manifest.removed)
         print(f"left out, because the sweep's last command does not have them: {named}")
-    chosen = {run.name for run, s in zip(found, states, strict=True) if s.state in wanted}
+    by_name = {run.name: s.state for run, s in zip(found, states, strict=True)}
+    chosen = {name for name, state in by_name.items() if state in wanted}
+    paused = {name for name, state in by_name.items() if state == "paused"}
     if not chosen:
-        print(f"{folder}: no point is {' or '.join(wanted)}; nothing to do")
+        further = f"; --only paused trains {len(paused)} to the end" if paused else ""
+        print(f"{folder}: no point is {' or '.join(wanted)}; nothing to do{further}")
         return 0
     from lunaris.continuation.change import plan_change
     from lunaris.launch.sweep.points import Sweep
@@ -251,9 +264,10 @@ def _resume_sweep(
     for row in rows:
         try:
             point = _point(folder, row, flags, manifest.command, checked)
-            if args.overrides:
+            changes = [*args.overrides, *([_TO_THE_END] if row.name in paused else [])]
+            if changes:
                 run_dir = RunDir(point.dir)
-                plan = plan_change(run_dir, point.cfg, args.overrides, source=source, command=given)
+                plan = plan_change(run_dir, point.cfg, changes, source=source, command=given)
                 plans.append(plan)
                 point = replace(point, cfg=plan.cfg)
             points.append(point)

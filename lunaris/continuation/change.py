@@ -99,7 +99,9 @@ def plan_change(
             f"steps, or {back if earlier else 'start another run by `lunaris fork`'}"
         )
     stop_at = new.trainer.stop_at
-    if stop_at is not None and stop_at <= step:
+    # A run that was stopped while it evaluated at that step has still to pause there.
+    reached = "trainer.stop_at" in keys or run_dir.read_status().get("state") == "paused"
+    if stop_at is not None and (stop_at < step or (stop_at == step and reached)):
         raise UserError(
             f"trainer.stop_at={stop_at}: the run is at step {step}; give a later step, or null"
         )

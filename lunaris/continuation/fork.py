@@ -61,7 +61,7 @@ def plan_fork(
     """
     parent = RunDir(folder)
     cfg = parent.read_config()
-    keys = [text.partition("=")[0] for text in overrides]
+    keys = [text.partition("=")[0].lstrip("+") for text in overrides]
     given = list(overrides)
     if "name" not in keys:
         given.append(f"name={quoted(_name(folder, overrides))}")

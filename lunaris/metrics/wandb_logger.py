@@ -51,7 +51,7 @@ class WandbLogger(Logger):
 
     def start(self, run_dir: RunDir, cfg: Config, step: int) -> None:
         """Start the process that feeds W&B. Raises OSError where it cannot be started."""
-        self._dir, self._step, self._last = run_dir, step, cfg.trainer.max_steps
+        self._dir, self._step, self._last = run_dir, step, cfg.trainer.end()
         if self._mode == "disabled":
             return
         start_state(run_dir, self._keys)

@@ -25,7 +25,7 @@ from lunaris.report.page import (
     View,
 )
 from lunaris.report.record import RunRecord
-from lunaris.runs.seeds import SEED, SeedGroup, by_seed
+from lunaris.runs.seeds import SEED, SeedGroup, by_seed, compared
 from lunaris.runs.sweep_manifest import Manifest
 
 # Points of a curve, so that hundreds of curves stay quick to draw.
@@ -52,7 +52,9 @@ def sweep_page(folder: Path, manifest: Manifest, records: Sequence[RunRecord]) -
     points = [Point(r, values_of(r.overrides), r.val_loss()) for r in records]
     keys = list(dict.fromkeys(key for point in points for key in point.values))
     points.sort(key=lambda point: float("inf") if point.loss is None else point.loss)
-    groups = by_seed((p.values, p.loss) for p in points) if SEED in keys else []
+    counted = compared([point.record.state.state for point in points])
+    of_seeds = [(p.values, p.loss) for p, counts in zip(points, counted, strict=True) if counts]
+    groups = by_seed(of_seeds) if SEED in keys else []
     counts = Counter(point.record.state.state for point in points)
     sections = [Section("summary", "Summary", _summary(folder, manifest, points, counts))]
     sections.append(Section("points", "Points", [_table(folder, points, keys)], _SORTED))

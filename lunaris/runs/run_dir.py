@@ -66,6 +66,8 @@ _PROVENANCE: dict[str, Callable[[object], bool]] = {
     "eot_id": lambda value: value is None or _is_count(value), "git": _is_map,
 }  # fmt: skip
 _RULES = {"status.json": _STATUS, "provenance.json": _PROVENANCE}
+# The states of a run that has trained as far as its config says.
+FINISHED = ("done", "paused")
 
 
 def not_a_run(folder: Path, further: str = "") -> str:

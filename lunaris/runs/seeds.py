@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import isfinite
 from typing import NamedTuple
 
@@ -24,6 +24,12 @@ class SeedGroup(NamedTuple):
     def spread(self) -> float | None:
         """The standard deviation of the losses; None of fewer than two."""
         return statistics.stdev(self.losses) if len(self.losses) > 1 else None
+
+
+def compared(states: Sequence[str]) -> list[bool]:
+    """Return which points have losses to compare: of those that paused none, if others are done."""
+    some_done = "done" in states
+    return [not (some_done and state == "paused") for state in states]
 
 
 def by_seed(points: Iterable[tuple[Mapping[str, str], float | None]]) -> list[SeedGroup]:

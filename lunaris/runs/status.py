@@ -14,15 +14,17 @@ import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from lunaris.config.schema.root import Config
 from lunaris.errors import UserError
 from lunaris.runs.discovery import expected_runs
 from lunaris.runs.first_cause import FirstCause, first_cause, last_attempt
 from lunaris.runs.preparation import failed_task, job_ids, leading_job, log_of_task
-from lunaris.runs.run_dir import RunDir
+from lunaris.runs.run_dir import FINISHED, RunDir
 from lunaris.runs.slurm_client import LOCAL, UNREACHED, JobState, ask_slurm, is_process
+
+if TYPE_CHECKING:
+    from lunaris.config.schema.root import Config
 
 # In the order in which they are printed.
 STATES = (
@@ -41,8 +43,6 @@ STATES = (
     "unknown",
 )
 ACTIVE = ("queued", "running")
-# What a run writes that has trained as far as its config says.
-FINISHED = ("done", "paused")
 
 _WAITING = ("PENDING", "CONFIGURING", "REQUEUED", "REQUEUE_FED", "REQUEUE_HOLD", "SPECIAL_EXIT")
 _AT_WORK = ("RUNNING", "COMPLETING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "RESIZING")
@@ -74,7 +74,6 @@ _IN_WORDS = {
     "out_of_memory": "ran out of memory",
     "cancelled": "was cancelled",
     "stopped": "was stopped",
-    "paused": "is paused",
     "missing": "never started",
 }
 
@@ -141,10 +140,10 @@ def _current(status: dict[str, Any], jobs: dict[str, JobState]) -> JobState | No
 
 
 def has_trained(path: Path, cfg: Config) -> bool:
-    """Return whether the run in `path` has trained as far as `cfg` says, or further."""
-    status, end = RunDir(path).read_status(), cfg.trainer.end()
-    state, step = status.get("state"), status.get("step", 0)
-    return state == "done" or step > end or (state == "paused" and step == end)
+    """Return whether the run in `path` is done, or paused where `cfg` says or later."""
+    status = RunDir(path).read_status()
+    paused = status.get("state") == "paused" and status.get("step", 0) >= cfg.trainer.end()
+    return paused or status.get("state") == "done"
 
 
 def refuse_active(path: Path) -> None:
@@ -220,7 +219,7 @@ def _unmet(path: Path, status: dict[str, Any]) -> str:
         except UserError:  # Nothing is left there.
             paths = [awaited]
         for other, state in zip(paths, resolve_states(paths), strict=True):
-            if state.ended and state.state != "done":
+            if state.ended and state.state not in FINISHED:
                 return f"{other}, for which it waited, {_IN_WORDS.get(state.state, state.state)}"
     return ""
 

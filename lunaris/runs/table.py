@@ -12,7 +12,7 @@ from typing import Any
 
 from lunaris.config.run_names import unsaid_by
 from lunaris.errors import UserError, did_you_mean
-from lunaris.runs.seeds import SEED, by_seed
+from lunaris.runs.seeds import SEED, by_seed, compared
 from lunaris.runs.status import STATES, last_line
 
 Row = dict[str, Any]
@@ -168,7 +168,8 @@ def _seed_tables(sweep: str | None, rows: list[Row]) -> list[Table]:
     """Return the table of the means over the seeds, where points differ in nothing else."""
     if sweep is None or not any(SEED in row["values"] for row in rows):
         return []
-    groups = by_seed((row["values"], row["best_val_loss"]) for row in rows)
+    counted = zip(rows, compared([row["state"] for row in rows]), strict=True)
+    groups = by_seed((row["values"], row["best_val_loss"]) for row, counts in counted if counts)
     if not groups:
         return []
     keys = list(dict.fromkeys(key for group in groups for key in group.values))

@@ -57,7 +57,8 @@ def test_the_best_point_of_a_sweep_is_found_and_named(
     paused.write_text(text.replace("  stop_at: null\n", "  stop_at: 3\n"))
     fork = plan_fork(best, ["trainer.max_steps=20"])
     assert fork.cfg.trainer.stop_at is None and "trainer.stop_at" in fork.change.keys
-    assert plan_fork(best, ["trainer.stop_at=5"]).cfg.trainer.stop_at == 5
+    for prefix in ("", "++"):
+        assert plan_fork(best, [f"{prefix}trainer.stop_at=5"]).cfg.trainer.stop_at == 5
     assert fork.cfg.out_dir == "runs/seed=2,trainer.max_steps=20"
     assert fork.cfg.name == "seed=2,trainer.max_steps=20"
 

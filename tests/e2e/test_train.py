@@ -174,6 +174,7 @@ def test_a_run_that_paused_and_went_on_equals_one_that_did_not(
     assert [row["step"] for row in read_rows(parts.metrics_path)] == [0, 1, 2, 3]
     printed = capsys.readouterr().out
     folder = tmp_path / "runs/parts"
+    assert "pauses     after step 3 (trainer.stop_at)" in printed
     assert "paused     after step 3 of 8 (trainer.stop_at)" in printed
     assert f"lunaris resume {folder} trainer.stop_at=null" in printed
     # Once more there is nothing to do, and it is no fault.
@@ -185,7 +186,7 @@ def test_a_run_that_paused_and_went_on_equals_one_that_did_not(
         assert f"trainer.stop_at={step}: the run is at step 3; give" in capsys.readouterr().err
     assert main(["resume", str(folder), "trainer.stop_at=6"]) == 0
     assert parts.read_status()["state"] == "paused" and parts.read_status()["step"] == 6
-    assert main(["resume", str(folder), "trainer.stop_at=null"]) == 0
+    assert main(["resume", str(folder), "--only", "paused"]) == 0
     assert parts.read_status()["state"] == "done"
     assert_same_run(whole, parts, tmp_path)
     # A run that is done stays so.

@@ -104,8 +104,9 @@ def test_defaults_of_a_site_for_runs_are_not_those_of_a_preparation(
     assert "launch.partition=gpu" in shown.err and "gpus_per_node" not in shown.err
     assert "--partition=gpu" in shown.out and "gpus" not in shown.out
     # What the command itself says is refused as before, and runs keep their defaults.
-    assert main([*COMMAND, "launch.dry_run=true", "launch.nodes=4"]) == 2
-    assert "launch.nodes=4: must be 1 for" in capsys.readouterr().err
+    for text in ("launch.nodes=4", "++launch.nodes=4"):
+        assert main([*COMMAND, "launch.dry_run=true", text]) == 2
+        assert "launch.nodes=4: must be 1 for" in capsys.readouterr().err
     assert main(["train", "launch=slurm", "launch.dry_run=true", "parallelism=fsdp"]) == 0
     assert "--gpus-per-node=8" in capsys.readouterr().out
 

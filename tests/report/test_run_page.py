@@ -70,9 +70,9 @@ def test_the_warnings_say_what_is_wrong(
 def test_a_run_that_paused_is_no_fault(
     make_run: Callable[..., Path], report_of: Callable[..., Any]
 ) -> None:
-    folder = make_run("runs/x", ROWS, state="paused")
+    folder = make_run("runs/x", ROWS, state="paused", max_steps=20)
     text = " ".join(report_of(str(folder)).text.split())
-    assert "The run is paused at step 8 of 8 (trainer.stop_at)." in text
+    assert "The run is paused at step 8 of 20 (trainer.stop_at)." in text
     assert "lunaris resume runs/x trainer.stop_at=null" in text
 
 

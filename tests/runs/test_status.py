@@ -329,7 +329,7 @@ def test_a_run_that_paused_needs_no_job(tmp_path: Path, job: str | None) -> None
         ("paused", 3, None, False),
         ("paused", 5, 3, True),
         ("running", 3, 3, False),  # Its checkpoint may not be saved yet.
-        ("stopped", 4, 3, True),
+        ("stopped", 4, 3, False),  # Of a step alone nobody knows whether it was saved.
         ("done", 8, None, True),
         ("done", 8, 3, True),
         ("failed", 8, None, False),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ import pytest
 from omegaconf import OmegaConf
 
 from lunaris.__main__ import main
-from lunaris.launch.sweep import run_points
+from lunaris.launch.sweep import halving, run_points
 from lunaris.launch.sweep.halving import Rung, in_words, plan_rungs
 from lunaris.launch.sweep.points import Point
 from lunaris.runs.run_dir import RunDir
+from lunaris.runs.status import RunState
 
 ARGV = [
     "train", "-m", "hydra/sweeper=halving", "data=synthetic", "name=s", "trainer.max_steps=90",
@@ -23,27 +25,46 @@ ARGV = [
 ]  # fmt: skip
 
 # Stands for the worker: trains on to the step at which the point pauses, with a validation loss
-# that the seed gives. Seed 13 fails, and seed 1 is stopped by a signal once, at step 40.
+# that the seed gives. Seed 13 fails, seed 99 has no loss, seed 1 is stopped once at step 40, and
+# seed 14 is killed once at step 35, before its first save. After seed 15 has paused, its parent
+# gets a signal while it ends.
 WORKER = """\
-import json, pathlib, sys, yaml
+import json, os, pathlib, signal, sys, time, yaml
 folder = pathlib.Path(sys.argv[1])
 cfg = yaml.safe_load((folder / "config.yaml").read_text())
 seed, trainer = cfg["seed"], cfg["trainer"]
+before = json.loads((folder / "status.json").read_text()).get("step", 0)
 def status(**content):
     (folder / "status.json").write_text(json.dumps(content))
+def save(step):
+    path = folder / "checkpoints" / f"step_{step:08d}"
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "files.json").write_text("{}")
+def evaluate(step, loss):
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, "val/loss": loss}) + "\\n")
 with open("trained", "a") as file:
     file.write(f"{seed} {trainer['stop_at']}\\n")
 if seed == 13:
     raise RuntimeError("unlucky")
-end = trainer["stop_at"] or trainer["max_steps"]
-before = json.loads((folder / "status.json").read_text()).get("step", 0)
 if seed == 1 and before == 30:
+    save(40)
     status(state="stopped", step=40)
     sys.exit(3)
+if seed == 14 and before == 0:
+    status(state="running", step=35)
+    os.kill(os.getpid(), signal.SIGKILL)
+end = trainer["stop_at"] or trainer["max_steps"]
+interval = trainer["eval_interval"]
+for step in range(before - before % interval + interval, end + 1, interval):
+    evaluate(step, float("nan") if seed == 99 else seed + 1 / step)
+save(end)
 loss = float("nan") if seed == 99 else seed + 1 / end
-with open(folder / "metrics.jsonl", "a") as file:
-    file.write(json.dumps({"step": end, "val/loss": loss}) + "\\n")
 status(state="done" if end == trainer["max_steps"] else "paused", step=end, best_val_loss=loss)
+if seed == 15 and trainer["stop_at"]:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    os.kill(os.getppid(), signal.SIGTERM)
+    time.sleep(0.3)
 """
 
 
@@ -125,6 +146,92 @@ def test_without_a_loss_to_go_on_with_the_sweep_ends(capsys: pytest.CaptureFixtu
     assert states() == {"seed=13": ("failed", 0), "seed=99": ("paused", 30)}
 
 
+@pytest.mark.usefixtures("quick")
+def test_a_signal_at_the_end_of_a_rung_ends_the_sweep(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*ARGV, "seed=15"]) == 0  # Alone it has no rung at which to pause.
+    Path("trained").unlink()
+    assert main([*ARGV, "name=t", "seed=15,16"]) == 3
+    assert trained() == ["15 30"]
+    assert "sweeps/t/seed=15; run the same command to continue" in capsys.readouterr().err
+    assert RunDir("sweeps/t/seed=15").read_status()["state"] == "paused"
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_step_without_a_checkpoint_does_not_count(capsys: pytest.CaptureFixture[str]) -> None:
+    given = [*ARGV, "hydra.sweeper.first_step=30", "seed=2,3"]
+    assert main(given) == 0
+    point = RunDir("sweeps/s/seed=3")
+    # As a process writes it that is killed between a row and its next save.
+    point.write_status(state="failed", step=35)
+    (point.checkpoints / "step_00000030/files.json").unlink()
+    before = trained()
+    assert main(given) == 0
+    assert trained() == [*before, "3 30"] and states()["seed=3"][0] == "paused"
+    # With it, the point is where it was to pause, and stays there, also in `lunaris runs`.
+    (point.checkpoints / "step_00000035").mkdir()
+    (point.checkpoints / "step_00000035/files.json").write_text("{}")
+    point.write_status(state="stopped", step=35)
+    assert main(given) == 0
+    assert trained() == [*before, "3 30"] and states()["seed=3"] == ("paused", 35)
+    assert "sweep sweeps/s: 1 done, 1 paused" in capsys.readouterr().out
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_point_that_was_killed_before_a_rung_is_out_until_it_is_tried_again() -> None:
+    given = [*ARGV, "hydra.sweeper.first_step=30", "seed=14,2"]
+    assert main(given) == 1
+    assert states() == {"seed=14": ("failed", 35), "seed=2": ("done", 90)}
+
+
+@pytest.mark.usefixtures("quick")
+def test_points_that_were_evaluated_at_other_steps_are_refused(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    given = "seed=2,3,4,5,6,7,8,9,10"
+    assert main([*ARGV, given]) == 0
+    before = trained()
+    others = [text for text in ARGV if not text.startswith("trainer.eval_interval")]
+    assert main([*others, "trainer.eval_interval=4", given]) == 2
+    error = capsys.readouterr().err
+    assert "sweeps/s/seed=2: has trained past step 12 and has no validation loss there" in error
+    assert trained() == before
+    # As is a sweep that began without rungs and never evaluated there.
+    whole = ["train", "-m", *others[3:], "name=w", "trainer.eval_interval=45", "seed=1,2"]
+    assert main(whole) == 0
+    assert main([*ARGV, "name=w", "seed=1,2"]) == 2
+    assert "sweeps/w/seed=1: has trained past step 30" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_point_that_has_not_come_to_its_rung_halts_the_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = halving.resolve_states
+
+    def cancelled(paths: list[Path]) -> list[RunState]:
+        return [replace(state, state="cancelled") for state in real(paths)]
+
+    monkeypatch.setattr(halving, "resolve_states", cancelled)
+    assert main([*ARGV, "seed=13,2,3,4"]) == 3
+    error = capsys.readouterr().err
+    assert "at sweeps/s/seed=13: cancelled before step 10; run the same command" in error
+    assert {step for _, step in states().values()} == {0, 10}
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_points_that_were_left_out_train_on_where_they_are_told_to(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main([*ARGV, "seed=2,3,4"]) == 0
+    # The others have trained less: a mean with them would say nothing.
+    assert main(["runs", "sweeps/s"]) == 0
+    assert "means of the best" not in capsys.readouterr().out
+    assert main(["resume", "sweeps/s"]) == 0
+    assert "nothing to do; --only paused trains 2 to the end" in capsys.readouterr().out
+    assert main(["resume", "sweeps/s", "--only", "pausd"]) == 2
+    assert "did you mean paused?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("points", "keys", "rungs"),
     [
@@ -165,6 +272,11 @@ def test_rungs_are_a_factor_apart_at_steps_that_are_evaluated(
         (["trainer.eval_interval=null"], "trainer.eval_interval=null: hydra/sweeper=halving com"),
         (["trainer.eval_interval=90"], "trainer.eval_interval=90: hydra/sweeper=halving compar"),
         (["trainer.stop_at=10"], "trainer.stop_at=10: hydra/sweeper=halving chooses the steps"),
+        (
+            ["hydra.sweeper.first_step=86"],
+            "hydra/sweeper=halving: from hydra.sweeper.first_step=86 on",
+        ),
+        (["launch=slurm", "--dry-run"], "launch.wait=false, launch.dry_run=false: hydra/sweeper="),
         (["launch=slurm"], "launch.wait=false, launch.dry_run=false: hydra/sweeper=halving choos"),
         (["hydra/launcher=basic"], "hydra/sweeper=halving: goes with the launchers of this pack"),
         (["hydra.sweeper.facto=2"], "hydra.sweeper.facto"),
