@@ -159,7 +159,8 @@ class _Group:
         if self._signals.received is not None:
             # A point that paused is not to train on after a signal.
             halted.append("paused")
-        stopped = [o.point for o in self._ended.values() if o.state in halted]
+        ended = (self._ended.get(point.name) for point in self._points)
+        stopped = [o.point for o in ended if o is not None and o.state in halted]
         at = stopped or list(self._waiting)[:1]
         if at:
             folders = ", ".join(str(point.dir) for point in at)
