@@ -10,7 +10,6 @@ from lunaris.data import manifest as manifests
 from lunaris.errors import UserError
 from lunaris.runs.discovery import FoundRun, expected_runs, is_run, is_sweep
 from lunaris.runs.preparation import is_preparation
-from lunaris.runs.run_dir import FINISHED
 from lunaris.runs.slurm_client import LOCAL
 from lunaris.runs.status import RunState, refuse_unknown, resolve_states
 
@@ -28,7 +27,7 @@ def awaited_jobs(keys: SlurmLaunchConfig) -> list[str]:
     ids = [
         _job_of(folder, run, state)
         for (folder, run), state in zip(folders, states, strict=True)
-        if state.state not in FINISHED
+        if state.state != "done"
     ]
     return [f"afterok:{':'.join(dict.fromkeys(ids))}"] if ids else []
 
@@ -52,6 +51,8 @@ def _job_of(folder: str, run: FoundRun, state: RunState) -> str:
     if not state.active:
         why = f" ({state.remark})" if state.remark else ""
         first = "send it again" if run.prepares else "resume it"
+        if state.state == "paused":
+            first = "continue it by `lunaris resume` with trainer.stop_at=null"
         raise UserError(f"{said}{why}; {first} first, or give launch.after=null")
     if state.job_id is None or state.job_id.startswith(LOCAL):
         raise UserError(f"{said} on a machine, not as a job of SLURM, which cannot wait for it")

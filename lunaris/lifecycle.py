@@ -44,7 +44,7 @@ def track_status(cfg: Config, run_dir: RunDir) -> Iterator[None]:
     if session.rank() != 0:
         yield
         return
-    before = run_dir.read_status().get("state")
+    before = run_dir.read_status()
     attempts, job_id = run_dir.record_attempt(session.world_size()), current_job_id()
     run_dir.write_status(state="running", attempts=attempts, last_error=None, job_id=job_id)
     try:
@@ -55,7 +55,9 @@ def track_status(cfg: Config, run_dir: RunDir) -> Iterator[None]:
         raise
     except BaseException as error:
         # A run that was done stays done when it cannot start again, because its data moved say.
-        state = before if before in FINISHED and isinstance(error, UserError) else "failed"
+        began = run_dir.read_status().get("step") != before.get("step")
+        kept = before.get("state") in FINISHED and isinstance(error, UserError) and not began
+        state = before["state"] if kept else "failed"
         # The error that counts is the first one, also where a full disk takes no status.
         with suppress(OSError):
             run_dir.write_status(state=state, last_error=f"{type(error).__name__}: {error}")

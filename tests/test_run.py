@@ -24,6 +24,28 @@ def test_a_run_that_ends_well_keeps_no_error_of_another_process(
 
 
 @pytest.mark.parametrize(
+    ("before", "step", "error", "after"),
+    [
+        ("done", 3, UserError("its data moved"), "done"),
+        ("paused", 3, UserError("its data moved"), "paused"),
+        # It has trained on since.
+        ("paused", 5, UserError("out of memory"), "failed"),
+        ("paused", 3, RuntimeError("x"), "failed"),
+        ("stopped", 3, UserError("its data moved"), "failed"),
+    ],
+)
+def test_what_has_ended_well_stays_so_where_it_cannot_start_again(
+    tmp_path: Path, tiny: Callable[..., Any], before: str, step: int, error: Exception, after: str
+) -> None:
+    run_dir = RunDir(tmp_path)
+    run_dir.write_status(state=before, step=3)
+    with pytest.raises(type(error)), track_status(tiny(), run_dir):
+        run_dir.write_status(step=step)
+        raise error
+    assert run_dir.read_status()["state"] == after
+
+
+@pytest.mark.parametrize(
     ("error", "message"),
     [
         (MemoryError(), r"out of memory here \(MemoryError\)"),

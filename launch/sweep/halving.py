@@ -17,7 +17,7 @@ from lunaris.config.hydra_internals import PLUGIN_PACKAGE
 from lunaris.errors import Stopped, UserError
 from lunaris.launch.sweep.points import Outcome, Point, PointLauncher, Sweep
 from lunaris.metrics.records import read_rows
-from lunaris.runs.run_dir import FINISHED, RunDir
+from lunaris.runs.run_dir import RunDir
 from lunaris.runs.status import resolve_states
 
 # The sweeper, as `hydra.sweeper._target_` names it.
@@ -95,7 +95,7 @@ def run_rungs(
         here = in_words([Rung(len(points), rung.step)])
         print(f"rung    {number} of {len(rungs)}: {here}", flush=True)
         # What is left out later is not removed from the sweep.
-        sweep.complete = number == 1
+        sweep.complete, sweep.more_follows = number == 1, not last
         outcomes = launcher.submit(sweep, at)
         ended |= {outcome.point.name: outcome for outcome in outcomes}
         if last:
@@ -123,18 +123,22 @@ def _check_losses(points: list[Point]) -> None:
 def _raise_if_missing(outcomes: Sequence[Outcome]) -> None:
     """Raise Stopped where a point has neither come to its rung nor failed.
 
-    It was preempted or cancelled, say, or another command trains it. Who trains on is decided when
-    all are there.
+    It was preempted or cancelled, say. Who trains on is decided when all are there.
     """
-    for outcome in outcomes:
-        if outcome.point.done:
-            continue
-        (state,) = resolve_states([outcome.point.dir])
-        if state.state not in ("failed", "out_of_memory"):
-            raise Stopped(
-                f"at {outcome.point.dir}: {state.state} before step "
-                f"{outcome.point.cfg.trainer.end()}; run the same command to continue"
-            )
+    left = [outcome for outcome in outcomes if not outcome.point.done]
+    states = [state.state for state in resolve_states([o.point.dir for o in left])]
+    missing = [
+        f"{outcome.point.dir} ({state})"
+        for outcome, state in zip(left, states, strict=True)
+        if state not in ("failed", "out_of_memory")
+    ]
+    if not missing:
+        return
+    for outcome, state in zip(left, states, strict=True):
+        if state in ("failed", "out_of_memory"):
+            print(f"{state}: {outcome.point.name}: {outcome.error}", flush=True)
+    step = outcomes[0].point.cfg.trainer.end()
+    raise Stopped(f"before step {step} at {', '.join(missing)}; run the same command to continue")
 
 
 def _divisions(points: int, factor: int) -> int:
@@ -191,10 +195,9 @@ def _until(point: Point, step: int | None) -> Point:
 def _best(points: Sequence[Point], rung: Rung) -> list[Point]:
     """Return the points that train on to a rung, in their order, and print which and why.
 
-    The others are paused from now on, also one that was stopped on a later rung of an earlier
-    command.
+    A point that failed before it could pause is out.
     """
-    found = {point.name: _loss_at(point) for point in points}
+    found = {point.name: _loss_at(point) for point in points if point.done}
     losses = {name: loss for name, loss in found.items() if loss is not None}
     finite = [point for point in points if math.isfinite(losses.get(point.name, math.nan))]
     ranked = sorted(finite, key=lambda point: losses[point.name])  # Stable, where two are equal.
@@ -202,12 +205,9 @@ def _best(points: Sequence[Point], rung: Rung) -> list[Point]:
     for point in ranked:
         said = "trains on" if point.name in kept else "stays"
         print(f"        {losses[point.name]:.4f}  {point.name}: {said}", flush=True)
-        run_dir = RunDir(point.dir)
-        if point.name not in kept and run_dir.read_status().get("state") not in FINISHED:
-            run_dir.write_status(state="paused", last_error=None)
     for point in points:
         if point not in finite:
-            print(f"        -       {point.name}: out, without a validation loss", flush=True)
+            print(f"        -       {point.name}: out, without a validation loss here", flush=True)
     return [point for point in finite if point.name in kept]
 
 

@@ -47,10 +47,11 @@ class Point:
         """
         if has_trained(self.dir, self.cfg):
             return True
-        # It was to pause, and has been trained further since, by a later rung say.
+        # It was to pause, and has been trained further since, by a later rung say. At that step
+        # itself its evaluation may be missing.
         saved = filter(is_complete, checkpoint_folders(RunDir(self.dir).checkpoints))
         end = self.cfg.trainer.stop_at
-        return end is not None and max(map(step_of, saved), default=0) >= end
+        return end is not None and max(map(step_of, saved), default=0) > end
 
 
 @dataclass
@@ -71,7 +72,7 @@ class Sweep:
     shared: the overrides that all points have; the others of a point make its name. warned: the
     lines that were printed of defaults, and of experiments that win over an option. zipped: what
     each `--zip` names. complete: whether all points are submitted together, so that others of the
-    manifest are removed ones.
+    manifest are removed ones. more_follows: whether points that pause will train on.
     """
 
     dir: Path
@@ -82,6 +83,7 @@ class Sweep:
     warned: set[str] = field(default_factory=set)
     zipped: Sequence[str] = ()
     complete: bool = False
+    more_follows: bool = False
 
     @property
     def name(self) -> str:

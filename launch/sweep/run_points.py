@@ -48,19 +48,23 @@ class LocalPoints:
         """
         sweep.freeze(points)
         # Of a sweeper that chooses points batch by batch, this is one batch.
-        return run_points(points, SweepProgress(points, first=len(sweep.outcomes)))
+        progress = SweepProgress(points, first=len(sweep.outcomes))
+        return run_points(points, progress, more_follows=sweep.more_follows)
 
 
-def run_points(points: Sequence[Point], progress: Silent) -> list[Outcome]:
+def run_points(
+    points: Sequence[Point], progress: Silent, *, more_follows: bool = False
+) -> list[Outcome]:
     """Train the points that are not done, each in its own process; return an outcome for each.
 
     As many run at a time as `Places` gives room. A point that fails or is killed makes room for the
     next one. The output of each process goes to the logs of its point. At a signal no further
     point starts, and every running one gets the signal, saves and ends. Raises Stopped, after all
-    that run have ended, where a point was stopped or not started.
+    that run have ended, where a point was stopped or not started, and with `more_follows` after a
+    signal that came when all had paused.
     """
     with progress, _Signals() as signals:
-        return _Group(points, progress, signals).run()
+        return _Group(points, progress, signals, more_follows).run()
 
 
 @dataclass
@@ -92,8 +96,10 @@ class _Signals(StopSignal):
 class _Group:
     """The points of a sweep that wait, run and have ended."""
 
-    def __init__(self, points: Sequence[Point], progress: Silent, signals: _Signals) -> None:
-        self._points = points
+    def __init__(
+        self, points: Sequence[Point], progress: Silent, signals: _Signals, more_follows: bool
+    ) -> None:
+        self._points, self._more_follows = points, more_follows
         self._progress, self._signals, self._places = progress, signals, Places()
         self._waiting, self._running = deque(points), list[_Worker]()
         self._ended: dict[str, Outcome] = {}
@@ -155,16 +161,14 @@ class _Group:
         return f"{len(self._waiting)} more to start" if self._waiting else ""
 
     def _raise_if_stopped(self) -> None:
-        halted = ["stopped"]
-        if self._signals.received is not None:
-            # A point that paused is not to train on after a signal.
-            halted.append("paused")
         ended = (self._ended.get(point.name) for point in self._points)
-        stopped = [o.point for o in ended if o is not None and o.state in halted]
-        at = stopped or list(self._waiting)[:1]
+        stopped = [o.point for o in ended if o is not None and o.state == "stopped"]
+        at = [point.dir for point in stopped or list(self._waiting)[:1]]
+        if not at and self._more_follows and self._signals.received is not None:
+            # All have paused; after the signal none of them is to train on.
+            at = [self._points[0].dir.parent]
         if at:
-            folders = ", ".join(str(point.dir) for point in at)
-            raise Stopped(f"at {folders}; run the same command to continue")
+            raise Stopped(f"at {', '.join(map(str, at))}; run the same command to continue")
 
 
 def _start_worker(point: Point, variables: dict[str, str]) -> _Worker:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections import Counter
 
-from lunaris.config.frozen import to_tree
+from lunaris.config.frozen import to_tree, to_yaml
 from lunaris.config.schema.base import component_keys
 from lunaris.config.trust import targets_of
 from lunaris.errors import UserError
@@ -48,6 +48,9 @@ class SlurmPoints:
         unsent = [p for p in points if not p.done and p not in active]
         check_points(sweep, unsent)
         sweep.freeze(points, active)
+        for point in active:
+            if not point.done and RunDir(point.dir).config_path.read_bytes() != to_yaml(point.cfg):
+                print(f"keeps   {point.name}: its job trains by the config that it was sent with")
         send_points(sweep, unsent)
         if not launch.wait:
             # From the files: SLURM does not report a job that it has only just taken.

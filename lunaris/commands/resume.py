@@ -46,8 +46,10 @@ def main(argv: list[str]) -> int:
     wanted = _states(args.only)
     skipped = _sequences(args.skip_sequences)
     if is_run(folder):
-        if "paused" in wanted and not args.overrides and _state_of(folder) == "paused":
-            args.overrides = [_TO_THE_END]
+        given = {text.partition("=")[0].lstrip("+") for text in args.overrides}
+        to_the_end = "paused" in wanted and "trainer.stop_at" not in given
+        if to_the_end and _state_of(folder) == "paused":
+            args.overrides.append(_TO_THE_END)
         if args.overrides or args.at is not None:
             return _change_run(folder, args, shlex.join(["lunaris", "resume", *argv]), skipped)
         return _resume_run(folder, wanted, skipped)

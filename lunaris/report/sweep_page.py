@@ -52,7 +52,8 @@ def sweep_page(folder: Path, manifest: Manifest, records: Sequence[RunRecord]) -
     points = [Point(r, values_of(r.overrides), r.val_loss()) for r in records]
     keys = list(dict.fromkeys(key for point in points for key in point.values))
     points.sort(key=lambda point: float("inf") if point.loss is None else point.loss)
-    counted = compared([point.record.state.state for point in points])
+    states = (point.record.state for point in points)
+    counted = compared([(each.state, each.status.get("step", 0)) for each in states])
     of_seeds = [(p.values, p.loss) for p, counts in zip(points, counted, strict=True) if counts]
     groups = by_seed(of_seeds) if SEED in keys else []
     counts = Counter(point.record.state.state for point in points)

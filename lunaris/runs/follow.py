@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from lunaris.errors import UserError
-from lunaris.runs.run_dir import RunDir
+from lunaris.runs.run_dir import FINISHED, RunDir
 from lunaris.runs.slurm_client import LOCAL
 from lunaris.runs.status import RunState, logs_of, resolve_states
 
@@ -42,7 +42,7 @@ class RunLog:
         state = self.state()
         if self._file.is_file():
             yield self._file.read_bytes()
-            if state.ended and state.state != "done":
+            if state.ended and state.state not in FINISHED:
                 yield from self._words_of_slurm(state)
             return
         logs = self._others(state)
@@ -72,7 +72,7 @@ class RunLog:
             time.sleep(_LOOK_S)
         if at == 0:
             yield from self.read()
-        elif state.state != "done":
+        elif state.state not in FINISHED:
             yield from self._words_of_slurm(state)
 
     def state(self) -> RunState:

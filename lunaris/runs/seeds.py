@@ -26,10 +26,13 @@ class SeedGroup(NamedTuple):
         return statistics.stdev(self.losses) if len(self.losses) > 1 else None
 
 
-def compared(states: Sequence[str]) -> list[bool]:
-    """Return which points have losses to compare: of those that paused none, if others are done."""
-    some_done = "done" in states
-    return [not (some_done and state == "paused") for state in states]
+def compared(points: Sequence[tuple[str, int]]) -> list[bool]:
+    """Return which points have losses to compare: not one that paused before others went on.
+
+    points: the state and the step of each.
+    """
+    furthest = max((step for _, step in points), default=0)
+    return [state != "paused" or step == furthest for state, step in points]
 
 
 def by_seed(points: Iterable[tuple[Mapping[str, str], float | None]]) -> list[SeedGroup]:

@@ -168,7 +168,7 @@ def _seed_tables(sweep: str | None, rows: list[Row]) -> list[Table]:
     """Return the table of the means over the seeds, where points differ in nothing else."""
     if sweep is None or not any(SEED in row["values"] for row in rows):
         return []
-    counted = zip(rows, compared([row["state"] for row in rows]), strict=True)
+    counted = zip(rows, compared([(row["state"], row["step"] or 0) for row in rows]), strict=True)
     groups = by_seed((row["values"], row["best_val_loss"]) for row, counts in counted if counts)
     if not groups:
         return []

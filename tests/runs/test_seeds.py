@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lunaris.runs.seeds import by_seed
+from lunaris.runs.seeds import by_seed, compared
 from lunaris.runs.table import best_rows, tables
 
 
@@ -83,3 +83,10 @@ def test_a_terminal_shows_the_means(width: int) -> None:
             console.print(part)
     shown = captured.get()
     assert "1.5000" in shown and "0.7071" in shown
+
+
+def test_a_point_that_paused_before_others_went_on_is_not_compared() -> None:
+    assert compared([("done", 9), ("paused", 3), ("running", 5)]) == [True, False, True]
+    assert compared([("paused", 3), ("paused", 3), ("failed", 2)]) == [True, True, True]
+    assert compared([("paused", 3), ("paused", 9)]) == [False, True]
+    assert compared([]) == []

@@ -16,6 +16,7 @@ from lunaris.__main__ import main
 from lunaris.launch.sweep import halving, run_points
 from lunaris.launch.sweep.halving import Rung, in_words, plan_rungs
 from lunaris.launch.sweep.points import Point
+from lunaris.metrics.records import read_rows
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.status import RunState
 
@@ -152,8 +153,14 @@ def test_a_signal_at_the_end_of_a_rung_ends_the_sweep(capsys: pytest.CaptureFixt
     Path("trained").unlink()
     assert main([*ARGV, "name=t", "seed=15,16"]) == 3
     assert trained() == ["15 30"]
-    assert "sweeps/t/seed=15; run the same command to continue" in capsys.readouterr().err
-    assert RunDir("sweeps/t/seed=15").read_status()["state"] == "paused"
+    assert "at sweeps/t/seed=16; run the same command to continue" in capsys.readouterr().err
+    # It has paused, as seed=16 has then: no point was stopped, and none waits.
+    assert main([*ARGV, "name=u", "seed=16,15"]) == 3
+    assert trained()[1:] == ["16 30", "15 30"]
+    assert "stopped: at sweeps/u; run the same command" in capsys.readouterr().err
+    # A sweep that only pauses has nothing left to do.
+    paused = [text for text in ARGV if "halving" not in text]
+    assert main([*paused, "name=v", "seed=16,15", "trainer.stop_at=30"]) == 0
 
 
 @pytest.mark.usefixtures("quick")
@@ -167,12 +174,17 @@ def test_a_step_without_a_checkpoint_does_not_count(capsys: pytest.CaptureFixtur
     before = trained()
     assert main(given) == 0
     assert trained() == [*before, "3 30"] and states()["seed=3"][0] == "paused"
-    # With it, the point is where it was to pause, and stays there, also in `lunaris runs`.
+    # One at that step is also left by a signal during the evaluation there.
+    point.write_status(state="stopped", step=30)
+    assert main(given) == 0
+    assert trained() == [*before, "3 30", "3 30"] and states()["seed=3"] == ("paused", 30)
+    # With a later one, the point has passed the rung.
     (point.checkpoints / "step_00000035").mkdir()
     (point.checkpoints / "step_00000035/files.json").write_text("{}")
     point.write_status(state="stopped", step=35)
+    capsys.readouterr()
     assert main(given) == 0
-    assert trained() == [*before, "3 30"] and states()["seed=3"] == ("paused", 35)
+    assert trained() == [*before, "3 30", "3 30"]
     assert "sweep sweeps/s: 1 done, 1 paused" in capsys.readouterr().out
 
 
@@ -181,6 +193,8 @@ def test_a_point_that_was_killed_before_a_rung_is_out_until_it_is_tried_again() 
     given = [*ARGV, "hydra.sweeper.first_step=30", "seed=14,2"]
     assert main(given) == 1
     assert states() == {"seed=14": ("failed", 35), "seed=2": ("done", 90)}
+    assert main(given) == 0
+    assert states() == {"seed=14": ("paused", 30), "seed=2": ("done", 90)}
 
 
 @pytest.mark.usefixtures("quick")
@@ -203,6 +217,22 @@ def test_points_that_were_evaluated_at_other_steps_are_refused(
 
 
 @pytest.mark.usefixtures("quick")
+def test_a_point_that_could_not_save_at_a_rung_is_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Its loss is logged before it saves."""
+    given = [*ARGV, "hydra.sweeper.first_step=30", "seed=13,2,3"]
+    point = RunDir("sweeps/s/seed=13")
+    assert main(given) == 1
+    point.metrics_path.write_text('{"step": 30, "val/loss": 0.1}\n')
+    capsys.readouterr()
+    assert main(given) == 1
+    printed = capsys.readouterr().out
+    assert "        -       seed=13: out, without a validation loss here\n" in printed
+    assert states()["seed=13"][0] == "failed" and states()["seed=2"] == ("done", 90)
+
+
+@pytest.mark.usefixtures("quick")
 def test_a_point_that_has_not_come_to_its_rung_halts_the_others(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -214,12 +244,13 @@ def test_a_point_that_has_not_come_to_its_rung_halts_the_others(
     monkeypatch.setattr(halving, "resolve_states", cancelled)
     assert main([*ARGV, "seed=13,2,3,4"]) == 3
     error = capsys.readouterr().err
-    assert "at sweeps/s/seed=13: cancelled before step 10; run the same command" in error
+    said = "before step 10 at sweeps/s/seed=13 (cancelled); run the same command to continue"
+    assert said in error
     assert {step for _, step in states().values()} == {0, 10}
 
 
 @pytest.mark.usefixtures("quick")
-def test_the_points_that_were_left_out_train_on_where_they_are_told_to(
+def test_the_points_that_were_left_out_are_not_resumed_unasked(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert main([*ARGV, "seed=2,3,4"]) == 0
@@ -302,3 +333,31 @@ def test_a_dry_run_lists_the_points_and_the_rungs(capsys: pytest.CaptureFixture[
     assert "sweep sweeps/s: 3 points" in printed
     assert "halving: 3 points to step 30, 1 point to step 90" in printed
     assert not Path("sweeps").exists()
+
+
+@pytest.mark.slow
+def test_points_that_trained_on_equal_points_that_never_paused(tiny: Callable[..., Any]) -> None:
+    cfg = tiny()
+    keys = [f"model.{name}={getattr(cfg.model, name)}" for name in (
+        "d_model", "n_layers", "n_heads", "n_kv_heads", "max_seq_len", "multiple_of",
+    )]  # fmt: skip
+    keys += [f"trainer.{name}={getattr(cfg.trainer, name)}" for name in (
+        "max_steps", "batch_size", "log_interval", "eval_steps", "device",
+    )]  # fmt: skip
+    given = ["train", "-m", *keys, "data=synthetic", "data.n_tokens=20000", "data.vocab_size=64",
+             "moe.n_experts=4", "trainer.eval_interval=2", "seed=1,2"]  # fmt: skip
+    assert main([*given, "name=whole"]) == 0
+    halved = "hydra/sweeper=halving"
+    assert main([*given, "name=parts", halved, "hydra.sweeper.first_step=4"]) == 0
+    ended = {seed: RunDir(f"sweeps/parts/seed={seed}").read_status() for seed in (1, 2)}
+    assert sorted((s["state"], s["step"]) for s in ended.values()) == [("done", 8), ("paused", 4)]
+    assert main(["resume", "sweeps/parts", "--only", "paused"]) == 0
+    for seed in (1, 2):
+        rows = [
+            [
+                {k: v for k, v in row.items() if not k.startswith("perf/")}
+                for row in read_rows(RunDir(f"sweeps/{name}/seed={seed}").metrics_path)
+            ]
+            for name in ("whole", "parts")
+        ]
+        assert rows[0] == rows[1] and rows[0][-1]["step"] == 8
