@@ -31,19 +31,25 @@ _WRONG_INPUT, _STOPPED = UserError.exit_code, Stopped.exit_code
 _GRACE_S, _FINISH_S = 5, 60
 
 
-def run_group(path: Path, processes: int, max_restarts: int, timeout_s: float) -> int:
+# What a worker runs, with the folder of the run.
+_WORKER = "lunaris.launch.worker"
+
+
+def run_group(
+    path: Path, processes: int, max_restarts: int, timeout_s: float, *, module: str = _WORKER
+) -> int:
     """Train the run in folder `path` with several workers; return the exit code.
 
     When a worker dies, the group starts again from the newest checkpoint, up to `max_restarts`
     times, but not after wrong input or a signal. SIGTERM and SIGINT are forwarded to the workers,
     which save and stop; a second SIGINT kills them. timeout_s: `launch.collective_timeout_s`, the
-    seconds within which a group with a hung worker ends.
+    seconds within which a group with a hung worker ends. module: what each worker runs.
     """
     # The agent's report of a failure is a page long and names no file of the run.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
     before = {number: signal.getsignal(number) for number in _Agent.PASSED_ON}
     with tempfile.TemporaryDirectory(prefix="lunaris-") as errors:
-        agent = _Agent(path, processes, max_restarts, timeout_s, errors)
+        agent = _Agent(path, processes, max_restarts, timeout_s, errors, module)
         try:
             result = agent.run()
         finally:
@@ -97,7 +103,13 @@ class _Agent(ElasticAgent):
     """torch's agent, which also passes signals on and knows which failures are final."""
 
     def __init__(
-        self, path: Path, processes: int, max_restarts: int, timeout_s: float, errors: str
+        self,
+        path: Path,
+        processes: int,
+        max_restarts: int,
+        timeout_s: float,
+        errors: str,
+        module: str,
     ) -> None:
         self.rendezvous = get_rendezvous_handler(
             RendezvousParameters(
@@ -113,7 +125,7 @@ class _Agent(ElasticAgent):
             role="lunaris",
             local_world_size=processes,
             entrypoint=sys.executable,
-            args=("-u", "-m", "lunaris.launch.worker", str(path)),
+            args=("-u", "-m", module, str(path)),
             rdzv_handler=self.rendezvous,
             max_restarts=max_restarts,
             monitor_interval=0.1,

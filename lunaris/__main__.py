@@ -12,7 +12,7 @@ from lunaris.errors import RunFailed, Stopped, UserError, did_you_mean, ending
 
 _FOLDER = Path(__file__).parent / "commands"
 _ORDER = (
-    *("train", "prepare", "plan", "keys", "runs", "logs", "resume", "fork"),
+    *("train", "prepare", "plan", "check", "keys", "runs", "logs", "resume", "fork"),
     *("cancel", "report", "evaluate", "generate", "export", "new", "import-config"),
 )
 # Commands that take folders of runs, and those that take a config's keys.
@@ -20,7 +20,7 @@ _OF_FOLDERS = (
     *("runs", "logs", "resume", "fork", "cancel", "report", "evaluate", "generate", "export"),
     "wandb-sync",
 )
-_OF_KEYS = ("train", "prepare", "plan")
+_OF_KEYS = ("train", "prepare", "plan", "check")
 _EPILOG = """\
 `lunaris COMMAND --help` explains a command and gives an example.
 

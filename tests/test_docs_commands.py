@@ -78,7 +78,7 @@ def is_composed(command: str) -> bool:
     match words(command):
         case ["lunaris", "train", *rest]:
             return "--dry-run" not in rest
-        case ["lunaris", "prepare", *_]:
+        case ["lunaris", "prepare" | "check", *_]:
             return True
     return False
 
@@ -122,6 +122,14 @@ PREPARE = {c: words(c)[2:] for b in BLOCKS for c in b.commands if c.startswith("
 def test_commands_that_prepare_compose(command: str) -> None:
     cfg = compose(PREPARE[command], check_data=False)
     assert cfg.data.dir
+
+
+CHECK = [words(c)[2:] for b in BLOCKS for c in b.commands if c.startswith("lunaris check")]
+
+
+@pytest.mark.parametrize("overrides", CHECK, ids=" ".join)
+def test_commands_that_check_a_machine_compose(overrides: list[str]) -> None:
+    assert compose(overrides, check_data=False).launch.world_size() >= 1
 
 
 @pytest.fixture(scope="module")

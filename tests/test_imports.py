@@ -19,7 +19,7 @@ ROOT = PACKAGE.parent
 LAYERS: list[tuple[str, ...]] = [
     ("__main__",),
     ("commands",),
-    ("api",),
+    ("api", "check"),
     ("launch",),
     ("planning", "continuation", "report"),
     ("export",),

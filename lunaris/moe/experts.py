@@ -48,8 +48,8 @@ class Experts(nn.Module):
         weights = (local_part(self.gate_up).to(dtype), local_part(self.down).to(dtype))
         with torch.autocast(x.device.type, enabled=False):
             if grouped_mm_fits(x, dtype, *weights):
-                return _grouped(x.to(dtype), counts, *weights, self.activate)
-            return _one_by_one(x.to(dtype), counts, *weights, self.activate)
+                return grouped_product(x.to(dtype), counts, *weights, self.activate)
+            return one_product_each(x.to(dtype), counts, *weights, self.activate)
 
     def parameter_roles(self) -> dict[str, Role]:
         return {"gate_up": Role.EXPERT, "down": Role.EXPERT | Role.RESIDUAL_OUTPUT}
@@ -64,7 +64,7 @@ def grouped_mm_fits(x: Tensor, dtype: torch.dtype, *weights: Tensor) -> bool:
     return x.is_cuda and dtype == torch.bfloat16 and aligned
 
 
-def _grouped(
+def grouped_product(
     x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, activate: Activate
 ) -> Tensor:
     ends = counts.cumsum(0)
@@ -97,7 +97,7 @@ class _ZeroWhereIdle(torch.autograd.Function):
 
 
 @torch.compiler.disable
-def _one_by_one(
+def one_product_each(
     x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, activate: Activate
 ) -> Tensor:
     """Compute one product per expert, for fp32 and fp16; on a GPU this waits for the counts."""

@@ -17,7 +17,7 @@ from torch import nn
 
 from lunaris.model.activation import swiglu
 from lunaris.model.layers import ModelShape
-from lunaris.moe.experts import Experts, _grouped, _one_by_one
+from lunaris.moe.experts import Experts, grouped_product, one_product_each
 from lunaris.moe.factory import DenseFactory, MoEFactory
 from lunaris.moe.router.softmax import SoftmaxRouterFactory
 
@@ -98,10 +98,10 @@ def expert_products(d_model: int, tokens: int) -> tuple[Callable[[], None], Call
     grad = torch.randn(tokens, d_model)
 
     def grouped() -> None:
-        _grouped(x, counts, experts.gate_up, experts.down, swiglu).backward(grad)
+        grouped_product(x, counts, experts.gate_up, experts.down, swiglu).backward(grad)
 
     def loop() -> None:
-        _one_by_one(x, counts, experts.gate_up, experts.down, swiglu).backward(grad)
+        one_product_each(x, counts, experts.gate_up, experts.down, swiglu).backward(grad)
 
     return grouped, loop
 

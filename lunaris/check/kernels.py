@@ -1,0 +1,130 @@
+"""Whether the kernels that a model uses are right on this device, and which ones it takes."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lunaris.check.item import FAIL, OK, Item
+from lunaris.config.schema.root import Config
+from lunaris.distributed import session
+from lunaris.model.activation import ACTIVATIONS
+from lunaris.moe import experts
+
+# Tokens of an expert: as many for each, an expert without any, one with all, and none at all.
+_COUNTS = ([24, 24, 24, 24], [40, 0, 7, 49], [0, 96, 0, 0], [0, 0, 0, 0])
+_WIDTH, _HIDDEN = 64, 32
+# Backward passes, because memory that a kernel does not write holds another value each time.
+_REPEATS = 10
+# Of bfloat16 products, relative to the largest value.
+_TOLERANCE = 2e-2
+_LONGEST = 2048
+_HEADS = 4
+_BACKENDS = {
+    "flash": SDPBackend.FLASH_ATTENTION,
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
+
+
+def kernel_items(cfg: Config) -> list[Item]:
+    """Return what was found of the kernels on this process's device."""
+    return [_grouped_experts(), _attention(cfg)]
+
+
+def _grouped_experts() -> Item:
+    """Compare torch's grouped product with one product an expert, in bfloat16, both directions."""
+    device = session.device()
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device, torch.bfloat16)
+
+    rows = sum(_COUNTS[0])
+    x, gradient = drawn(rows, _WIDTH), drawn(rows, _WIDTH)
+    weights = drawn(4, _WIDTH, 2 * _HIDDEN), drawn(4, _HIDDEN, _WIDTH)
+    taken = experts.grouped_mm_fits(x, torch.bfloat16, *weights)
+    which = "taken in bf16" if taken else "not taken here: one product an expert is"
+    worst = 0.0
+    for counts in _COUNTS:
+        sizes = torch.tensor(counts, device=device)
+        right = _both_ways(experts.one_product_each, x, sizes, weights, gradient)
+        for _ in range(_REPEATS):
+            try:
+                found = _both_ways(experts.grouped_product, x, sizes, weights, gradient)
+            except RuntimeError as error:
+                said = f"torch's grouped product fails: {str(error).splitlines()[0]}"
+                # Where it is not taken nothing rests on it.
+                return Item("experts", FAIL if taken else OK, f"{said} ({which})")
+            worst = max(worst, *map(_difference, found, right))
+    figures = {"difference": worst, "grouped_mm": taken}
+    text = f"grouped products differ by {worst:.1e} from one an expert ({which})"
+    return Item("experts", OK if worst <= _TOLERANCE else FAIL, text, figures)
+
+
+def _both_ways(
+    product: object, x: Tensor, counts: Tensor, weights: tuple[Tensor, Tensor], gradient: Tensor
+) -> list[Tensor]:
+    """Return the outputs and the gradients of the rows and the weights."""
+    inputs = [each.clone().requires_grad_() for each in (x, *weights)]
+    rows, *stacked = inputs
+    out = product(rows, counts, *stacked, ACTIVATIONS["swiglu"].function)  # type: ignore[operator]
+    out.backward(gradient)
+    return [out.detach(), *(each.grad for each in inputs if each.grad is not None)]
+
+
+def _difference(found: Tensor, right: Tensor) -> float:
+    """Return the largest difference relative to the largest value; infinite if not finite."""
+    if not found.isfinite().all():
+        return float("inf")
+    scale = right.float().abs().max().clamp_min(1e-6)
+    return float((found.float() - right.float()).abs().max() / scale)
+
+
+def _attention(cfg: Config) -> Item:
+    """Try every kernel of scaled dot-product attention on heads as the config has them."""
+    device = session.device()
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(cfg.trainer.precision)
+    width = cfg.model.d_model // cfg.model.n_heads
+    length = min(cfg.model.max_seq_len, _LONGEST)
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(1, _HEADS, length, width, generator=generator).to(device, dtype)
+        for _ in range(3)
+    )
+    found: dict[str, float] = {}
+    outputs: dict[str, Tensor] = {}
+    for name, backend in _BACKENDS.items():
+        try:
+            with sdpa_kernel([backend]):
+                outputs[name] = _attended(q, k, v)
+                found[name] = min(_seconds(q, k, v) for _ in range(3))
+        except RuntimeError:
+            continue  # It does not take such heads, or is not for this device.
+    shape = f"heads of {width}, {length} positions, {cfg.trainer.precision}"
+    if "math" not in outputs:
+        return Item("attention", FAIL, f"no kernel takes {shape}")
+    tolerance = 1e-4 if dtype is None else _TOLERANCE
+    wrong = [n for n, out in outputs.items() if _difference(out, outputs["math"]) > tolerance]
+    times = ", ".join(f"{name} {seconds * 1e3:.3g} ms" for name, seconds in found.items())
+    figures = {f"{name}_s": seconds for name, seconds in found.items()}
+    if wrong:
+        return Item("attention", FAIL, f"{', '.join(wrong)} differs from math: {shape}", figures)
+    return Item("attention", OK, f"{times}; {shape}", figures)
+
+
+def _attended(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def _seconds(q: Tensor, k: Tensor, v: Tensor) -> float:
+    began = time.perf_counter()
+    _attended(q, k, v)
+    if q.is_cuda:
+        torch.cuda.synchronize(q.device)
+    return time.perf_counter() - began

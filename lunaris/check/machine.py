@@ -1,0 +1,88 @@
+"""What a machine offers a run: cores, memory, files, disk. No torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import resource
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+from lunaris.check.item import FAIL, OK, Item
+from lunaris.config.schema.root import Config
+from lunaris.errors import UserError
+from lunaris.metrics.devices import this_machine
+from lunaris.planning.plan import make_plan
+from lunaris.planning.report import memory_warning
+
+# Open files that a process needs: shards, checkpoint files, connections to the other processes.
+_FILES = 4096
+_GB = 1e9
+
+
+def machine_items(cfg: Config) -> list[Item]:
+    """Return what can be seen before any process starts."""
+    return [_software(), _cores(cfg), _memory(cfg), _files(), _disk(cfg)]
+
+
+def _software() -> Item:
+    versions = {"python": platform.python_version()}
+    for name in ("lunaris-codex", "torch", "hydra-core"):
+        versions[name] = metadata.version(name)
+    text = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return Item("software", OK, f"{text}, {platform.system()} {platform.release()}", versions)
+
+
+def _cores(cfg: Config) -> Item:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    gpus, processes = len(this_machine().gpus), cfg.launch.world_size()
+    figures = {"usable": usable, "of": os.cpu_count(), "processes": processes, "gpus": gpus}
+    text = f"{usable} of {os.cpu_count()} usable, {processes} process{'es' * (processes > 1)}"
+    advice = []
+    if gpus > processes:
+        text += f", {gpus} GPUs"
+        advice.append(
+            f"parallelism=ddp launch.processes={gpus}: this machine has {gpus} GPUs, the run uses "
+            f"{processes}"
+        )
+    return Item("cores", OK, text, figures, tuple(advice))
+
+
+def _memory(cfg: Config) -> Item:
+    machine, warning = this_machine(), memory_warning(cfg)
+    figures = {"available_gb": machine.available / _GB, "total_gb": machine.memory / _GB}
+    text = f"{figures['available_gb']:.1f} of {figures['total_gb']:.1f} GB available"
+    if warning is not None:
+        return Item("memory", FAIL, f"{text}; {warning}", figures)
+    return Item("memory", OK, text, figures)
+
+
+def _files() -> Item:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    shown = ["no limit" if n == resource.RLIM_INFINITY else str(n) for n in (soft, hard)]
+    text = f"{shown[0]} can be open at once, at most {shown[1]}"
+    figures = {"soft": soft, "hard": hard}
+    if soft != resource.RLIM_INFINITY and soft < _FILES:
+        advice = f"ulimit -n {min(hard, 1 << 16) if hard > 0 else 1 << 16}: before the command"
+        return Item("open files", OK, text, figures, (f"{advice}; many processes need more files",))
+    return Item("open files", OK, text, figures)
+
+
+def _disk(cfg: Config) -> Item:
+    folder = Path(cfg.out_dir).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free
+    figures: dict[str, float] = {"free_gb": free / _GB}
+    text = f"{free / _GB:.1f} GB free at {folder}"
+    try:
+        each = make_plan(cfg, gpu=False).checkpoint
+    except UserError:  # What a custom class takes is not known.
+        return Item("disk", OK, text, figures)
+    kept = cfg.checkpoint.keep_last
+    # One more is written before the oldest is removed.
+    needed = each * ((kept or 1) + 1)
+    figures["checkpoint_gb"] = each / _GB
+    text += f"; a checkpoint takes {each / _GB:.2g} GB, {kept or 'all'} are kept"
+    return Item("disk", FAIL if free < needed else OK, text, figures)

@@ -1,0 +1,182 @@
+"""`lunaris check`: is this machine ready for a run, and how fast is it; under five minutes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lunaris.errors import UserError
+
+if TYPE_CHECKING:
+    from lunaris.check.item import Item
+    from lunaris.config.cli import Flags
+    from lunaris.config.schema.root import Config
+
+_WHAT = """\
+Checks whether this machine is ready for a run, and measures how fast it is, in under five minutes:
+software, cores, memory, open files and disk; the device and its arithmetic; what the processes
+exchange and their meshes; the kernels of experts and attention; then short runs of the config, on
+drawn tokens, compiled and not, stopped and resumed; and a drill in which one process hangs. Each
+line says ok, fail, or why it was skipped. The last lines are what to change. It leaves no files.
+
+Exit code 0, or 1 where anything failed.
+
+flags of its own:
+  --json         print one JSON object
+  --seconds N    end after so long; what is left is skipped (default: 300)"""
+
+_EXAMPLES = [
+    ("lunaris check", "one process, the default config"),
+    ("lunaris check parallelism=fsdp launch.processes=8 model=base", "eight GPUs of this machine"),
+]
+
+_SECONDS = 300.0
+
+
+def main(argv: list[str]) -> int:
+    """Look, print and return the exit code."""
+    from lunaris.config.cli import help_text, parse_flags
+    from lunaris.config.compose import config_dirs
+    from lunaris.config.trust import allow, allow_named
+
+    own, rest = _parser().parse_known_args(argv)
+    flags = parse_flags(rest, "lunaris check")
+    if flags.help:
+        print(help_text("lunaris check", _WHAT, _EXAMPLES, config_dirs(flags.source)))
+        return 0
+    if flags.multirun:
+        raise UserError("--multirun: lunaris check looks at one config")
+    if own.seconds <= 0:
+        raise UserError(f"--seconds {own.seconds:g}: must be above 0")
+    allow(flags.trust)
+    allow_named(flags.overrides)
+    cfg, short = _configs(flags)
+    from lunaris.check.item import FAIL
+
+    found: list[Item] = []
+    with tempfile.TemporaryDirectory(prefix="lunaris-check-") as folder:
+        for item in _look(cfg, short, Path(folder), time.monotonic() + own.seconds):
+            found.append(item)
+            if not own.json:
+                print(item.line(), flush=True)
+    failed = [item.name for item in found if item.state == FAIL]
+    if own.json:
+        print(json.dumps({"ok": not failed, "items": [i.as_dict() for i in found]}, indent=2))
+    else:
+        print("\n".join(_conclusion(found, failed)))
+    return int(bool(failed))
+
+
+def _parser() -> argparse.ArgumentParser:
+    class Parser(argparse.ArgumentParser):
+        def error(self, message: str) -> None:  # type: ignore[override]
+            raise UserError(message)
+
+    parser = Parser(prog="lunaris check", add_help=False, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--seconds", type=float, default=_SECONDS)
+    return parser
+
+
+def _configs(flags: Flags) -> tuple[Config, Config]:
+    """Return the config, and that of short runs of it on drawn tokens."""
+    from lunaris.check.runs import STEPS
+    from lunaris.config.compose import Composer
+    from lunaris.config.schema.data import SyntheticDataConfig
+    from lunaris.config.schema.launch import LocalLaunchConfig
+    from lunaris.planning.plan import corpus
+
+    composer = Composer(flags.source)
+    cfg = composer.compose(flags.overrides, check_data=False)
+    for line in composer.defaults_lines([flags.overrides]):
+        print(line, file=sys.stderr)
+    if not isinstance(cfg.launch, LocalLaunchConfig):
+        raise UserError(
+            f"launch._target_={cfg.launch._target_}: lunaris check looks at the machine that it "
+            "runs on; run it there with launch=local, under salloc or srun say"
+        )
+    vocab_size, _ = corpus(cfg)
+    # It pauses, so that the schedule is that of the whole run.
+    trainer = replace(
+        cfg.trainer,
+        max_steps=max(cfg.trainer.max_steps, STEPS + 1),
+        stop_at=STEPS,
+        log_interval=1,
+        eval_interval=None,
+        eval_steps=1,
+    )
+    tokens = max(20 * cfg.model.max_seq_len, 1 << 16)
+    short = replace(
+        cfg,
+        trainer=trainer,
+        data=SyntheticDataConfig(vocab_size=vocab_size, n_tokens=tokens),
+        checkpoint=replace(cfg.checkpoint, save_interval=10**6, consolidated=False),
+        logger={name: each for name, each in cfg.logger.items() if name == "local"},
+        launch=replace(cfg.launch, max_restarts=0),
+        init_from=None,
+    )
+    return cfg, short
+
+
+def _look(cfg: Config, short: Config, folder: Path, until: float) -> Iterator[Item]:
+    """Yield each item when it is known."""
+    from lunaris.check.drill import hang_drill
+    from lunaris.check.item import skipped
+    from lunaris.check.machine import machine_items
+    from lunaris.check.runs import ShortRuns
+    from lunaris.console import phase
+
+    def left_s() -> float:
+        return max(until - time.monotonic(), 0.0)
+
+    yield from machine_items(cfg)
+    runs = ShortRuns(short, folder, left_s)
+    steps: list[tuple[str, str, Callable[[], Item | list[Item]]]] = [
+        (
+            "device",
+            "looking at devices, kernels and network",
+            lambda: _probe(short, folder, left_s()),
+        ),
+        ("training", "training some steps", runs.train),
+        ("resume", "stopping and resuming", runs.resumed),
+        ("hang drill", "letting a process hang", lambda: hang_drill(short, folder, left_s())),
+        ("compilation", "compiling", runs.compiled),
+    ]
+    for name, doing, step in steps:
+        if left_s() == 0:
+            yield skipped(name, "no time is left; give --seconds")
+            continue
+        with phase(doing, log=False):
+            found = step()
+        yield from found if isinstance(found, list) else [found]
+
+
+def _probe(cfg: Config, folder: Path, timeout_s: float) -> list[Item]:
+    """Return what processes of the run's number found."""
+    from lunaris.atomic_files import read_json
+    from lunaris.check.item import FAIL, Item
+    from lunaris.check.stage import run_module
+    from lunaris.runs.create import create
+
+    path = folder / "probe"
+    create(replace(cfg, name="probe", out_dir=str(path)), "lunaris check", [])
+    ended = run_module("lunaris.check.probe", path, timeout_s)
+    found = [Item.from_dict(each) for each in read_json(path / "items.json").get("items", [])]
+    if ended.code != 0:
+        found.append(Item("processes", FAIL, ended.reason()))
+    return found
+
+
+def _conclusion(found: list[Item], failed: list[str]) -> list[str]:
+    from lunaris.console import fitted
+
+    advice = [text for item in found for text in item.advice]
+    lines = ["", f"{len(failed)} failed: {', '.join(failed)}" if failed else "nothing failed"]
+    return lines + [fitted(f"change  {text}") for text in advice]

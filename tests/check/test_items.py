@@ -1,0 +1,252 @@
+"""What `lunaris check` finds of a machine, of kernels and meshes, where something is wrong."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from lunaris.check import kernels, machine, runs, stage
+from lunaris.check.communication import _fitting
+from lunaris.check.drill import hang_drill
+from lunaris.check.item import FAIL, OK, SKIP, Item
+from lunaris.check.kernels import kernel_items
+from lunaris.check.machine import machine_items
+from lunaris.check.runs import ShortRuns
+from lunaris.metrics.devices import Machine
+from lunaris.moe import experts
+from lunaris.runs.run_dir import RunDir
+
+
+def by_name(items: list[Item]) -> dict[str, Item]:
+    return {item.name: item for item in items}
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def test_this_machine_is_ready_for_a_tiny_run(tiny: Callable[..., Any]) -> None:
+    found = by_name(machine_items(tiny()))
+    assert set(found) == {"software", "cores", "memory", "open files", "disk"}
+    assert {item.state for item in found.values()} == {OK}
+    assert found["software"].figures["torch"] == torch.__version__
+    assert "checkpoint takes" in found["disk"].text
+
+
+def test_what_a_machine_lacks_is_said(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = tiny("launch.processes=2", "parallelism=ddp")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 10**6, 1000))
+    monkeypatch.setattr(resource, "getrlimit", lambda what: (256, 512))
+    few = Machine(["A"] * 8, 10**9, 2 * 10**9, 10**6)
+    monkeypatch.setattr(machine, "this_machine", lambda: few)
+    monkeypatch.setattr(machine, "memory_warning", lambda cfg: "each process will need more")
+    found = by_name(machine_items(cfg))
+    assert (found["disk"].state, found["memory"].state) == (FAIL, FAIL)
+    assert "each process will need more" in found["memory"].text
+    (files,) = found["open files"].advice
+    assert files.startswith("ulimit -n 512: before the command")
+    (processes,) = found["cores"].advice
+    assert processes.startswith("parallelism=ddp launch.processes=8: this machine has 8 GPUs")
+
+
+def test_an_item_survives_json_and_fits_its_line() -> None:
+    item = Item("training", OK, "fast", {"tokens_per_s": 3.0}, ("trainer.compile_model=true: x",))
+    assert Item.from_dict(item.as_dict()) == item
+    assert item.line() == "ok    training     fast"
+
+
+def test_the_kernels_of_this_device_are_right(tiny: Callable[..., Any]) -> None:
+    found = by_name(kernel_items(tiny()))
+    assert {item.state for item in found.values()} == {OK}
+    assert found["experts"].figures["difference"] <= 2e-2
+    assert {"math_s", "flash_s"} <= found["attention"].figures.keys()
+
+
+@pytest.mark.parametrize("fault", ["values", "not finite, at the third time", "raises"])
+def test_a_wrong_grouped_product_fails_where_it_is_taken(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    real, calls = experts.grouped_product, []
+
+    def wrong(*args: Any) -> Tensor:
+        calls.append(1)
+        if fault == "raises":
+            raise RuntimeError("no kernel\nsecond line")
+        out = real(*args)
+        if fault == "values":
+            return out * 1.1
+        return out * float("nan") if len(calls) == 3 else out
+
+    monkeypatch.setattr(experts, "grouped_product", wrong)
+    monkeypatch.setattr(experts, "grouped_mm_fits", lambda *args: True)
+    item = by_name(kernel_items(tiny()))["experts"]
+    assert item.state == FAIL
+    if fault == "raises":
+        assert "torch's grouped product fails: no kernel (taken in bf16)" in item.text
+        monkeypatch.setattr(experts, "grouped_mm_fits", lambda *args: False)
+        assert by_name(kernel_items(tiny()))["experts"].state == OK
+
+
+def test_a_wrong_kernel_of_attention_fails(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, calls = kernels._attended, []
+
+    def attended(*args: Tensor) -> Tensor:
+        calls.append(1)
+        return real(*args) + (len(calls) == 1)
+
+    monkeypatch.setattr(kernels, "_attended", attended)
+    item = by_name(kernel_items(tiny()))["attention"]
+    assert (item.state, "flash differs from math" in item.text) == (FAIL, True)
+
+
+@pytest.mark.parametrize(("world", "expected"), [
+    (2, ["ddp", "fsdp", "ddp expert_parallel=2", "fsdp expert_parallel=2"]),
+    (4, [
+        "ddp", "fsdp", "ddp expert_parallel=2", "fsdp expert_parallel=2", "hsdp shard_size=2",
+        "ddp expert_parallel=4", "fsdp expert_parallel=4",
+    ]),
+])  # fmt: skip
+def test_each_parallelism_that_divides_the_processes_has_a_mesh(
+    world: int, expected: list[str]
+) -> None:
+    found = list(_fitting(world))
+    assert [name for name, _, _ in found] == expected
+    assert {mesh.world_size for _, mesh, _ in found} == {world}
+
+
+class Scripted(ShortRuns):
+    """Runs that have made the given rows."""
+
+    def __init__(self, cfg: Any, folder: Path, *scripts: Any) -> None:
+        super().__init__(cfg, folder, lambda: 10.0)
+        self._scripts = list(scripts)
+
+    def _run(self, name: str, **trainer: Any) -> Any:
+        log = self._folder / name / "logs" / "rank_0.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text("last words\n")
+        rows, code = self._scripts.pop(0)
+        return rows, stage.Ended(code, 3.0, log)
+
+
+def rows(speed: float = 100.0, loss: float = 2.0) -> list[dict[str, Any]]:
+    return [
+        {"step": step, "train/loss": loss, "train/tokens": 64 * step, "perf/tokens_per_s": speed,
+         "perf/mfu": 0.4, "perf/peak_memory_gb": [0.5, 1.0]}
+        for step in range(1, runs.STEPS + 1)
+    ]  # fmt: skip
+
+
+def test_a_short_run_says_how_fast_it_is(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    item = Scripted(tiny(), tmp_path, (rows(), 0)).train()
+    assert item.state == OK and "100 tokens/s, 0.64 s a step of 64 tokens, MFU 40.0%" in item.text
+    assert item.figures["peak_memory_gb"] == 1.0
+    assert Scripted(tiny(), tmp_path, (rows(loss=float("nan")), 0)).train().state == FAIL
+    failed = Scripted(tiny(), tmp_path, ([], 1)).train()
+    assert (failed.state, failed.text) == (FAIL, "last words")
+
+
+@pytest.mark.parametrize(
+    ("speed", "loss", "state", "advised"),
+    [(150.0, 2.0, OK, True), (101.0, 2.0, OK, False), (150.0, 2.1, FAIL, False)],
+)
+def test_compilation_is_advised_where_it_is_right_and_faster(
+    tiny: Callable[..., Any], tmp_path: Path, speed: float, loss: float, state: str, advised: bool
+) -> None:
+    short = Scripted(tiny(), tmp_path, (rows(), 0), (rows(speed, loss), 0))
+    assert short.compiled().state == SKIP  # Nothing to compare with.
+    slow = Scripted(tiny(), tmp_path, (rows(), 0), ([], None))
+    slow.train()
+    assert slow.compiled().state == SKIP  # There is not time enough.
+    short.train()
+    item = short.compiled()
+    assert (item.state, bool(item.advice)) == (state, advised)
+    assert (
+        Scripted(tiny("trainer.compile_model=true"), tmp_path, (rows(), 0)).compiled().state == SKIP
+    )
+
+
+def test_a_resumed_run_that_differs_fails(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    other = rows()
+    other[4]["train/loss"] = 2.0000001
+    for script, state, said in (
+        (rows(), OK, "equal bit for bit"),
+        (other, FAIL, "first in step 5: train/loss"),
+        (rows()[:4], FAIL, "first in 4 rows instead of 6"),
+    ):
+        short = Scripted(tiny(), tmp_path, (rows(), 0), (rows()[:3], 0), (script, 0))
+        short.train()
+        item = short.resumed()
+        assert item.state == state and said in item.text
+
+
+def test_a_drill_without_a_run_to_stop_fails(
+    tiny: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert hang_drill(tiny(), tmp_path, 1.0).state == SKIP
+    (tmp_path / "none.log").touch()
+    monkeypatch.setattr("lunaris.check.drill.run_module", lambda *args, watch: stage.Ended(
+        1, 1.0, tmp_path / "none.log"
+    ))  # fmt: skip
+    item = hang_drill(tiny("launch.processes=2", "parallelism=ddp"), tmp_path, 1.0)
+    assert item.state == FAIL and "no run to stop: exit code 1" in item.text
+
+
+def test_processes_that_take_too_long_end_with_all_that_they_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = tmp_path / "started_by_check.py"
+    module.write_text(
+        "import pathlib, subprocess, sys, time\n"
+        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "pathlib.Path(sys.argv[1], 'child').write_text(str(child.pid))\n"
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    began = time.monotonic()
+    seen: list[subprocess.Popen[bytes]] = []
+
+    def watch(process: subprocess.Popen[bytes]) -> None:
+        seen.append(process)
+        file = tmp_path / "run" / "child"
+        if file.exists() and file.read_text():
+            # It does not react to a signal before it continues.
+            os.kill(int(file.read_text()), signal.SIGSTOP)
+
+    ended = stage.run_module("started_by_check", tmp_path / "run", 3.0, watch=watch)
+    assert ended.code is None and "did not end within 3 s" in ended.reason()
+    assert time.monotonic() - began < 20 and seen
+    child = int((tmp_path / "run" / "child").read_text())
+    for _ in range(100):
+        if not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text():
+            break
+        time.sleep(0.05)
+    else:
+        raise AssertionError("the child still runs")
+    assert sys.executable
+
+
+def test_descendants_are_those_of_a_process() -> None:
+    with subprocess.Popen([sys.executable, "-c", "import time; time.sleep(30)"]) as child:
+        assert child.pid in stage.descendants(os.getpid())
+        child.kill()
+    assert stage.descendants(2**22 + 1) == []
+    assert RunDir(Path("nothing")).read_status() == {}

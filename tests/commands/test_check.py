@@ -1,0 +1,69 @@
+"""`lunaris check`: its whole output on this machine, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from lunaris.__main__ import main
+
+TINY = [
+    "model.d_model=16", "model.n_layers=2", "model.n_heads=2", "model.n_kv_heads=1",
+    "model.max_seq_len=16", "model.multiple_of=8", "moe.n_experts=4", "trainer.batch_size=4",
+    "trainer.device=cpu", "data=synthetic", "data.vocab_size=64", "data.n_tokens=20000",
+]  # fmt: skip
+NAMES = [
+    "software", "cores", "memory", "open files", "disk", "device", "product", "all-reduce",
+    "agreement", "meshes", "experts", "attention", "training", "resume", "hang drill",
+    "compilation",
+]  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_are_ready_and_leave_nothing_behind(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    given = ["parallelism=fsdp", "launch.processes=2", "trainer.compile_model=true"]
+    assert main(["check", *TINY, *given, "--json", "--seconds", "800"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    items = {item["name"]: item for item in found["items"]}
+    assert list(items) == NAMES and found["ok"]
+    skipped = {name for name, item in items.items() if item["state"] == "skip"}
+    assert skipped == {"compilation"}
+    assert items["training"]["figures"]["tokens_per_s"] > 0
+    assert "equal bit for bit" in items["resume"]["text"]
+    assert "rank 1, stopped in a step, was named" in items["hang drill"]["text"]
+    assert items["meshes"]["figures"]["meshes"][:2] == ["ddp", "fsdp"]
+    assert not list((tmp_path / "temporary").iterdir()) and not Path("runs").exists()
+
+
+def test_without_time_what_is_left_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["check", *TINY, "--seconds", "0.001"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("device", "training", "resume", "hang drill", "compilation"):
+        assert f"skip  {name:<12} no time is left; give --seconds" in printed
+    assert printed.rstrip().endswith("nothing failed")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["launch=slurm"], "launch._target_=lunaris.launch.slurm.Slurm: lunaris check looks at th"),
+        (["-m", "seed=1,2"], "--multirun: lunaris check looks at one config"),
+        (["--seconds", "0"], "--seconds 0: must be above 0"),
+        (["--seconds", "x"], "--seconds"),
+        (["--jsn"], "--jsn: no such flag"),
+        (["moe.n_expert=4"], "moe.n_expert: no such key; did you mean moe.n_experts?"),
+    ],
+)
+def test_mistakes_are_refused(
+    argv: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["check", *argv]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("error:") == 1
