@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,12 @@ _AGREEMENTS = 50
 _ALONE = "one process has nobody to exchange with; give launch.processes=N"
 
 
-def communication_items() -> list[Item]:
-    """Measure and check what the processes exchange; every process calls this."""
+def communication_looks() -> dict[str, Callable[[], Item]]:
+    """Return, by the name of its item, what every process calls to look at the network."""
     if session.world_size() == 1:
-        return [skipped(name, _ALONE) for name in ("all-reduce", "agreement", "meshes")]
-    return [_all_reduce(), _agreement(), _meshes()]
+        names = ("all-reduce", "agreement", "meshes")
+        return {name: partial(skipped, name, _ALONE) for name in names}
+    return {"all-reduce": _all_reduce, "agreement": _agreement, "meshes": _meshes}
 
 
 def _all_reduce() -> Item:

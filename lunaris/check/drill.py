@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,6 +20,9 @@ from lunaris.runs.run_dir import RunDir
 TIMEOUT_S = 10.0
 _NAMED = re.compile(r"rank 1 has sent no heartbeat|the furthest behind: rank 1\b")
 _STEP = 2
+_STEPS = 10_000
+# Seconds that the run and its end may take.
+_LEAST_S = 3 * TIMEOUT_S
 
 
 def hang_drill(cfg: Config, folder: Path, left_s: float) -> Item:
@@ -26,11 +30,13 @@ def hang_drill(cfg: Config, folder: Path, left_s: float) -> Item:
     processes = cfg.launch.world_size()
     if processes == 1:
         return skipped("hang drill", "needs two processes; give launch.processes=2")
-    if not Path("/proc/self/task").is_dir():
-        return skipped("hang drill", "needs /proc, as on Linux")
+    if not list(Path("/proc/self/task").glob("*/children")):
+        return skipped("hang drill", "needs a /proc that lists children, as on Linux")
     path = folder / "drill"
-    # It never comes to its end.
-    trainer = replace(cfg.trainer, max_steps=10**6, stop_at=None)
+    if left_s < _LEAST_S:
+        return skipped("hang drill", "no time is left; give --seconds")
+    # It comes to its end only where nobody ends it.
+    trainer = replace(cfg.trainer, max_steps=max(_STEPS, cfg.trainer.max_steps), stop_at=_STEPS)
     launch = replace(cfg.launch, collective_timeout_s=TIMEOUT_S)
     create(
         replace(cfg, name="drill", out_dir=str(path), trainer=trainer, launch=launch),
@@ -42,10 +48,13 @@ def hang_drill(cfg: Config, folder: Path, left_s: float) -> Item:
         if not stopped and RunDir(path).read_status().get("step", 0) >= _STEP:
             for pid in descendants(process.pid):
                 if _rank(pid) == "1":
-                    os.kill(pid, signal.SIGSTOP)
-                    stopped.append(pid)
+                    with suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGSTOP)
+                        stopped.append(pid)
 
     ended = run_module("lunaris.launch.worker", path, left_s, watch=stop_rank_1)
+    if not stopped and ended.code is None:
+        return skipped("hang drill", f"the run {ended.reason()}; give --seconds")
     if not stopped:
         return Item("hang drill", FAIL, f"no run to stop: {ended.reason()}")
     logs = [log.read_text(errors="replace") for log in (path / "logs").glob("*.log")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any
 
 from lunaris.console import fitted
@@ -30,12 +31,17 @@ class Item:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the item for JSON."""
-        return asdict(self)
+        return asdict(self) | {"figures": {k: _finite(v) for k, v in self.figures.items()}}
 
     @classmethod
     def from_dict(cls, found: dict[str, Any]) -> Item:
         """Return the item that `as_dict` gave."""
         return cls(**{**found, "advice": tuple(found["advice"])})
+
+
+def _finite(value: Any) -> Any:
+    """Return a figure as JSON can hold it: null for one that is not finite."""
+    return None if isinstance(value, float) and not isfinite(value) else value
 
 
 def skipped(name: str, why: str) -> Item:

@@ -12,7 +12,7 @@ from pathlib import Path
 from lunaris.check.item import FAIL, OK, Item
 from lunaris.config.schema.root import Config
 from lunaris.errors import UserError
-from lunaris.metrics.devices import this_machine
+from lunaris.metrics.devices import this_machine, visible_gpus
 from lunaris.planning.plan import make_plan
 from lunaris.planning.report import memory_warning
 
@@ -36,17 +36,25 @@ def _software() -> Item:
 
 def _cores(cfg: Config) -> Item:
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    gpus, processes = len(this_machine().gpus), cfg.launch.world_size()
+    gpus, processes = usable_gpus(cfg), cfg.launch.world_size()
     figures = {"usable": usable, "of": os.cpu_count(), "processes": processes, "gpus": gpus}
     text = f"{usable} of {os.cpu_count()} usable, {processes} process{'es' * (processes > 1)}"
-    advice = []
-    if gpus > processes:
-        text += f", {gpus} GPUs"
-        advice.append(
-            f"parallelism=ddp launch.processes={gpus}: this machine has {gpus} GPUs, the run uses "
-            f"{processes}"
-        )
-    return Item("cores", OK, text, figures, tuple(advice))
+    if not gpus:
+        return Item("cores", OK, text, figures)
+    text += f", {gpus} GPU{'s' * (gpus > 1)}"
+    if gpus <= processes:
+        return Item("cores", OK, text, figures)
+    several = "parallelism=ddp " if processes == 1 else ""
+    advice = (
+        f"{several}launch.processes={gpus}: the run uses {processes} of {gpus} GPUs; each process "
+        "adds trainer.batch_size sequences to a step",
+    )
+    return Item("cores", OK, text, figures, advice)
+
+
+def usable_gpus(cfg: Config) -> int:
+    """Return how many GPUs the processes of a run can use here, 0 where it trains on the CPU."""
+    return 0 if cfg.trainer.device == "cpu" else len(visible_gpus())
 
 
 def _memory(cfg: Config) -> Item:
@@ -76,13 +84,16 @@ def _disk(cfg: Config) -> Item:
     free = shutil.disk_usage(folder).free
     figures: dict[str, float] = {"free_gb": free / _GB}
     text = f"{free / _GB:.1f} GB free at {folder}"
+    if not os.access(folder, os.W_OK):
+        return Item("disk", FAIL, f"{folder} cannot be written", figures)
     try:
         each = make_plan(cfg, gpu=False).checkpoint
     except UserError:  # What a custom class takes is not known.
         return Item("disk", OK, text, figures)
     kept = cfg.checkpoint.keep_last
+    written = -(-cfg.trainer.max_steps // cfg.checkpoint.save_interval)
     # One more is written before the oldest is removed.
-    needed = each * ((kept or 1) + 1)
+    needed = each * (written if kept is None else min(kept + 1, written))
     figures["checkpoint_gb"] = each / _GB
     text += f"; a checkpoint takes {each / _GB:.2g} GB, {kept or 'all'} are kept"
     return Item("disk", FAIL if free < needed else OK, text, figures)

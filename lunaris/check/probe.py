@@ -8,16 +8,22 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lunaris.atomic_files import write_json
-from lunaris.check.communication import communication_items
+from lunaris.check.communication import communication_looks
 from lunaris.check.item import FAIL, OK, Item
-from lunaris.check.kernels import kernel_items
+from lunaris.check.kernels import kernel_looks
+from lunaris.check.machine import usable_gpus
 from lunaris.config.schema.root import Config
 from lunaris.distributed import collectives, preflight, session
+from lunaris.distributed.heartbeat import record_failure
 from lunaris.errors import EXPECTED
 from lunaris.launch.local import threads_each
 from lunaris.precision import Precision
@@ -38,24 +44,60 @@ def main(path: Path) -> int:
         return run_group(path, processes, 0, cfg.launch.collective_timeout_s, module=MODULE)
     try:
         with session.join(cfg.trainer.device, cfg.launch.collective_timeout_s):
-            items = look(cfg)
-            if session.rank() == 0:
-                write_json(path / ITEMS, {"items": [item.as_dict() for item in items]})
+            look(cfg, path / ITEMS)
             collectives.barrier()
     except EXPECTED as error:
         print(f"error: {error}", file=sys.stderr)
+        record_failure(error)
         return error.exit_code
     return 0
 
 
-def look(cfg: Config) -> list[Item]:
-    """Return what the processes found; every one of an open session calls this."""
-    return [_device(cfg), _product(), *communication_items(), *kernel_items(cfg)]
+def look(cfg: Config, file: Path) -> None:
+    """Look at one thing after another; every process of an open session calls this.
+
+    Rank 0 writes what was found after each, and before it what it looks at, so that a crash or a
+    hang loses nothing else.
+    """
+    looks: dict[str, Callable[[], Item]] = {
+        "device": partial(_device, cfg),
+        "product": _product,
+        **kernel_looks(cfg),
+        **communication_looks(),
+    }
+    found: list[dict[str, Any]] = []
+    for name, at in looks.items():
+        if session.rank() == 0:
+            write_json(file, {"items": found, "doing": name})
+        try:
+            item = at()
+        except RuntimeError as error:  # That of a broken device.
+            item = Item(name, FAIL, str(error).splitlines()[0])
+        found.append(_of_all(item).as_dict())
+    if session.rank() == 0:
+        write_json(file, {"items": found, "doing": None})
+
+
+def _of_all(item: Item) -> Item:
+    """Return the item of the first rank where it failed, with its number, or that of rank 0."""
+    items = collectives.gather_objects(item)
+    failed = [(rank, each) for rank, each in enumerate(items) if each.state == FAIL]
+    if not failed:
+        return items[0]
+    rank, first = failed[0]
+    return replace(first, text=f"rank {rank}: {first.text}") if len(items) > 1 else first
 
 
 def _device(cfg: Config) -> Item:
     device = session.device()
     if device.type == "cpu":
+        gpus = usable_gpus(cfg)
+        if gpus:
+            text = (
+                f"torch {torch.__version__} sees no CUDA device, but this machine has {gpus}; "
+                "install a torch for CUDA, or a driver that is new enough for it"
+            )
+            return Item("device", FAIL, text)
         level = torch.backends.cpu.get_cpu_capability()
         text = f"CPU {_processor()}, {level}, {torch.get_num_threads()} threads a process"
         advice: tuple[str, ...] = ()
@@ -72,8 +114,11 @@ def _device(cfg: Config) -> Item:
     )
     figures = {"name": made.name, "capability": capability, "free_gb": free / 1e9}
     better: tuple[str, ...] = ()
-    if cfg.trainer.precision == "fp32" and torch.cuda.is_bf16_supported(including_emulation=False):
+    bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
+    if cfg.trainer.precision == "fp32" and bf16:
         better = ("trainer.precision=bf16: this GPU computes it several times as fast as fp32",)
+    if cfg.trainer.precision == "bf16" and not bf16:
+        better = ("trainer.precision=fp16: this GPU only emulates bf16",)
     return Item("device", OK, text, figures, better)
 
 

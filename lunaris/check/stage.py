@@ -6,18 +6,22 @@ No torch.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from lunaris.runs.status import last_line
-
 _LOOK_S = 0.1
 _GRACE_S = 5.0
+# The line of a log that says what went wrong: of an exception, of ours, or of a group.
+_FAULT = re.compile(
+    r"^(error: |rank \d+ failed: |(\w+\.)*\w*(Error|Exception|Interrupt)\b).*", re.M
+)
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,14 @@ class Ended:
     log: Path
 
     def reason(self) -> str:
-        """Return why they failed: the last line of their output."""
+        """Return why they failed: what killed them, or the last error in their output."""
         if self.code is None:
             return f"did not end within {self.seconds:.0f} s"
-        return last_line([self.log]) or f"exit code {self.code}"
+        if self.code < 0:
+            return f"killed by {signal.Signals(-self.code).name}"
+        text = self.log.read_text(errors="replace") if self.log.is_file() else ""
+        found = [match[0] for match in _FAULT.finditer(text)]
+        return found[-1].removeprefix("error: ") if found else f"exit code {self.code}"
 
 
 def run_module(
@@ -44,10 +52,14 @@ def run_module(
     """Run `python -m module path` with its output in `path`/logs/check.log, until it has ended.
 
     It and all that it started are killed when `timeout_s` seconds have passed, and when this
-    process is interrupted. watch: called ten times a second.
+    process is interrupted. Their temporary files and caches are below `path`. watch: called ten
+    times a second.
     """
     log = path / "logs" / "check.log"
     log.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path / "tmp"
+    temporary.mkdir(exist_ok=True)
+    places = ("TMPDIR", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
     began = time.monotonic()
     with log.open("ab") as file:
         process = subprocess.Popen(
@@ -56,41 +68,65 @@ def run_module(
             stdout=file,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            env=os.environ | dict.fromkeys(places, str(temporary)),
         )
+        started: set[int] = set()
         try:
             while process.poll() is None and time.monotonic() - began < timeout_s:
+                started.update(descendants(process.pid))
                 if watch is not None:
                     watch(process)
                 time.sleep(_LOOK_S)
             code = process.poll()
         finally:
-            _end(process)
+            with _uninterrupted():
+                _end(process, started, str(path))
     return Ended(code, time.monotonic() - began, log)
 
 
 def descendants(pid: int) -> list[int]:
     """Return the processes that a process started, and those that they started, on Linux."""
-    try:
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
-    return [each for child in map(int, children) for each in (child, *descendants(child))]
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):  # It has just ended.
+            for child in map(int, task.read_text().split()):
+                found += [child, *descendants(child)]
+    return found
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started, where they have not ended."""
-    for number, seconds in ((signal.SIGTERM, _GRACE_S), (signal.SIGKILL, _GRACE_S)):
-        started = descendants(process.pid)
-        if process.poll() is not None:
+def _end(process: subprocess.Popen[bytes], started: set[int], path: str) -> None:
+    """End a process and all that it started for the folder `path`, where they have not ended."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        started.update(descendants(process.pid))
+        alive = [pid for pid in started if _works_on(pid, path)]
+        if process.poll() is not None and not alive:
             return
-        for pid in (process.pid, *started):
-            try:
+        for pid in (process.pid, *alive):
+            with suppress(ProcessLookupError):
                 # One that is stopped gets the signal only when it continues.
                 os.kill(pid, number)
                 os.kill(pid, signal.SIGCONT)
-            except ProcessLookupError:
-                continue
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            continue
+        until = time.monotonic() + _GRACE_S
+        while time.monotonic() < until and (
+            process.poll() is None or any(_works_on(pid, path) for pid in alive)
+        ):
+            time.sleep(_LOOK_S)
+
+
+def _works_on(pid: int, path: str) -> bool:
+    """Return whether a process lives whose command line or environment names a folder."""
+    try:
+        texts = [Path(f"/proc/{pid}/{name}").read_bytes() for name in ("cmdline", "environ")]
+    except OSError:
+        return False
+    return any(path.encode() in text for text in texts)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let another Ctrl-C not keep this process from ending what it started."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

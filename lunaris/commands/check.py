@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
+import os
+import shutil
+import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +29,8 @@ Checks whether this machine is ready for a run, and measures how fast it is, in 
 software, cores, memory, open files and disk; the device and its arithmetic; what the processes
 exchange and their meshes; the kernels of experts and attention; then short runs of the config, on
 drawn tokens, compiled and not, stopped and resumed; and a drill in which one process hangs. Each
-line says ok, fail, or why it was skipped. The last lines are what to change. It leaves no files.
+line says ok, fail, or why it was skipped. The last lines are what to change. Its files lie in a
+temporary folder (TMPDIR), of which the logs stay where something failed.
 
 Exit code 0, or 1 where anything failed.
 
@@ -38,6 +44,8 @@ _EXAMPLES = [
 ]
 
 _SECONDS = 300.0
+# What looking at device, kernels and network may take; a hang of a collective takes all of it.
+_PROBE_S = 100.0
 
 
 def main(argv: list[str]) -> int:
@@ -51,27 +59,63 @@ def main(argv: list[str]) -> int:
     if flags.help:
         print(help_text("lunaris check", _WHAT, _EXAMPLES, config_dirs(flags.source)))
         return 0
-    if flags.multirun:
-        raise UserError("--multirun: lunaris check looks at one config")
-    if own.seconds <= 0:
+    for flag in ("multirun", "cfg", "info", "hydra_help", "shell_completion", "dry_run"):
+        if getattr(flags, flag):
+            raise UserError(f"--{flag.replace('_', '-')}: goes with lunaris train, not with check")
+    if not (math.isfinite(own.seconds) and own.seconds > 0):
         raise UserError(f"--seconds {own.seconds:g}: must be above 0")
+    if "RANK" in os.environ:
+        raise UserError("lunaris check: not under torchrun; give launch.processes=N instead")
     allow(flags.trust)
     allow_named(flags.overrides)
     cfg, short = _configs(flags)
     from lunaris.check.item import FAIL
 
     found: list[Item] = []
-    with tempfile.TemporaryDirectory(prefix="lunaris-check-") as folder:
-        for item in _look(cfg, short, Path(folder), time.monotonic() + own.seconds):
-            found.append(item)
-            if not own.json:
-                print(item.line(), flush=True)
-    failed = [item.name for item in found if item.state == FAIL]
+    folder = Path(tempfile.mkdtemp(prefix="lunaris-check-"))
+    until = time.monotonic() + own.seconds
+    try:
+        with _ending_at_signals():
+            for item in _look(cfg, short, folder, until):
+                found.append(item)
+                if not own.json:
+                    print(item.line(), flush=True)
+    finally:
+        failed = [item.name for item in found if item.state == FAIL]
+        logs = _clean(folder, keep_logs=bool(failed))
     if own.json:
-        print(json.dumps({"ok": not failed, "items": [i.as_dict() for i in found]}, indent=2))
+        items = [item.as_dict() for item in found]
+        print(json.dumps({"ok": not failed, "logs": logs, "items": items}, indent=2))
     else:
-        print("\n".join(_conclusion(found, failed)))
+        print("\n".join(_conclusion(found, failed, logs)))
     return int(bool(failed))
+
+
+@contextmanager
+def _ending_at_signals() -> Iterator[None]:
+    """End as at Ctrl-C where the terminal or the job goes away, with all that was started."""
+
+    def end(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {n: signal.signal(n, end) for n in (signal.SIGTERM, signal.SIGHUP)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _clean(folder: Path, *, keep_logs: bool) -> str | None:
+    """Remove what a check has written, but for the logs where they are wanted; return where."""
+    if not keep_logs:
+        shutil.rmtree(folder, ignore_errors=True)
+        return None
+    for part in folder.iterdir():
+        for inner in part.iterdir() if part.is_dir() else ():
+            if inner.name != "logs":
+                shutil.rmtree(inner, ignore_errors=True)
+    return str(folder)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -87,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _configs(flags: Flags) -> tuple[Config, Config]:
     """Return the config, and that of short runs of it on drawn tokens."""
+    from lunaris.check.machine import usable_gpus
     from lunaris.check.runs import STEPS
     from lunaris.config.compose import Composer
     from lunaris.config.schema.data import SyntheticDataConfig
@@ -98,9 +143,13 @@ def _configs(flags: Flags) -> tuple[Config, Config]:
     for line in composer.defaults_lines([flags.overrides]):
         print(line, file=sys.stderr)
     if not isinstance(cfg.launch, LocalLaunchConfig):
+        # As one node of the job.
+        cfg.launch = LocalLaunchConfig(processes=cfg.launch.processes_per_node())
+    processes, gpus = cfg.launch.processes, usable_gpus(cfg)
+    if 0 < gpus < processes:
         raise UserError(
-            f"launch._target_={cfg.launch._target_}: lunaris check looks at the machine that it "
-            "runs on; run it there with launch=local, under salloc or srun say"
+            f"launch: {processes} processes, but this machine has {gpus} GPU{'s' * (gpus > 1)}; "
+            "each process takes one"
         )
     vocab_size, _ = corpus(cfg)
     # It pauses, so that the schedule is that of the whole run.
@@ -109,6 +158,7 @@ def _configs(flags: Flags) -> tuple[Config, Config]:
         max_steps=max(cfg.trainer.max_steps, STEPS + 1),
         stop_at=STEPS,
         log_interval=1,
+        compile_model=False,
         eval_interval=None,
         eval_steps=1,
     )
@@ -116,7 +166,11 @@ def _configs(flags: Flags) -> tuple[Config, Config]:
     short = replace(
         cfg,
         trainer=trainer,
-        data=SyntheticDataConfig(vocab_size=vocab_size, n_tokens=tokens),
+        data=SyntheticDataConfig(
+            vocab_size=vocab_size,
+            n_tokens=tokens,
+            document_masking=cfg.data.document_masking,
+        ),
         checkpoint=replace(cfg.checkpoint, save_interval=10**6, consolidated=False),
         logger={name: each for name, each in cfg.logger.items() if name == "local"},
         launch=replace(cfg.launch, max_restarts=0),
@@ -137,7 +191,7 @@ def _look(cfg: Config, short: Config, folder: Path, until: float) -> Iterator[It
         return max(until - time.monotonic(), 0.0)
 
     yield from machine_items(cfg)
-    runs = ShortRuns(short, folder, left_s)
+    runs = ShortRuns(short, folder, left_s, compiles=cfg.trainer.compile_model)
     steps: list[tuple[str, str, Callable[[], Item | list[Item]]]] = [
         (
             "device",
@@ -158,7 +212,7 @@ def _look(cfg: Config, short: Config, folder: Path, until: float) -> Iterator[It
         yield from found if isinstance(found, list) else [found]
 
 
-def _probe(cfg: Config, folder: Path, timeout_s: float) -> list[Item]:
+def _probe(cfg: Config, folder: Path, left_s: float) -> list[Item]:
     """Return what processes of the run's number found."""
     from lunaris.atomic_files import read_json
     from lunaris.check.item import FAIL, Item
@@ -167,16 +221,23 @@ def _probe(cfg: Config, folder: Path, timeout_s: float) -> list[Item]:
 
     path = folder / "probe"
     create(replace(cfg, name="probe", out_dir=str(path)), "lunaris check", [])
-    ended = run_module("lunaris.check.probe", path, timeout_s)
-    found = [Item.from_dict(each) for each in read_json(path / "items.json").get("items", [])]
+    ended = run_module("lunaris.check.probe", path, min(left_s, _PROBE_S))
+    written = read_json(path / "items.json")
+    found = [Item.from_dict(each) for each in written.get("items", [])]
     if ended.code != 0:
-        found.append(Item("processes", FAIL, ended.reason()))
+        # Of what hangs or crashes, nothing else is known.
+        found.append(Item(written.get("doing") or "processes", FAIL, ended.reason()))
     return found
 
 
-def _conclusion(found: list[Item], failed: list[str]) -> list[str]:
+def _conclusion(found: list[Item], failed: list[str], logs: str | None) -> list[str]:
+    from lunaris.check.item import SKIP
     from lunaris.console import fitted
 
+    skipped = sum(item.state == SKIP for item in found)
+    said = f"{len(failed)} failed: {', '.join(failed)}" if failed else "nothing failed"
+    lines = ["", said + (f", {skipped} skipped" if skipped else "")]
+    if logs is not None:
+        lines.append(f"logs    {logs}")
     advice = [text for item in found for text in item.advice]
-    lines = ["", f"{len(failed)} failed: {', '.join(failed)}" if failed else "nothing failed"]
     return lines + [fitted(f"change  {text}") for text in advice]

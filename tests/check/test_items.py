@@ -21,16 +21,19 @@ from lunaris.check import kernels, machine, runs, stage
 from lunaris.check.communication import _fitting
 from lunaris.check.drill import hang_drill
 from lunaris.check.item import FAIL, OK, SKIP, Item
-from lunaris.check.kernels import kernel_items
+from lunaris.check.kernels import kernel_looks
 from lunaris.check.machine import machine_items
 from lunaris.check.runs import ShortRuns
 from lunaris.metrics.devices import Machine
 from lunaris.moe import experts
-from lunaris.runs.run_dir import RunDir
 
 
 def by_name(items: list[Item]) -> dict[str, Item]:
     return {item.name: item for item in items}
+
+
+def kernel_items(cfg: Any) -> list[Item]:
+    return [look() for look in kernel_looks(cfg).values()]
 
 
 class Usage(NamedTuple):
@@ -53,8 +56,10 @@ def test_what_a_machine_lacks_is_said(
     cfg = tiny("launch.processes=2", "parallelism=ddp")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 10**6, 1000))
     monkeypatch.setattr(resource, "getrlimit", lambda what: (256, 512))
-    few = Machine(["A"] * 8, 10**9, 2 * 10**9, 10**6)
+    few = Machine([], 0, 2 * 10**9, 10**6)
     monkeypatch.setattr(machine, "this_machine", lambda: few)
+    monkeypatch.setattr(machine, "visible_gpus", lambda: list("01234567"))
+    cfg.trainer.device = None
     monkeypatch.setattr(machine, "memory_warning", lambda cfg: "each process will need more")
     found = by_name(machine_items(cfg))
     assert (found["disk"].state, found["memory"].state) == (FAIL, FAIL)
@@ -62,13 +67,20 @@ def test_what_a_machine_lacks_is_said(
     (files,) = found["open files"].advice
     assert files.startswith("ulimit -n 512: before the command")
     (processes,) = found["cores"].advice
-    assert processes.startswith("parallelism=ddp launch.processes=8: this machine has 8 GPUs")
+    assert processes.startswith("launch.processes=8: the run uses 2 of 8 GPUs")
+    cfg.trainer.device = "cpu"
+    assert not by_name(machine_items(cfg))["cores"].advice
+    monkeypatch.setattr(os, "access", lambda path, how: False)
+    assert "cannot be written" in by_name(machine_items(cfg))["disk"].text
 
 
 def test_an_item_survives_json_and_fits_its_line() -> None:
     item = Item("training", OK, "fast", {"tokens_per_s": 3.0}, ("trainer.compile_model=true: x",))
     assert Item.from_dict(item.as_dict()) == item
     assert item.line() == "ok    training     fast"
+    assert Item("experts", OK, "", {"difference": float("inf")}).as_dict()["figures"] == {
+        "difference": None
+    }
 
 
 def test_the_kernels_of_this_device_are_right(tiny: Callable[..., Any]) -> None:
@@ -95,12 +107,15 @@ def test_a_wrong_grouped_product_fails_where_it_is_taken(
 
     monkeypatch.setattr(experts, "grouped_product", wrong)
     monkeypatch.setattr(experts, "grouped_mm_fits", lambda *args: True)
-    item = by_name(kernel_items(tiny()))["experts"]
+    item = by_name(kernel_items(tiny("trainer.precision=bf16")))["experts"]
     assert item.state == FAIL
     if fault == "raises":
-        assert "torch's grouped product fails: no kernel (taken in bf16)" in item.text
-        monkeypatch.setattr(experts, "grouped_mm_fits", lambda *args: False)
-        assert by_name(kernel_items(tiny()))["experts"].state == OK
+        assert "torch's grouped product fails: no kernel (taken by this run)" in item.text
+    # Where the run does not take it, nothing rests on it.
+    for overrides in (["trainer.precision=fp32"], ["trainer.precision=bf16", "moe=none"]):
+        calls.clear()
+        item = by_name(kernel_items(tiny(*overrides)))["experts"]
+        assert item.state == OK and "not taken by this run" in item.text
 
 
 def test_a_wrong_kernel_of_attention_fails(
@@ -133,21 +148,21 @@ def test_each_parallelism_that_divides_the_processes_has_a_mesh(
 
 
 class Scripted(ShortRuns):
-    """Runs that have made the given rows."""
+    """Runs that have made the given rows, exit codes and logs."""
 
-    def __init__(self, cfg: Any, folder: Path, *scripts: Any) -> None:
-        super().__init__(cfg, folder, lambda: 10.0)
+    def __init__(self, cfg: Any, folder: Path, *scripts: Any, compiles: bool = False) -> None:
+        super().__init__(cfg, folder, lambda: 10.0, compiles=compiles)
         self._scripts = list(scripts)
 
-    def _run(self, name: str, **trainer: Any) -> Any:
+    def _run(self, name: str, keep: bool = False, **trainer: Any) -> Any:
         log = self._folder / name / "logs" / "rank_0.log"
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.write_text("last words\n")
-        rows, code = self._scripts.pop(0)
-        return rows, stage.Ended(code, 3.0, log)
+        made, code, *said = self._scripts.pop(0)
+        log.write_text(said[0] if said else "fp32 on cpu\nresumed    after step 3\n")
+        return made, stage.Ended(code, 3.0, log)
 
 
-def rows(speed: float = 100.0, loss: float = 2.0) -> list[dict[str, Any]]:
+def rows(speed: float = 100.0, loss: float | None = 2.0) -> list[dict[str, Any]]:
     return [
         {"step": step, "train/loss": loss, "train/tokens": 64 * step, "perf/tokens_per_s": speed,
          "perf/mfu": 0.4, "perf/peak_memory_gb": [0.5, 1.0]}
@@ -159,43 +174,68 @@ def test_a_short_run_says_how_fast_it_is(tiny: Callable[..., Any], tmp_path: Pat
     item = Scripted(tiny(), tmp_path, (rows(), 0)).train()
     assert item.state == OK and "100 tokens/s, 0.64 s a step of 64 tokens, MFU 40.0%" in item.text
     assert item.figures["peak_memory_gb"] == 1.0
-    assert Scripted(tiny(), tmp_path, (rows(loss=float("nan")), 0)).train().state == FAIL
-    failed = Scripted(tiny(), tmp_path, ([], 1)).train()
-    assert (failed.state, failed.text) == (FAIL, "last words")
+    # As metrics.jsonl has it.
+    assert Scripted(tiny(), tmp_path, (rows(loss=None), 0)).train().state == FAIL
+    log = "step 4 loss 7.2\nTraceback\nRuntimeError: no such kernel\nsome hint\n"
+    failed = Scripted(tiny(), tmp_path, ([], 1, log)).train()
+    assert (failed.state, failed.text) == (FAIL, "RuntimeError: no such kernel")
+    assert Scripted(tiny(), tmp_path, ([], -9, log)).train().text == "killed by SIGKILL"
+    slow = Scripted(tiny(), tmp_path, ([], None)).train()
+    assert (slow.state, slow.text) == (SKIP, "did not end within 3 s; give --seconds")
 
 
 @pytest.mark.parametrize(
-    ("speed", "loss", "state", "advised"),
-    [(150.0, 2.0, OK, True), (101.0, 2.0, OK, False), (150.0, 2.1, FAIL, False)],
+    ("speed", "loss", "compiles", "state", "advice"),
+    [
+        (150.0, 2.0, False, OK, ["trainer.compile_model=true: 1.50 times as fast here"]),
+        (101.0, 2.0, False, OK, []),
+        (150.0, 2.1, False, FAIL, []),
+        (150.0, None, False, FAIL, []),
+        (150.0, 2.0, True, OK, []),
+        (50.0, 2.0, True, OK, ["trainer.compile_model=false: 2.00 times as fast here"]),
+    ],
 )
 def test_compilation_is_advised_where_it_is_right_and_faster(
-    tiny: Callable[..., Any], tmp_path: Path, speed: float, loss: float, state: str, advised: bool
-) -> None:
-    short = Scripted(tiny(), tmp_path, (rows(), 0), (rows(speed, loss), 0))
+    tiny: Callable[..., Any], tmp_path: Path, speed: float, loss: float | None, compiles: bool,
+    state: str, advice: list[str],
+) -> None:  # fmt: skip
+    short = Scripted(tiny(), tmp_path, (rows(), 0), (rows(speed, loss), 0), compiles=compiles)
     assert short.compiled().state == SKIP  # Nothing to compare with.
-    slow = Scripted(tiny(), tmp_path, (rows(), 0), ([], None))
-    slow.train()
-    assert slow.compiled().state == SKIP  # There is not time enough.
+    assert ("not compiled" in short.train().text) == compiles
+    item = short.compiled()
+    assert (item.state, list(item.advice)) == (state, advice)
+
+
+@pytest.mark.parametrize(("compiles", "state"), [(False, SKIP), (True, FAIL)])
+def test_a_compiler_that_fails_counts_where_the_config_compiles(
+    tiny: Callable[..., Any], tmp_path: Path, compiles: bool, state: str
+) -> None:
+    script = [(rows(), 0), ([], 1, "InductorError: no g++\n")]
+    short = Scripted(tiny(), tmp_path, *script, compiles=compiles)
     short.train()
     item = short.compiled()
-    assert (item.state, bool(item.advice)) == (state, advised)
-    assert (
-        Scripted(tiny("trainer.compile_model=true"), tmp_path, (rows(), 0)).compiled().state == SKIP
-    )
+    assert (item.state, item.text) == (state, "InductorError: no g++")
+
+
+GPU = "training   6 steps = 384 tokens, fp32 on\n           cuda\nresumed    after step 3\n"
 
 
 def test_a_resumed_run_that_differs_fails(tiny: Callable[..., Any], tmp_path: Path) -> None:
-    other = rows()
-    other[4]["train/loss"] = 2.0000001
-    for script, state, said in (
-        (rows(), OK, "equal bit for bit"),
-        (other, FAIL, "first in step 5: train/loss"),
-        (rows()[:4], FAIL, "first in 4 rows instead of 6"),
+    near, far = rows(), rows()
+    near[4]["train/loss"], far[4]["train/loss"] = 2.0000001, 9.0
+    for script, log, state, said in (
+        (rows(), None, OK, "equal bit for bit"),
+        (rows(), "from the start\n", FAIL, "the run did not continue after step 3"),
+        (near, None, FAIL, "losses differ by 5.0e-08"),
+        (near, GPU, OK, "as kernels that add in another order make them"),
+        (far, GPU, FAIL, "losses differ by 3.5e+00"),
+        (rows()[:4], GPU, FAIL, "has 4 rows, one that was not stopped 6"),
     ):
-        short = Scripted(tiny(), tmp_path, (rows(), 0), (rows()[:3], 0), (script, 0))
+        logs = [] if log is None else [log]
+        short = Scripted(tiny(), tmp_path, (rows(), 0, *logs), (rows()[:3], 0), (script, 0, *logs))
         short.train()
         item = short.resumed()
-        assert item.state == state and said in item.text
+        assert item.state == state and said in item.text, item
 
 
 def test_a_drill_without_a_run_to_stop_fails(
@@ -206,7 +246,9 @@ def test_a_drill_without_a_run_to_stop_fails(
     monkeypatch.setattr("lunaris.check.drill.run_module", lambda *args, watch: stage.Ended(
         1, 1.0, tmp_path / "none.log"
     ))  # fmt: skip
-    item = hang_drill(tiny("launch.processes=2", "parallelism=ddp"), tmp_path, 1.0)
+    two = tiny("launch.processes=2", "parallelism=ddp")
+    assert hang_drill(two, tmp_path, 1.0).text == "no time is left; give --seconds"
+    item = hang_drill(two, tmp_path, 100.0)
     assert item.state == FAIL and "no run to stop: exit code 1" in item.text
 
 
@@ -216,7 +258,8 @@ def test_processes_that_take_too_long_end_with_all_that_they_started(
     module = tmp_path / "started_by_check.py"
     module.write_text(
         "import pathlib, subprocess, sys, time\n"
-        "child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])\n"
+        "sleep = [sys.executable, '-c', 'import time; time.sleep(60)', sys.argv[1]]\n"
+        "child = subprocess.Popen(sleep, start_new_session=True)\n"
         "pathlib.Path(sys.argv[1], 'child').write_text(str(child.pid))\n"
         "time.sleep(60)\n"
     )
@@ -241,7 +284,6 @@ def test_processes_that_take_too_long_end_with_all_that_they_started(
         time.sleep(0.05)
     else:
         raise AssertionError("the child still runs")
-    assert sys.executable
 
 
 def test_descendants_are_those_of_a_process() -> None:
@@ -249,4 +291,3 @@ def test_descendants_are_those_of_a_process() -> None:
         assert child.pid in stage.descendants(os.getpid())
         child.kill()
     assert stage.descendants(2**22 + 1) == []
-    assert RunDir(Path("nothing")).read_status() == {}

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from lunaris.__main__ import main
+from lunaris.check.item import skipped
+from lunaris.check.runs import ShortRuns
 
 TINY = [
     "model.d_model=16", "model.n_layers=2", "model.n_heads=2", "model.n_kv_heads=1",
@@ -15,8 +17,8 @@ TINY = [
     "trainer.device=cpu", "data=synthetic", "data.vocab_size=64", "data.n_tokens=20000",
 ]  # fmt: skip
 NAMES = [
-    "software", "cores", "memory", "open files", "disk", "device", "product", "all-reduce",
-    "agreement", "meshes", "experts", "attention", "training", "resume", "hang drill",
+    "software", "cores", "memory", "open files", "disk", "device", "product", "experts",
+    "attention", "all-reduce", "agreement", "meshes", "training", "resume", "hang drill",
     "compilation",
 ]  # fmt: skip
 
@@ -28,7 +30,9 @@ def test_two_processes_are_ready_and_leave_nothing_behind(
 ) -> None:
     (tmp_path / "temporary").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
-    given = ["parallelism=fsdp", "launch.processes=2", "trainer.compile_model=true"]
+    # Compiling takes most of the time, and this machine may have no compiler.
+    monkeypatch.setattr(ShortRuns, "compiled", lambda self: skipped("compilation", "in this test"))
+    given = ["parallelism=fsdp", "launch.processes=2"]
     assert main(["check", *TINY, *given, "--json", "--seconds", "800"]) == 0
     found = json.loads(capsys.readouterr().out)
     items = {item["name"]: item for item in found["items"]}
@@ -42,19 +46,55 @@ def test_two_processes_are_ready_and_leave_nothing_behind(
     assert not list((tmp_path / "temporary").iterdir()) and not Path("runs").exists()
 
 
+@pytest.mark.parametrize(("gpus", "code"), [("0,1", 1), ("", 0)])
+def test_what_fails_keeps_its_logs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    gpus: str, code: int,
+) -> None:  # fmt: skip
+    """A machine with GPUs of which torch sees none, as with a torch for CPUs."""
+    (tmp_path / "temporary").mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    for name in ("train", "resumed", "compiled"):
+        monkeypatch.setattr(ShortRuns, name, lambda self, name=name: skipped(name, "in this test"))
+    given = [text for text in TINY if text != "trainer.device=cpu"]
+    assert main(["check", *given]) == code
+    printed = capsys.readouterr().out
+    kept = list((tmp_path / "temporary").iterdir())
+    if code:
+        assert "fail  device       torch" in printed and "this machine has 2" in printed
+        assert "1 failed: device" in printed and f"logs    {kept[0]}" in printed
+        assert [path.name for path in (kept[0] / "probe").iterdir() if path.is_dir()] == ["logs"]
+    else:
+        assert not kept and "nothing failed" in printed
+
+
+def test_more_processes_than_gpus_are_refused_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    given = [text for text in TINY if text != "trainer.device=cpu"]
+    assert main(["check", *given, "launch.processes=4", "parallelism=ddp"]) == 2
+    assert "launch: 4 processes, but this machine has 2 GPUs" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "0")
+    assert main(["check", *TINY]) == 2
+    assert "not under torchrun; give launch.processes=N" in capsys.readouterr().err
+
+
 def test_without_time_what_is_left_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", *TINY, "--seconds", "0.001"]) == 0
     printed = capsys.readouterr().out
     for name in ("device", "training", "resume", "hang drill", "compilation"):
         assert f"skip  {name:<12} no time is left; give --seconds" in printed
-    assert printed.rstrip().endswith("nothing failed")
+    assert printed.rstrip().endswith("nothing failed, 5 skipped")
 
 
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["launch=slurm"], "launch._target_=lunaris.launch.slurm.Slurm: lunaris check looks at th"),
-        (["-m", "seed=1,2"], "--multirun: lunaris check looks at one config"),
+        (["-m", "seed=1,2"], "--multirun: goes with lunaris train, not with check"),
+        (["--cfg"], "--cfg: goes with lunaris train, not with check"),
+        (["--seconds", "nan"], "--seconds nan: must be above 0"),
         (["--seconds", "0"], "--seconds 0: must be above 0"),
         (["--seconds", "x"], "--seconds"),
         (["--jsn"], "--jsn: no such flag"),
