@@ -44,7 +44,7 @@ def plan_rungs(points: list[Point], sweeper: Any) -> list[Rung]:
     if not isinstance(factor, int) or factor < 2:
         raise UserError(f"hydra.sweeper.factor={factor}: must be a whole number of at least 2")
     last, interval = _compared(points)
-    _check_waits(points[0])
+    points[0].check_waits(f"{CHOICE} chooses by the losses of points that have paused")
     if first is None:
         # As many rungs as it takes until one point is left.
         first = max(1, last // factor ** _divisions(len(points), factor))
@@ -174,16 +174,6 @@ def _compared(points: list[Point]) -> tuple[int, int]:
                 "points pause; leave it out"
             )
     return last, interval
-
-
-def _check_waits(point: Point) -> None:
-    launch = point.cfg.launch
-    if hasattr(launch, "dry_run") and (launch.dry_run or not launch.wait):
-        raise UserError(
-            f"launch.wait={str(launch.wait).lower()}, launch.dry_run="
-            f"{str(launch.dry_run).lower()}: {CHOICE} chooses by the losses of points that have "
-            "paused; it needs launch.wait=true and launch.dry_run=false"
-        )
 
 
 def _until(point: Point, step: int | None) -> Point:

@@ -114,13 +114,7 @@ def _check_corners(
     lines = [[*(f"{key}={v}" for key, v in point.items()), *texts] for point in points]
     # One by one, because a value at both ends would be two equal points.
     first, *_ = [sweep.plan([line])[0] for line in lines]
-    launch = first.cfg.launch
-    if hasattr(launch, "dry_run") and (launch.dry_run or not launch.wait):
-        raise UserError(
-            f"launch.wait={str(launch.wait).lower()}, launch.dry_run="
-            f"{str(launch.dry_run).lower()}: {CHOICE} chooses each point by the losses of earlier "
-            "ones; it needs launch.wait=true and launch.dry_run=false"
-        )
+    first.check_waits(f"{CHOICE} chooses each point by the losses of earlier ones")
     _check_same(sweep, texts, list(values))
     return first
 

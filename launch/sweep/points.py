@@ -53,6 +53,16 @@ class Point:
         end = self.cfg.trainer.stop_at
         return end is not None and max(map(step_of, saved), default=0) > end
 
+    def check_waits(self, why: str) -> None:
+        """Raise UserError where the launcher returns before a point has ended. why: it must not."""
+        launch = self.cfg.launch
+        if hasattr(launch, "dry_run") and (launch.dry_run or not launch.wait):
+            raise UserError(
+                f"launch.wait={str(launch.wait).lower()}, launch.dry_run="
+                f"{str(launch.dry_run).lower()}: {why}; it needs launch.wait=true and "
+                "launch.dry_run=false"
+            )
+
 
 @dataclass
 class Outcome:

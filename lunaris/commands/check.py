@@ -119,11 +119,9 @@ def _clean(folder: Path, *, keep_logs: bool) -> str | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:  # type: ignore[override]
-            raise UserError(message)
+    from lunaris.config.cli import bare_parser
 
-    parser = Parser(prog="lunaris check", add_help=False, allow_abbrev=False)
+    parser = bare_parser("lunaris check")
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--seconds", type=float, default=_SECONDS)
     return parser

@@ -68,11 +68,9 @@ def main(argv: list[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> None:  # type: ignore[override]
-            raise UserError(message)
+    from lunaris.config.cli import bare_parser
 
-    parser = Parser(prog="lunaris plan", add_help=False, allow_abbrev=False)
+    parser = bare_parser("lunaris plan")
     parser.add_argument("--device")
     parser.add_argument("--mfu", type=float, default=0.35)
     parser.add_argument("--json", action="store_true")

@@ -54,6 +54,16 @@ class Flags:
         return Source(self.config_name, path, self.config_dir)
 
 
+class _Bare(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def bare_parser(prog: str) -> argparse.ArgumentParser:
+    """Return a parser for flags of a command's own beside those of `parser`, without a help."""
+    return _Bare(prog=prog, add_help=False, allow_abbrev=False)
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ")
