@@ -50,7 +50,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
         paths.append(path)
         return 0
 
-    def run(points: list[Point], progress: Any) -> list[Outcome]:
+    def run(points: list[Point], progress: Any, *, more_follows: bool = False) -> list[Outcome]:
         paths.extend(point.dir for point in points)
         return [Outcome(point, "done") for point in points]
 

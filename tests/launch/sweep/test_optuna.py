@@ -142,7 +142,7 @@ def test_a_stopped_point_is_continued_first(
 ) -> None:
     run = run_points.run_points
 
-    def stop(points: list[Point], progress: Any) -> list[Outcome]:
+    def stop(points: list[Point], progress: Any, *, more_follows: bool) -> list[Outcome]:
         RunDir(points[0].dir).write_status(state="stopped")
         raise Stopped("at the second point")
 
