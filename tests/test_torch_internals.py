@@ -101,7 +101,8 @@ def private_names(path: Path) -> Iterator[str]:
             reached = f"{node.module}." + ".".join(alias.name for alias in node.names)
         elif isinstance(node, ast.Attribute):
             reached = ast.unparse(node)
-        if reached.startswith(("torch.", "dist.")) and "._" in reached.replace("._foreach_", "."):
+        public = reached.replace("._foreach_", ".").replace(".__version__", "")
+        if reached.startswith(("torch.", "dist.")) and "._" in public:
             yield reached
 
 
