@@ -5,7 +5,7 @@ Shapes: T assignments, D model width, H hidden width, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -102,11 +102,50 @@ def one_product_each(
 ) -> Tensor:
     """Compute one product per expert, for fp32 and fp16; on a GPU this waits for the counts."""
     sizes = counts.tolist()
-    rest = len(x) - sum(sizes)
-    *parts, past = x.split([*sizes, rest])
-    # The backward of unbind stacks once; that of an index allocates full-size zeros each time.
-    outputs = [
-        activate(part @ up) @ out
-        for part, up, out in zip(parts, gate_up.unbind(), down.unbind(), strict=True)
-    ]
-    return torch.cat([*outputs, torch.zeros_like(past)])
+    hidden = activate(_ProductEach.apply(x, gate_up, sizes))
+    out: Tensor = _ProductEach.apply(hidden, down, sizes)
+    return out
+
+
+class _ProductEach(torch.autograd.Function):
+    """Multiplies each expert's rows of x ([T, D]) by its matrix of the weight ([E, D, H]).
+
+    sizes: the rows of each expert, T or fewer in all; rows past their sum give zeros. All results
+    and gradients are written into one tensor each: the backward of `unbind` would copy the
+    gradient of every expert once more.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.sizes = sizes
+        out = x.new_empty(len(x), weight.size(2))
+        for i, rows in _rows_of_each(sizes, out):
+            torch.mm(x[rows], weight[i], out=out[rows])
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        if grad_x is not None:
+            for i, rows in _rows_of_each(ctx.sizes, grad_x):
+                torch.mm(grad[rows], weight[i].mT, out=grad_x[rows])
+        if grad_weight is not None:
+            # An expert without rows has a product over no row: zero.
+            for i, rows in _rows_of_each(ctx.sizes):
+                torch.mm(x[rows].mT, grad[rows], out=grad_weight[i])
+        return grad_x, grad_weight, None
+
+
+def _rows_of_each(sizes: list[int], result: Tensor | None = None) -> Iterator[tuple[int, slice]]:
+    """Yield each expert and its rows; in the end fill the rows of `result` past them with zeros."""
+    end = 0
+    for i, size in enumerate(sizes):
+        begin, end = end, end + size
+        yield i, slice(begin, end)
+    if result is not None:
+        result[end:].zero_()

@@ -32,7 +32,9 @@ def clip_grad_norm(parameters: Iterable[nn.Parameter], max_norm: float | None) -
     norm = total.sqrt().float()
     if max_norm is not None:
         scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-        torch._foreach_mul_([local_part(grad) for grad in grads], scale)
+        # Reading the scale of a GPU would wait for it; a CPU is spared a pass over all gradients.
+        if norm.is_cuda or scale != 1:
+            torch._foreach_mul_([local_part(grad) for grad in grads], scale)
     return norm
 
 

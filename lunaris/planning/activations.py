@@ -2,8 +2,8 @@
 
 On a CPU, without dropout and without activation checkpointing, they equal what autograd saves, to
 the byte (`tests/planning/test_activations.py`); a dropless layer of experts is counted as if no
-assignment were dropped. On a GPU two things are less there: a norm keeps no normalised copy, and in
-half precision the attention kernel reads grouped keys and values without copies of them.
+assignment were dropped. On a GPU a norm keeps no normalised copy. The attention kernel reads
+grouped keys and values as they are on a GPU in half precision, and on a CPU in float32.
 
 Legend: T tokens of a micro-step, B sequences, L positions, D model width, H heads, G key-value
 heads, K head width, E experts, k experts a token. Sizes are bytes: 4 for float32, 2 for products in
@@ -195,12 +195,13 @@ def _gqa(at: Sizes, layer: int) -> int:
     total += at.norm(width, groups, cast=True) if per_head else at.norm(of_keys, cast=True)
     window = window_of(keys, layer)
     masked = window is not None and window < at.length
-    total += _attend(at, heads, width, width, keys, masked or _documents(at))
     copied = _copies_keys(at, masked)
+    key_heads = heads if copied else groups
+    total += _attend(at, heads, key_heads, width, width, keys, masked or _documents(at))
     projection = at.tokens * at.product * (model.d_model + 2 * of_keys)
     if not copied and not keys.sinks:
-        # Values are a view of the whole projection, and keys have no copies.
-        total += projection - 2 * at.input(model.d_model) + at.input(of_keys)
+        # Values are a view of the whole projection.
+        total += projection - at.input(of_keys)
     elif not at.half:
         total += projection
     return total + _gate(at, heads, keys.output_gate)
@@ -219,26 +220,36 @@ def _mla(at: Sizes, layer: int) -> int:
     total += 0 if at.half else 4 * at.tokens * (widths.latent + widths.rope)
     # The normalised latent and the rotated key, of which the product reads the first part.
     total += at.tokens * at.product * (widths.latent + widths.rope)
-    total += _attend(at, heads, head, widths.value, keys, _documents(at))
+    total += _attend(at, heads, heads, head, widths.value, keys, _documents(at))
     return total + _gate(at, heads, keys.output_gate)
 
 
 def _attend(
-    at: Sizes, heads: int, width: int, value: int, keys: GQAConfig | MLAConfig, masked: bool
+    at: Sizes,
+    heads: int,
+    key_heads: int,
+    width: int,
+    value: int,
+    keys: GQAConfig | MLAConfig,
+    masked: bool,
 ) -> int:
-    """Return what the attention kernel keeps: queries, keys, values, output and normalisers."""
-    length, rows = at.length, at.cfg.trainer.batch_size * heads
+    """Return what the attention kernel keeps: queries, keys, values, output and normalisers.
+
+    key_heads: the heads of the keys and values that it reads.
+    """
+    length, sequences = at.length, at.cfg.trainer.batch_size
     wide = max(width, value)
     # A sink is a first key, and without a mask there is a first query as well.
     more = 1 if keys.sinks else 0
     n_keys, n_queries = length + more, length + (0 if masked else more)
     if keys.sinks:
         wide += 8 - wide % 8
-    total = 2 * at.product * rows * wide * (n_queries + n_keys) + 4 * rows * n_queries
+    total = 2 * at.product * sequences * wide * (heads * n_queries + key_heads * n_keys)
+    total += 4 * sequences * heads * n_queries
     if keys.output_gate or keys.sinks or width != value:
         total += at.input(heads * value)  # The input of the output projection.
-    sequences = at.cfg.trainer.batch_size if _documents(at) else 1
-    return total + (at.product * n_queries * n_keys * sequences if masked else 0)
+    masks = sequences if _documents(at) else 1
+    return total + (at.product * n_queries * n_keys * masks if masked else 0)
 
 
 def _gate(at: Sizes, heads: int, gated: bool) -> int:
@@ -248,7 +259,10 @@ def _gate(at: Sizes, heads: int, gated: bool) -> int:
 
 def _copies_keys(at: Sizes, masked: bool) -> bool:
     model = at.cfg.model
-    in_kernel = at.gpu and at.half and not masked and not _documents(at)
+    if at.gpu:
+        in_kernel = at.half and not masked and not _documents(at)
+    else:
+        in_kernel = not at.half and not model.dropout
     return model.n_kv_heads < model.n_heads and not in_kernel
 
 

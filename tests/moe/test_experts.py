@@ -23,6 +23,27 @@ def test_rows_past_the_last_expert_are_zeros_in_both_directions() -> None:
     assert x.grad[:3].any(dim=1).all() and not x.grad[3:].any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_product_each_has_the_bits_of_autograds_own_gradients(dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(13, 8), (4, 8, 12), (4, 6, 8), (13, 8)]
+    *leaves, out_grad = (torch.randn(s, generator=generator).to(dtype) for s in shapes)
+    sizes = [5, 0, 4, 1]  # An idle expert, and rows past the last.
+    swiglu = ACTIVATIONS["swiglu"].function
+
+    x, gate_up, down = (leaf.clone().requires_grad_() for leaf in leaves)
+    *parts, past = x.split([*sizes, 3])
+    each = zip(parts, gate_up, down, strict=True)
+    expected = torch.cat([*(swiglu(part @ up) @ out for part, up, out in each), past * 0])
+    expected.backward(out_grad)
+    mine = [leaf.clone().requires_grad_() for leaf in leaves]
+    y = experts.one_product_each(mine[0], torch.tensor(sizes), *mine[1:], swiglu)
+    y.backward(out_grad)
+    assert torch.equal(y, expected)
+    for leaf, reference in zip(mine, (x, gate_up, down), strict=True):
+        assert torch.equal(leaf.grad, reference.grad)
+
+
 def test_no_row_at_all_still_gives_gradients() -> None:
     module = Experts(3, 4, 8)
     for parameter in module.parameters():

@@ -41,6 +41,16 @@ def test_agrees_with_torch(max_norm: float | None) -> None:
         torch.testing.assert_close(a.grad, b.grad)
 
 
+def test_below_the_limit_no_bit_changes() -> None:
+    mine = parameters((4, 3), (5,))
+    before = [p.grad.clone() for p in mine]
+    versions = [p.grad._version for p in mine]
+    assert clip_grad_norm(mine, 1e3) < 1e3
+    assert all(torch.equal(p.grad, grad) for p, grad in zip(mine, before, strict=True))
+    # A CPU is spared the pass over all gradients.
+    assert [p.grad._version for p in mine] == versions
+
+
 def test_plain_and_sharded_together(mesh: DeviceMesh) -> None:
     """One model has several meshes and placements: those of experts and those of the rest."""
     plain, expected = parameters((3, 4), (5,), (2, 6)), parameters((3, 4), (5,), (2, 6))

@@ -48,8 +48,12 @@ def attend(
         q, k, v, mask = _with_sinks(q, k, v, mask, sinks, scale)
     groups = k.size(1)
     rows_of_heads = few and groups < heads
-    # Of the fast kernels only flash attention takes groups: half precision without a mask.
-    in_kernel = q.is_cuda and mask is None and q.dtype in (torch.bfloat16, torch.float16)
+    if q.is_cuda:
+        # Of the fast kernels only flash attention takes groups: half precision without a mask.
+        in_kernel = mask is None and q.dtype in (torch.bfloat16, torch.float16)
+    else:
+        # In half precision the CPU's kernel would add up a group's gradients in half precision.
+        in_kernel = q.dtype == torch.float32 and dropout == 0
     if rows_of_heads:
         # All heads of a group see the same keys: they are rows of one product, without copies.
         q = q.reshape(q.size(0), groups, heads // groups * length, q.size(3))
