@@ -34,6 +34,7 @@ from lunaris.optim.groups import restore_settings, settings_of
 from lunaris.optim.guard import StepGuard
 from lunaris.parallelism.base import Parallelism, unwrap
 from lunaris.precision import Precision
+from lunaris.profiling.profiler import profiler_of
 from lunaris.run_summary import conclude, describe, write_parameters
 from lunaris.runs.changes import read_changes
 from lunaris.runs.data_fingerprint import save_data_fingerprint
@@ -65,7 +66,9 @@ def execute(cfg: Config, path: str | Path) -> RunResult:
         run = build(cfg, run_dir, stop)
         stack.callback(run.loader.close)
         stack.callback(run.logger.finish)
-        with explain_out_of_memory(step_advice(cfg)):
+        parts = (run.parallelism, unwrap(run.model), run.loader, run.meter, run.logger.message)
+        run.profiler = profiler_of(cfg, run_dir.path, *parts)
+        with explain_out_of_memory(step_advice(cfg)), run.profiler:
             train(run)
         if run.parallelism.is_writer:
             marks = {change.step: str(change) for change in read_changes(run_dir.path)}

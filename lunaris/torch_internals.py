@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from types import FrameType
 
 import torch
@@ -56,6 +57,25 @@ def takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
     Where that ([] float32) is 1 the step changes nothing: the protocol of torch's gradient scaler.
     """
     return getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
+def record_memory_history(on: bool) -> None:
+    """Begin to record what the memory of CUDA is allocated for, with Python's stacks, or end it.
+
+    The newest 200,000 allocations and frees are kept.
+    """
+    if on:
+        torch.cuda.memory._record_memory_history(stacks="python", max_entries=200_000)
+    else:
+        torch.cuda.memory._record_memory_history(enabled=None)
+
+
+def dump_memory_history(path: Path) -> None:
+    """Write what is recorded as a snapshot that pytorch.org/memory_viz opens.
+
+    Raises OSError where the file cannot be written.
+    """
+    torch.cuda.memory._dump_snapshot(str(path))
 
 
 class AgreedGradScaler(torch.amp.GradScaler):

@@ -30,8 +30,9 @@ from lunaris.optim.clip import clip_grad_norm
 from lunaris.optim.groups import set_learning_rate
 from lunaris.optim.guard import StepGuard, StepRange, restore_where, take_step
 from lunaris.optim.schedule import Schedule
-from lunaris.parallelism.base import Parallelism, unwrap
+from lunaris.parallelism.base import Parallelism, sum_named, unwrap
 from lunaris.precision import Precision
+from lunaris.profiling.profiler import Profiler
 from lunaris.runs.run_dir import RunDir
 
 
@@ -58,6 +59,7 @@ class Run:
     stop: StopSignal
     state: TrainState
     global_batch: int  # sequences an optimizer step, of all data ranks
+    profiler: Profiler = Profiler()
 
 
 @dataclass
@@ -92,7 +94,8 @@ def train(run: Run) -> None:
         log_missing_row(run)
     batches = iter(run.loader)
     while state.step < trainer.end():
-        stats = train_step(run, next(batches))
+        with run.profiler.step(state.step + 1):
+            stats = train_step(run, next(batches))
         state.step += 1
         state.sequences = sequences_of_step(run)[1] + 1
         report_skips(run, lag=1)
@@ -163,7 +166,7 @@ def train_step(run: Run, batch: Batch) -> StepStats:
             totals[name] = totals.get(name, 0) + value.detach().double()
     run.precision.scaler.unscale_(run.optimizer)
     grad_norm = clip_grad_norm(run.model.parameters(), run.cfg.trainer.grad_clip)
-    totals = _sum_over_ranks(run.parallelism, totals | {"grad_norm": grad_norm.double()})
+    totals = sum_named(run.parallelism, totals | {"grad_norm": grad_norm.double()})
     world = run.parallelism.data_world_size
     stats = StepStats(
         {name: totals[f"{name}_loss"] / world for name in out.losses},
@@ -288,13 +291,6 @@ def write_progress(run: Run) -> None:
         tokens = run.state.sequences * run.cfg.model.max_seq_len
         best = run.state.best_val_loss
         run.dir.write_status(step=run.state.step, best_val_loss=best, tokens=tokens)
-
-
-def _sum_over_ranks(parallelism: Parallelism, totals: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Sum all totals over the data ranks in one collective."""
-    flat = parallelism.sum(torch.cat([part.reshape(-1) for part in totals.values()]))
-    sums = flat.split([part.numel() for part in totals.values()])
-    return {name: x.view_as(totals[name]) for name, x in zip(totals, sums, strict=True)}
 
 
 def _mix(*numbers: int) -> int:

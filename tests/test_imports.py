@@ -28,7 +28,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("run",),
     ("run_summary", "lifecycle"),
     ("train",),
-    ("evaluate",),
+    ("evaluate", "profiling"),
     ("warm_start",),
     ("moe", "objective", "data", "optim", "parallelism", "metrics", "checkpoint"),
     ("model",),

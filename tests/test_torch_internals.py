@@ -36,6 +36,7 @@ SIGNATURES = {
         "mesh_dim_names",
         "backend_override",
     ],
+    "torch.cuda.memory._dump_snapshot": ["filename", "augment_with_fx_traces"],
     "torch.amp.GradScaler._unscale_grads_": [
         "self",
         "optimizer",
@@ -60,6 +61,7 @@ NAMES = [
     "torch.ops.mkldnn._is_mkldnn_bf16_supported",
     "torch.ops.mkldnn._is_mkldnn_fp16_supported",
     "torch._amp_foreach_non_finite_check_and_unscale_",
+    "torch.cuda.memory._record_memory_history",
 ]
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import timedelta
 
@@ -178,6 +178,12 @@ def set_phase(phase: str) -> None:
     """Record what this process begins to do, which is reported if the process hangs in it."""
     if _session is not None and _session.heartbeat is not None:
         _session.heartbeat.set_phase(phase)
+
+
+def excused() -> AbstractContextManager[None]:
+    """Return the context of a call of torch in which Python, and so the heartbeat, cannot run."""
+    beat = None if _session is None else _session.heartbeat
+    return nullcontext() if beat is None else beat.excused()
 
 
 def end_first_step() -> None:

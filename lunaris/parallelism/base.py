@@ -91,3 +91,10 @@ class Parallelism:
 def unwrap(model: nn.Module) -> Transformer:
     """Return the Transformer inside what `wrap` returned: itself, for every parallelism here."""
     return cast("Transformer", model)
+
+
+def sum_named(parallelism: Parallelism, totals: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the sums over the data ranks of tensors of one dtype, made in one collective."""
+    flat = parallelism.sum(torch.cat([part.reshape(-1) for part in totals.values()]))
+    sums = flat.split([part.numel() for part in totals.values()])
+    return {name: x.view_as(totals[name]) for name, x in zip(totals, sums, strict=True)}

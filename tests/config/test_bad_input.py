@@ -198,6 +198,17 @@ TABLE: list[tuple[str, str]] = [
     ("model.vocab_size=99999999999999999999", "model.vocab_size=99999999999999999999: must be b"),
     ("out_dir=${oc.env:LUNARIS_ABSENT}", "out_dir=${oc.env:LUNARIS_ABSENT}: cannot be resolved"),
     # several keys together
+    (
+        "trainer.profile_steps=[3]",
+        "trainer.profile_steps=[3]: must be two steps, the first and the",
+    ),
+    ("trainer.profile_steps=[0,3]", "trainer.profile_steps=[0, 3]: must be two steps, the first "),
+    ("trainer.profile_steps=[4,3]", "trainer.profile_steps=[4, 3]: must be two steps, the first "),
+    ("trainer.profile_steps=[3,301]", "and the last, between 1 and 300 (trainer.max_steps), or []"),
+    ("trainer.profile_steps=[1,21]", "trainer.profile_steps=[1, 21]: must be at most 20 steps"),
+    ("trainer.profile_steps=[a,3]", "trainer.profile_steps=[a,3]: must be"),
+    ("trainer.profile_steps=3", "trainer.profile_steps=3: must be"),
+    ("trainer.profile_steps=null", "trainer.profile_steps=null: must be"),
     ("moe.first_dense_layers=4", "moe.first_dense_layers=4: must be below model.n_layers=4"),
     ("schedule.warmup_steps=401", "schedule.warmup_steps=401: must be at most trainer.max_steps"),
     ("schedule=wsd schedule.warmup_steps=290", "must leave room for the 60 steps of decay"),

@@ -55,6 +55,17 @@ def test_rank_that_ends_is_not_missed(pair: tuple[Heartbeat, Heartbeat, queue.Qu
         reports.get(timeout=1.5 * _TIMEOUT_S)
 
 
+def test_rank_in_a_long_call_of_torch_is_not_missed(
+    pair: tuple[Heartbeat, Heartbeat, queue.Queue[str]],
+) -> None:
+    _, other, reports = pair
+    with other.excused():
+        other._stopped.set()  # Its thread cannot run.
+        with pytest.raises(queue.Empty):
+            reports.get(timeout=1.5 * _TIMEOUT_S)
+    assert reports.get(timeout=60).startswith("rank 1 has sent no heartbeat")
+
+
 def test_slowest_rank_is_named(pair: tuple[Heartbeat, Heartbeat, queue.Queue[str]]) -> None:
     first, other, reports = pair
     for _ in range(3):

@@ -127,7 +127,7 @@ def faults_of(case: dict[str, Any]) -> list[str]:
 def break_on_purpose(mutant: str) -> None:
     """Replace a part of the code by one that is wrong."""
     if mutant == "not agreed":
-        lunaris.train._sum_over_ranks = lambda parallelism, totals: totals  # type: ignore[attr-defined]
+        lunaris.train.sum_named = lambda parallelism, totals: totals  # type: ignore[attr-defined]
     elif mutant == "balance moves":
         lunaris.train.restore_where = lambda skip, values, saved: None  # type: ignore[attr-defined]
     elif mutant == "step is taken":

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from lunaris.config.schema.base import Schema, changeable, free, key
+from lunaris.config.schema.base import FREE, Schema, changeable, free, key
+from lunaris.errors import UserError
+
+_MOST_PROFILED = 20
 
 
 @dataclass
@@ -48,6 +51,18 @@ class TrainerConfig(Schema):
     skip_spikes: bool = changeable(False)
     # Null: cuda where there is one.
     device: str | None = free(None, allowed=("cpu", "cuda"))
+    # First and last step to record with torch's profiler, into the folder `profile` of the run.
+    profile_steps: list[int] = field(default_factory=list, metadata=FREE)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        steps = self.profile_steps
+        if steps and not (len(steps) == 2 and 1 <= steps[0] <= steps[1] <= self.max_steps):
+            fault = f"must be two steps, the first and the last, between 1 and {self.max_steps}"
+            raise UserError(f"trainer.profile_steps={steps}: {fault} (trainer.max_steps), or []")
+        if steps and steps[1] - steps[0] >= _MOST_PROFILED:
+            fault = f"must be at most {_MOST_PROFILED} steps, whose events are kept in memory"
+            raise UserError(f"trainer.profile_steps={steps}: {fault}")
 
     def end(self) -> int:
         """Return the step after which the processes of the run end: paused, or done."""
