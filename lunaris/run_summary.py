@@ -11,6 +11,7 @@ from lunaris.config.frozen import to_tree
 from lunaris.config.trust import flags_for
 from lunaris.console import labelled
 from lunaris.metrics.records import read_rows
+from lunaris.moe.experts import Experts, describe_product
 from lunaris.parallelism.base import unwrap
 from lunaris.runs.checkpoint_files import complete
 from lunaris.train import Run
@@ -42,6 +43,11 @@ def describe(run: Run) -> str:
             f"{trainer.precision} on {run.parallelism.device.type}",
         ),
     ]
+    for module in unwrap(run.model).modules():
+        if isinstance(module, Experts):
+            taken = (run.parallelism.device, run.precision.dtype, module.gate_up, module.down)
+            lines.append(labelled("experts", describe_product(*taken)))
+            break  # All layers have experts of one size.
     if run.state.step < trainer.end() < trainer.max_steps:
         lines.append(labelled("pauses", f"after step {trainer.end():,} (trainer.stop_at)"))
     if run.precision.emulated:

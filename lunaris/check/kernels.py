@@ -16,6 +16,8 @@ from lunaris.config.schema.root import Config
 from lunaris.distributed import session
 from lunaris.model.activation import ACTIVATIONS
 from lunaris.moe import experts
+from lunaris.moe.experts import Product
+from lunaris.precision import Precision
 
 # Tokens of an expert: as many for each, an expert without any, one with all, and none at all.
 _COUNTS = ([24, 24, 24, 24], [40, 0, 7, 49], [0, 96, 0, 0], [0, 0, 0, 0])
@@ -36,11 +38,11 @@ _BACKENDS = {
 
 def kernel_looks(cfg: Config) -> dict[str, Callable[[], Item]]:
     """Return, by the name of its item, what every process calls to look at the kernels."""
-    return {"experts": partial(_grouped_experts, cfg), "attention": partial(_attention, cfg)}
+    return {"experts": partial(_experts, cfg), "attention": partial(_attention, cfg)}
 
 
-def _grouped_experts(cfg: Config) -> Item:
-    """Compare torch's grouped product with one product an expert, in bfloat16, both directions."""
+def _experts(cfg: Config) -> Item:
+    """Compare a GPU's two products of experts with one an expert, in bfloat16, both directions."""
     device = session.device()
     generator = torch.Generator().manual_seed(0)
 
@@ -50,33 +52,57 @@ def _grouped_experts(cfg: Config) -> Item:
     rows = sum(_COUNTS[0])
     x, gradient = drawn(rows, _WIDTH), drawn(rows, _WIDTH)
     weights = drawn(4, _WIDTH, 2 * _HIDDEN), drawn(4, _HIDDEN, _WIDTH)
-    routed = cfg.trainer.precision == "bf16" and hasattr(cfg.moe, "n_experts")
-    taken = routed and experts.grouped_mm_fits(x, torch.bfloat16, *weights)
-    which = "taken by this run" if taken else "not taken by this run"
+    dtype = Precision(cfg.trainer.precision, device).dtype
+    taken = experts.product_for(device, dtype, *weights) if hasattr(cfg.moe, "n_experts") else None
+    found: dict[str, float] = {}
+    said, wrong = [], False
+    for kind, product in (
+        (Product.GROUPED, experts.grouped_product),
+        (Product.PADDED, experts.padded_product),
+    ):
+        mark = " (taken by this run)" if kind is taken else ""
+        try:
+            worst = _worst_of(product, x, weights, gradient)
+        except RuntimeError as error:
+            # Where it is not taken nothing rests on it.
+            wrong |= kind is taken
+            said.append(f"{kind.value}{mark} fails: {str(error).splitlines()[0]}")
+            continue
+        wrong |= kind is taken and worst > _TOLERANCE
+        found[f"{kind.name.lower()}_difference"] = worst
+        said.append(f"{kind.value}{mark} {worst:.1e}")
+    text = f"difference from {Product.LOOP.value}: {', '.join(said)}"
+    if taken is not None:
+        text += f"; takes {experts.describe_product(device, dtype, *weights)}"
+    figures = {**found, "product": taken.name.lower() if taken else None}
+    return Item("experts", FAIL if wrong else OK, text, figures)
+
+
+def _worst_of(
+    product: Callable[..., Tensor], x: Tensor, weights: tuple[Tensor, Tensor], gradient: Tensor
+) -> float:
+    """Return the largest difference from one product an expert, over all loads and repeats."""
     worst = 0.0
     for counts in _COUNTS:
-        sizes = torch.tensor(counts, device=device)
+        sizes = torch.tensor(counts, device=x.device)
         right = _both_ways(experts.one_product_each, x, sizes, weights, gradient)
         for _ in range(_REPEATS):
-            try:
-                found = _both_ways(experts.grouped_product, x, sizes, weights, gradient)
-            except RuntimeError as error:
-                said = f"torch's grouped product fails: {str(error).splitlines()[0]}"
-                # Where it is not taken nothing rests on it.
-                return Item("experts", FAIL if taken else OK, f"{said} ({which})")
+            found = _both_ways(product, x, sizes, weights, gradient)
             worst = max(worst, *map(_difference, found, right))
-    figures = {"difference": worst, "grouped_mm": taken}
-    text = f"grouped products differ by {worst:.1e} from one an expert ({which})"
-    return Item("experts", FAIL if taken and worst > _TOLERANCE else OK, text, figures)
+    return worst
 
 
 def _both_ways(
-    product: object, x: Tensor, counts: Tensor, weights: tuple[Tensor, Tensor], gradient: Tensor
+    product: Callable[..., Tensor],
+    x: Tensor,
+    counts: Tensor,
+    weights: tuple[Tensor, Tensor],
+    gradient: Tensor,
 ) -> list[Tensor]:
     """Return the outputs and the gradients of the rows and the weights."""
     inputs = [each.clone().requires_grad_() for each in (x, *weights)]
     rows, *stacked = inputs
-    out = product(rows, counts, *stacked, ACTIVATIONS["swiglu"].function)  # type: ignore[operator]
+    out = product(rows, counts, *stacked, ACTIVATIONS["swiglu"].function)
     out.backward(gradient)
     return [out.detach(), *(each.grad for each in inputs if each.grad is not None)]
 

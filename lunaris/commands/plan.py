@@ -59,7 +59,7 @@ def main(argv: list[str]) -> int:
         print(line, file=sys.stderr)
     for text in overruled(composer, [flags.overrides]):
         print(f"warning: {text}", file=sys.stderr)
-    plan = make_plan(cfg, gpu=device is not None)
+    plan = make_plan(cfg, gpu=device is not None, device=device)
     if own.json:
         print(json.dumps(as_dict(plan, device, own.mfu), indent=2))
     else:
@@ -108,7 +108,9 @@ def _sweep(flags: Flags, device: Device | None, mfu: float, *, as_json: bool) ->
         print(line, file=sys.stderr)
     for overrides in points:
         cfg = sweep.composer.compose(overrides, check_data=False)
-        rows.append((sweep.name_of(overrides), make_plan(cfg, gpu=device is not None)))
+        rows.append(
+            (sweep.name_of(overrides), make_plan(cfg, gpu=device is not None, device=device))
+        )
     if as_json:
         print(json.dumps([{**as_dict(p, device, mfu), "name": name} for name, p in rows], indent=2))
     else:

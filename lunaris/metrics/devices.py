@@ -11,23 +11,29 @@ from itertools import takewhile
 
 @dataclass(frozen=True)
 class Device:
-    """A GPU. flops: peak dense bf16 FLOP/s; memory: bytes; watts: its power limit."""
+    """A GPU. flops: peak dense bf16 FLOP/s; memory: bytes; watts: its power limit.
+
+    grouped_mm: whether torch has a kernel for products of several experts in bf16 on it.
+    """
 
     name: str
     flops: float
     memory: int
     watts: float
+    grouped_mm: bool = False
 
 
-def _gpu(name: str, tera_flops: float, gigabytes: float, watts: float) -> Device:
-    return Device(name, tera_flops * 1e12, int(gigabytes * 1e9), watts)
+def _gpu(
+    name: str, tera_flops: float, gigabytes: float, watts: float, *, grouped_mm: bool = False
+) -> Device:
+    return Device(name, tera_flops * 1e12, int(gigabytes * 1e9), watts, grouped_mm)
 
 
 DEVICES = [
-    _gpu("B200", 2250, 180, 1000),
-    _gpu("H200", 989, 141, 700),
-    _gpu("H100", 989, 80, 700),
-    _gpu("H100 PCIe", 756, 80, 350),
+    _gpu("B200", 2250, 180, 1000, grouped_mm=True),
+    _gpu("H200", 989, 141, 700, grouped_mm=True),
+    _gpu("H100", 989, 80, 700, grouped_mm=True),
+    _gpu("H100 PCIe", 756, 80, 350, grouped_mm=True),
     _gpu("A100", 312, 80, 400),
     _gpu("L40", 181, 48, 300),
     _gpu("L40S", 362, 48, 350),

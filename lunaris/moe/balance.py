@@ -5,10 +5,10 @@ Shapes: B sequences, L positions, E experts, k experts a token.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
+
+from lunaris.moe.blocks import capacity_of
 
 
 def sequence_counts(experts: Tensor, n_experts: int) -> Tensor:
@@ -53,7 +53,7 @@ def within_capacity(
     """
     flat = experts.flatten(1)
     size = flat.size(1)
-    capacity: int | Tensor = math.ceil(min(factor * size / n_experts, size))
+    capacity: int | Tensor = capacity_of(size, n_experts, factor)
     if documents is not None:
         # A document's experts are experts of their own.
         flat = flat + n_experts * documents.repeat_interleave(experts.size(2), dim=1)

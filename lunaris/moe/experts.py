@@ -6,6 +6,7 @@ Shapes: T assignments, D model width, H hidden width, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from enum import Enum
 from typing import Any
 
 import torch
@@ -16,8 +17,17 @@ from torch.autograd.function import once_differentiable
 from lunaris.model.activation import ACTIVATIONS, Activation
 from lunaris.model.layers import compute_dtype, local_part
 from lunaris.model.roles import Role
+from lunaris.moe.padded import padded_product
 
 Activate = Callable[[Tensor], Tensor]
+
+
+class Product(Enum):
+    """How the experts' products are computed; the values are what a run prints."""
+
+    GROUPED = "one grouped product"
+    PADDED = "padded batched products"
+    LOOP = "one product an expert"
 
 
 class Experts(nn.Module):
@@ -38,35 +48,77 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.empty(n_experts, d_model, activation.columns(hidden)))
         self.down = nn.Parameter(torch.empty(n_experts, hidden, d_model))
 
-    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+    def forward(self, x: Tensor, counts: Tensor, most: int | None = None) -> Tensor:
         """Return each row's expert's output ([T, D], in the dtype of the products).
 
         x: [T, D], sorted by expert; counts: [E] int64 rows of each, T or fewer in all; rows past
-        their sum give zeros.
+        their sum give zeros. most: rows that no expert exceeds, where the host knows it.
         """
         dtype = compute_dtype(x)
         weights = (local_part(self.gate_up).to(dtype), local_part(self.down).to(dtype))
+        product = product_for(x.device, dtype, *weights)
         with torch.autocast(x.device.type, enabled=False):
-            if grouped_mm_fits(x, dtype, *weights):
+            if product is Product.GROUPED:
                 return grouped_product(x.to(dtype), counts, *weights, self.activate)
+            if product is Product.PADDED:
+                return padded_product(x.to(dtype), counts, *weights, self.activate, most)
             return one_product_each(x.to(dtype), counts, *weights, self.activate)
 
     def parameter_roles(self) -> dict[str, Role]:
         return {"gate_up": Role.EXPERT, "down": Role.EXPERT | Role.RESIDUAL_OUTPUT}
 
 
-def grouped_mm_fits(x: Tensor, dtype: torch.dtype, *weights: Tensor) -> bool:
-    """Return whether `grouped_mm` is correct and fast here: bf16 on a GPU, rows of 16 bytes.
+def choose_product(
+    device_type: str, dtype: torch.dtype, capability: tuple[int, int] | None, *, aligned: bool
+) -> Product:
+    """Return the fastest product that does not wait for the device.
 
-    On a CPU it is slower than one product an expert (tests/benchmarks/LOG.md).
+    capability: the compute capability of an NVIDIA GPU, None for anything else. aligned: whether
+    rows of the weights are a multiple of 16 bytes.
+
+    torch 2.11 to 2.13 have the kernel of `grouped_mm` for bf16 and capabilities 9.x and 10.x.
+    Elsewhere on a GPU the call copies the offsets to the host, waits, and computes one product an
+    expert (pytorch/pytorch issue 186620). On a CPU nothing waits, and one product an expert is
+    faster than both others (tests/benchmarks/LOG.md).
     """
+    if device_type != "cuda":
+        return Product.LOOP
+    has_kernel = capability is not None and capability[0] in (9, 10)
+    if has_kernel and dtype == torch.bfloat16 and aligned:
+        return Product.GROUPED
+    return Product.PADDED
+
+
+def product_for(device: torch.device, dtype: torch.dtype, *weights: Tensor) -> Product:
+    """Return the product of stacked weights in `dtype` on `device`."""
     aligned = all(size % 8 == 0 for w in weights for size in w.shape[1:])
-    return x.is_cuda and dtype == torch.bfloat16 and aligned
+    return choose_product(device.type, dtype, _capability(device), aligned=aligned)
+
+
+def describe_product(device: torch.device, dtype: torch.dtype, *weights: Tensor) -> str:
+    """Return in a few words which product is taken, and what decided it."""
+    product, capability = product_for(device, dtype, *weights), _capability(device)
+    name = str(dtype).removeprefix("torch.")
+    if capability is None:
+        return f"{product.value} ({name} on {device.type})"
+    why = f"{name}, compute capability {capability[0]}.{capability[1]}"
+    if product is Product.PADDED and dtype == torch.bfloat16 and capability[0] in (9, 10):
+        why += ", widths that 8 does not divide"
+    return f"{product.value} ({why})"
+
+
+@torch.compiler.assume_constant_result
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    # ROCm's devices are called cuda too, and their capabilities number something else.
+    if device.type != "cuda" or torch.version.hip is not None:
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def grouped_product(
     x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, activate: Activate
 ) -> Tensor:
+    """Compute all experts by one call of torch's `grouped_mm`; arguments as in `padded_product`."""
     ends = counts.cumsum(0)
     # Rows past the last expert's are not computed: their memory must reach neither direction.
     inside = (torch.arange(len(x), device=x.device) < ends[-1])[:, None]
@@ -100,7 +152,7 @@ class _ZeroWhereIdle(torch.autograd.Function):
 def one_product_each(
     x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, activate: Activate
 ) -> Tensor:
-    """Compute one product per expert, for fp32 and fp16; on a GPU this waits for the counts."""
+    """Compute one product per expert; on a GPU this waits for the counts."""
     sizes = counts.tolist()
     hidden = activate(_ProductEach.apply(x, gate_up, sizes))
     out: Tensor = _ProductEach.apply(hidden, down, sizes)

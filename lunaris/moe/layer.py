@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from lunaris.model.feed_forward import RoutedFeedForward, RoutingStats
 from lunaris.model.layers import FeedForward
 from lunaris.moe.balance import within_capacity
+from lunaris.moe.blocks import capacity_of
 from lunaris.moe.experts import Experts
 from lunaris.moe.router.base import Router, RoutingSpec
 
@@ -52,13 +53,17 @@ class MoE(RoutedFeedForward):
         routing = self.router(x)
         chosen, gates = routing.experts, routing.gates
         dropped = torch.zeros((), device=x.device)
+        most = x.size(0) * x.size(1)  # A token chooses an expert once.
         if self.capacity_factor is not None and self.training:
             apart = documents if self.capacity_scope == "document" else None
             fits = within_capacity(chosen, self.n_experts, self.capacity_factor, apart)
             # Expert E does not exist: sorted last, beyond every real expert's rows.
             chosen = chosen.masked_fill(~fits, self.n_experts)
             dropped = (~fits).sum().float()
-        y = self.dropout(self._routed(x, chosen, gates)).type_as(x)
+            if apart is None:
+                assignments = x.size(1) * self.k
+                most = x.size(0) * capacity_of(assignments, self.n_experts, self.capacity_factor)
+        y = self.dropout(self._routed(x, chosen, gates, most)).type_as(x)
         if self.shared is not None:
             y = y + self.shared(x)
         return y, RoutingStats(
@@ -69,8 +74,11 @@ class MoE(RoutedFeedForward):
             None if self.training else routing.experts,
         )
 
-    def _routed(self, x: Tensor, chosen: Tensor, gates: Tensor) -> Tensor:
-        """Return the gated sum of the chosen experts' outputs ([B, L, D] float32)."""
+    def _routed(self, x: Tensor, chosen: Tensor, gates: Tensor, most: int) -> Tensor:
+        """Return the gated sum of the chosen experts' outputs ([B, L, D] float32).
+
+        most: assignments that no expert exceeds.
+        """
         k = chosen.size(-1)
         flat = chosen.flatten()
         order = flat.sort(stable=True).indices
@@ -79,7 +87,7 @@ class MoE(RoutedFeedForward):
         )
         counts = torch.zeros(self.n_experts + 1, dtype=torch.int64, device=x.device)
         counts = counts.scatter_add_(0, flat, torch.ones_like(flat))[: self.n_experts]
-        out = self.experts(_Dispatch.apply(x.flatten(0, 1), order, inverse, k), counts)
+        out = self.experts(_Dispatch.apply(x.flatten(0, 1), order, inverse, k), counts, most)
         out = _Dispatch.apply(out, inverse, order, 1).unflatten(0, gates.shape)
         # One choice after another: a float32 product of all choices would take k times the memory.
         choices = zip(out.unbind(2), gates.split(1, dim=2), strict=True)

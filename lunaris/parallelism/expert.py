@@ -68,24 +68,33 @@ def reduce_expert_grads(
 
 
 def _exchange(
-    forward: Callable[[Tensor, Tensor], Tensor], group: dist.ProcessGroup, x: Tensor, counts: Tensor
+    forward: Callable[..., Tensor],
+    group: dist.ProcessGroup,
+    x: Tensor,
+    counts: Tensor,
+    most: int | None = None,
 ) -> Tensor:
     """Return the experts' outputs [T, D] for tokens `x` [T, D] sorted by expert.
 
     forward: computes the local experts. counts: [E] tokens of each expert, T or fewer in all; rows
-    past their sum give zeros. The host must know the sizes of the exchange, so this waits for the
+    past their sum give zeros. most: tokens of this process that no expert exceeds, or None for
+    experts that do not ask. The host must know the sizes of the exchange, so this waits for the
     device once.
     """
     # [P, E/P]: row p has the numbers of tokens sent to, and received from, process p.
     sent = counts.view(dist.get_world_size(group), -1).contiguous()
     received = torch.empty_like(sent)
     dist.all_to_all_single(received, sent, group=group)
-    send, receive = torch.stack([sent.sum(1), received.sum(1)]).tolist()
+    of_expert = received.sum(0)
+    sizes = torch.cat([sent.sum(1), received.sum(1), of_expert.max()[None]]).tolist()
+    send, receive, busiest = sizes[: len(sent)], sizes[len(sent) : -1], sizes[-1]
 
     rows = x[: sum(send)].to(compute_dtype(x))
     arrived = _AllToAll.apply(rows, receive, send, group)  # [R, D]
     order = _by_expert(received, len(arrived))
-    out = forward(arrived.index_select(0, order), received.sum(0))
+    # `most` says nothing of what other processes send; the largest load here is known exactly.
+    known = () if most is None else (busiest,)
+    out = forward(arrived.index_select(0, order), of_expert, *known)
     back = torch.empty_like(out).index_copy(0, order, out)
     mine = _AllToAll.apply(back, send, receive, group)
     return torch.cat([mine, mine.new_zeros(len(x) - len(mine), mine.size(1))])

@@ -2,8 +2,9 @@
 
 On a CPU, without dropout and without activation checkpointing, they equal what autograd saves, to
 the byte (`tests/planning/test_activations.py`); a dropless layer of experts is counted as if no
-assignment were dropped. On a GPU a norm keeps no normalised copy. The attention kernel reads
-grouped keys and values as they are on a GPU in half precision, and on a CPU in float32.
+assignment were dropped. On a GPU a norm keeps no normalised copy, and without a kernel for products
+of several experts they keep rows of padding as well. The attention kernel reads grouped keys and
+values as they are on a GPU in half precision, and on a CPU in float32.
 
 Legend: T tokens of a micro-step, B sequences, L positions, D model width, H heads, G key-value
 heads, K head width, E experts, k experts a token. Sizes are bytes: 4 for float32, 2 for products in
@@ -18,6 +19,7 @@ from lunaris.config.schema.attention import GQAConfig, MLAConfig
 from lunaris.config.schema.moe import MoEConfig, SigmoidRouterConfig
 from lunaris.config.schema.root import Config
 from lunaris.config.widths import GATED, first_columns
+from lunaris.moe.blocks import Blocks, blocks_for, capacity_of
 from lunaris.planning.parameters import (
     Kind,
     Parameter,
@@ -48,13 +50,15 @@ class Sizes:
     """What the sizes of all parts depend on.
 
     length: L, which is less in the depths of multi-token prediction. sharded: parameters are
-    gathered in the dtype of the products, so that autocast casts no copies.
+    gathered in the dtype of the products, so that autocast casts no copies. padded: experts
+    multiply padded blocks of rows.
     """
 
     cfg: Config
     length: int
     gpu: bool
     sharded: bool
+    padded: bool
 
     @property
     def tokens(self) -> int:
@@ -94,13 +98,18 @@ class Sizes:
 
 
 def saved_activations(
-    cfg: Config, parameters: list[Parameter], *, gpu: bool = False, sharded: bool = False
+    cfg: Config,
+    parameters: list[Parameter],
+    *,
+    gpu: bool = False,
+    sharded: bool = False,
+    padded: bool = False,
 ) -> Saved:
     """Return the bytes that one micro-step of `trainer.batch_size` sequences keeps in a process.
 
-    parameters: of `model_parameters`. gpu: on a GPU, else on a CPU. sharded: as in `Sizes`.
+    parameters: of `model_parameters`. gpu: on a GPU, else on a CPU. sharded, padded: as in `Sizes`.
     """
-    at = Sizes(cfg, cfg.model.max_seq_len, gpu, sharded)
+    at = Sizes(cfg, cfg.model.max_seq_len, gpu, sharded, padded)
     model, layers = cfg.model, cfg.model.n_layers
     recomputed = cfg.trainer.activation_checkpointing
     states = 4 * at.tokens * model.d_model
@@ -122,10 +131,15 @@ def saved_activations(
 
 
 def block_bytes(
-    cfg: Config, parameters: list[Parameter], *, gpu: bool = False, sharded: bool = False
+    cfg: Config,
+    parameters: list[Parameter],
+    *,
+    gpu: bool = False,
+    sharded: bool = False,
+    padded: bool = False,
 ) -> int:
     """Return what the largest block keeps: what checkpointing recomputes at a time."""
-    at = Sizes(cfg, cfg.model.max_seq_len, gpu, sharded)
+    at = Sizes(cfg, cfg.model.max_seq_len, gpu, sharded, padded)
     return max(_block(at, parameters, layer) for layer in range(cfg.model.n_layers))
 
 
@@ -159,12 +173,41 @@ def _experts(at: Sizes) -> int:
     rows = tokens * k
     # Two orders of the dispatch and the choice, int64; the input in float32, for the router.
     total = 3 * 8 * rows + 4 * tokens * d_model
-    total += 2 * at.product * rows * d_model + _feed_forward(at, rows, expert_width(at.cfg))
-    total += _router(at, n_experts, k)
+    inside = rows
+    if at.padded:
+        blocks, local = expert_blocks(at.cfg, at.length), local_experts(at.cfg)
+        inside = blocks.total(local)
+        # The place of each row, the row in each place and in none, and the owners of blocks, int64.
+        total += 8 * (rows + inside + 1 + blocks.extra)
+    total += at.product * (inside + rows) * d_model
+    total += _feed_forward(at, inside, expert_width(at.cfg)) + _router(at, n_experts, k)
     if moe.n_shared_experts:
         width = moe.n_shared_experts * expert_width(at.cfg)
         total += at.cast(d_model) + _feed_forward(at, tokens, width)
     return total
+
+
+def local_experts(cfg: Config) -> int:
+    """Return how many experts of a layer a process has."""
+    assert isinstance(cfg.moe, MoEConfig)
+    return cfg.moe.n_experts // getattr(cfg.parallelism, "expert_parallel", 1)
+
+
+def expert_blocks(cfg: Config, length: int) -> Blocks:
+    """Return the blocks that hold a micro-step's assignments where experts multiply padded ones.
+
+    length: L. With expert parallelism, which knows the largest load, loads are taken to be even.
+    """
+    moe, sequences, local = cfg.moe, cfg.trainer.batch_size, local_experts(cfg)
+    assert isinstance(moe, MoEConfig)
+    assignments = length * moe.n_experts_per_token
+    rows, most = sequences * assignments, sequences * length
+    apart = cfg.data.document_masking and moe.capacity_scope == "document"
+    if local < moe.n_experts:
+        most = -(-rows // local)
+    elif moe.capacity_factor is not None and not apart:
+        most = sequences * capacity_of(assignments, moe.n_experts, moe.capacity_factor)
+    return blocks_for(rows, local, most)
 
 
 def _router(at: Sizes, n_experts: int, k: int) -> int:

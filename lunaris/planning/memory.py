@@ -16,7 +16,13 @@ from lunaris.config.schema.moe import MoEConfig
 from lunaris.config.schema.optimizer import MuonConfig
 from lunaris.config.schema.root import Config
 from lunaris.config.widths import GATED, first_columns
-from lunaris.planning.activations import Saved, block_bytes, saved_activations
+from lunaris.planning.activations import (
+    Saved,
+    block_bytes,
+    expert_blocks,
+    local_experts,
+    saved_activations,
+)
 from lunaris.planning.parameters import (
     Kind,
     Parameter,
@@ -54,13 +60,26 @@ class Memory:
     instant: str
 
 
-def memory_of(cfg: Config, parameters: list[Parameter], layout: Layout, *, gpu: bool) -> Memory:
-    """Return the memory of the first process, which holds at least as much as any other."""
+def memory_of(
+    cfg: Config,
+    parameters: list[Parameter],
+    layout: Layout,
+    *,
+    gpu: bool,
+    padded: bool = False,
+) -> Memory:
+    """Return the memory of the first process, which holds at least as much as any other.
+
+    gpu: on a GPU, else on a CPU. padded: experts multiply padded blocks of rows.
+    """
     weights = 4 * sum(layout.local(p) for p in parameters)
     optimizer = sum(_optimizer_bytes(cfg, p, layout.local(p)) for p in parameters)
-    saved = saved_activations(cfg, parameters, gpu=gpu, sharded=layout.sharded)
+    saved = saved_activations(cfg, parameters, gpu=gpu, sharded=layout.sharded, padded=padded)
     logits = logits_bytes(cfg, parameters[0].shape[0], gpu)
-    instants = _instants(cfg, parameters, layout, saved, logits, gpu)
+    inside = _backward_bytes(cfg, gpu, padded)
+    if cfg.trainer.activation_checkpointing:
+        inside += block_bytes(cfg, parameters, gpu=gpu, sharded=layout.sharded, padded=padded)
+    instants = _instants(cfg, parameters, layout, saved, logits, inside)
     instant, (held, temporary) = max(instants.items(), key=lambda item: sum(item[1]))
     return Memory(
         weights=weights,
@@ -98,9 +117,12 @@ def _instants(
     layout: Layout,
     saved: Saved,
     logits: int,
-    gpu: bool,
+    inside: int,
 ) -> dict[str, tuple[int, int]]:
-    """Return the fullest instants: what is held besides weights and optimizer, and temporaries."""
+    """Return the fullest instants: what is held besides weights and optimizer, and temporaries.
+
+    inside: the temporary tensors of the backward of a block.
+    """
     gradients = {unit: 0 for unit in _units(parameters)}
     for parameter in parameters:
         gradients[parameter.unit] += 4 * layout.local(parameter)
@@ -114,10 +136,7 @@ def _instants(
         )
     }
     units = [unit for unit in gradients if unit]
-    recomputed = 0
-    if cfg.trainer.activation_checkpointing:
-        recomputed = block_bytes(cfg, parameters, gpu=gpu, sharded=layout.sharded)
-    temporary = _backward_bytes(cfg, gpu) + recomputed + _exchanged(parameters, layout)
+    temporary = inside + _exchanged(parameters, layout)
     # Gradients of later units exist while an earlier unit's activations are still kept.
     later, kept = gradients[""], sum(saved.blocks)
     fullest = 0
@@ -130,22 +149,28 @@ def _instants(
     return found
 
 
-def _backward_bytes(cfg: Config, gpu: bool) -> int:
+def _backward_bytes(cfg: Config, gpu: bool, padded: bool) -> int:
     """Return what a feed-forward's backward holds besides what its forward kept.
 
     Those are two gradients of its hidden width (of one expert at a time, where each has a product
-    of its own), the gradients of its input and output, and the stacked gradients of experts.
+    of its own), the gradients of its input and output, and the stacked gradients of experts. Blocks
+    beyond each expert's first one have a copy of its weights, or the gradient of one.
     """
     model, trainer = cfg.model, cfg.trainer
     tokens = trainer.batch_size * model.max_seq_len
     size = 4 if trainer.precision == "fp32" else 2
     rows, hidden = tokens, dense_width(cfg)
-    at_once = 1
+    at_once, copies = 1, 0
     if routes(cfg, model.n_layers - 1) and isinstance(cfg.moe, MoEConfig):
         rows, hidden = tokens * cfg.moe.n_experts_per_token, expert_width(cfg)
-        at_once = 1 if gpu and trainer.precision == "bf16" else cfg.moe.n_experts
+        at_once = 1 if gpu or padded else cfg.moe.n_experts
+        if padded:
+            blocks = expert_blocks(cfg, model.max_seq_len)
+            rows = blocks.total(local_experts(cfg))
+            columns = first_columns(GATED[model.activation], hidden)
+            copies = size * blocks.extra * model.d_model * columns
     inside = size * rows * 2 * hidden // at_once
-    return inside + 4 * (rows + tokens) * model.d_model + _stacked_bytes(cfg)
+    return inside + copies + 4 * (rows + tokens) * model.d_model + _stacked_bytes(cfg)
 
 
 def _stacked_bytes(cfg: Config) -> int:

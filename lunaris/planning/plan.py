@@ -76,16 +76,19 @@ class Plan:
         return self.memory.peak + (GPU_RESERVE if gpu else 0)
 
 
-def make_plan(cfg: Config, *, gpu: bool) -> Plan:
-    """Return the plan of a config. gpu: on GPUs, else on CPUs.
+def make_plan(cfg: Config, *, gpu: bool, device: Device | None = None) -> Plan:
+    """Return the plan of a config.
 
-    Raises UserError for a custom class, whose parameters are not known, and for a mesh that does
-    not divide the processes.
+    gpu: on GPUs, else on CPUs. device: which GPU; one that is not known is taken to have a kernel
+    for products of several experts. Raises UserError for a custom class, whose parameters are not
+    known, and for a mesh that does not divide the processes.
     """
     vocab_size, data_tokens = corpus(cfg)
     parameters = model_parameters(cfg, vocab_size)
     layout: Layout = layout_of(cfg)
-    memory = memory_of(cfg, parameters, layout, gpu=gpu)
+    # As in `lunaris.moe.experts.choose_product`.
+    grouped = cfg.trainer.precision == "bf16" and (device is None or device.grouped_mm)
+    memory = memory_of(cfg, parameters, layout, gpu=gpu, padded=gpu and not grouped)
     parts: dict[str, int] = {}
     for parameter in parameters:
         parts[parameter.part] = parts.get(parameter.part, 0) + parameter.numel
@@ -136,15 +139,18 @@ def _inspected(data: ShardsDataConfig | PreparedDataConfig) -> Any:
         return None  # Not prepared yet.
 
 
-def fitting(plan: Plan, memory: int, *, gpu: bool) -> list[str] | None:
+def fitting(
+    plan: Plan, memory: int, *, gpu: bool, device: Device | None = None
+) -> list[str] | None:
     """Return the overrides nearest to a plan's config whose peak fits into `memory` bytes.
 
+    gpu, device: as for `make_plan`.
     The global batch stays what it is. [] where the config fits as it is, None where nothing tried
     does: smaller micro-steps, activation checkpointing, and FSDP over the same processes.
     """
     for changes in _candidates(plan.cfg):
         cfg = _changed(plan.cfg, changes)
-        if make_plan(cfg, gpu=gpu).needed(gpu=gpu) <= memory:
+        if make_plan(cfg, gpu=gpu, device=device).needed(gpu=gpu) <= memory:
             return [f"{key}={str(value).lower()}" for key, value in changes.items()]
     return None
 

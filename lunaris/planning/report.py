@@ -8,7 +8,7 @@ from typing import Any
 from lunaris.config.schema.launch import LocalLaunchConfig, SlurmLaunchConfig
 from lunaris.config.schema.root import Config
 from lunaris.errors import UserError
-from lunaris.metrics.devices import Device, this_machine
+from lunaris.metrics.devices import Device, find_device, this_machine
 from lunaris.planning.plan import Plan, fitting, host_request, make_plan
 
 # What saving is assumed to write, in bytes a second and process group: one network disk.
@@ -92,14 +92,15 @@ def memory_warning(cfg: Config) -> str | None:
     gpu, available, where = _room(cfg)
     if available is None:
         return None
+    device = find_device(this_machine().gpus[0]) if gpu else None
     try:
-        plan = make_plan(cfg, gpu=gpu)
+        plan = make_plan(cfg, gpu=gpu, device=device)
     except UserError:
         return None
     needed = plan.needed(gpu=gpu)
     if needed <= available:
         return None
-    changes = fitting(plan, available, gpu=gpu)
+    changes = fitting(plan, available, gpu=gpu, device=device)
     advice = f"; {' '.join(changes)} would fit" if changes else ""
     return (
         f"each process will need about {_bytes(needed)} of memory, and {where} "
@@ -166,7 +167,7 @@ def _memory(plan: Plan, device: Device | None) -> list[str]:
         needed = f"with 2 GiB for CUDA and NCCL {_bytes(plan.needed(gpu=gpu))} of"
         lines.append(_row("", f"{needed} {device.name}'s {_bytes(device.memory)}"))
         if not _fits(plan, device):
-            changes = fitting(plan, device.memory, gpu=True)
+            changes = fitting(plan, device.memory, gpu=True, device=device)
             fits = " ".join(changes) if changes else "more processes with parallelism=fsdp"
             lines.append(_row("", f"it does not fit; nearest that may: {fits}"))
     kept = plan.cfg.checkpoint.keep_last

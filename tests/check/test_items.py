@@ -26,6 +26,7 @@ from lunaris.check.machine import machine_items
 from lunaris.check.runs import ShortRuns
 from lunaris.metrics.devices import Machine
 from lunaris.moe import experts
+from lunaris.moe.experts import Product
 
 
 def by_name(items: list[Item]) -> dict[str, Item]:
@@ -86,15 +87,19 @@ def test_an_item_survives_json_and_fits_its_line() -> None:
 def test_the_kernels_of_this_device_are_right(tiny: Callable[..., Any]) -> None:
     found = by_name(kernel_items(tiny()))
     assert {item.state for item in found.values()} == {OK}
-    assert found["experts"].figures["difference"] <= 2e-2
+    assert found["experts"].figures["grouped_difference"] <= 2e-2
+    assert found["experts"].figures["padded_difference"] <= 2e-2
+    assert found["experts"].text.endswith("takes one product an expert (float32 on cpu)")
     assert {"math_s", "flash_s"} <= found["attention"].figures.keys()
 
 
 @pytest.mark.parametrize("fault", ["values", "not finite, at the third time", "raises"])
-def test_a_wrong_grouped_product_fails_where_it_is_taken(
-    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, fault: str
+@pytest.mark.parametrize("kind", [Product.GROUPED, Product.PADDED], ids=lambda p: p.name)
+def test_a_wrong_product_of_experts_fails_where_it_is_taken(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, kind: Product, fault: str
 ) -> None:
-    real, calls = experts.grouped_product, []
+    name = f"{kind.name.lower()}_product"
+    real, calls = getattr(experts, name), []
 
     def wrong(*args: Any) -> Tensor:
         calls.append(1)
@@ -105,17 +110,18 @@ def test_a_wrong_grouped_product_fails_where_it_is_taken(
             return out * 1.1
         return out * float("nan") if len(calls) == 3 else out
 
-    monkeypatch.setattr(experts, "grouped_product", wrong)
-    monkeypatch.setattr(experts, "grouped_mm_fits", lambda *args: True)
+    monkeypatch.setattr(experts, name, wrong)
+    monkeypatch.setattr(experts, "product_for", lambda *args: kind)
     item = by_name(kernel_items(tiny("trainer.precision=bf16")))["experts"]
-    assert item.state == FAIL
+    assert item.state == FAIL and item.figures["product"] == kind.name.lower()
     if fault == "raises":
-        assert "torch's grouped product fails: no kernel (taken by this run)" in item.text
-    # Where the run does not take it, nothing rests on it.
-    for overrides in (["trainer.precision=fp32"], ["trainer.precision=bf16", "moe=none"]):
+        assert f"{kind.value} (taken by this run) fails: no kernel" in item.text
+    # Where the run takes another, or has no experts, nothing rests on it.
+    for taken, overrides in ((Product.LOOP, []), (kind, ["moe=none"])):
         calls.clear()
-        item = by_name(kernel_items(tiny(*overrides)))["experts"]
-        assert item.state == OK and "not taken by this run" in item.text
+        monkeypatch.setattr(experts, "product_for", lambda *args, p=taken: p)
+        item = by_name(kernel_items(tiny("trainer.precision=bf16", *overrides)))["experts"]
+        assert item.state == OK and "taken by this run" not in item.text
 
 
 def test_a_wrong_kernel_of_attention_fails(

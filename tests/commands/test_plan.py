@@ -10,7 +10,7 @@ import pytest
 from lunaris.commands import plan as command
 from lunaris.config.compose import compose
 from lunaris.errors import UserError
-from lunaris.metrics.devices import Machine
+from lunaris.metrics.devices import Machine, find_device
 from lunaris.planning import report
 from lunaris.planning.plan import fitting, make_plan
 
@@ -74,6 +74,25 @@ def test_presets_fit_the_gpus_of_80_gb_that_they_are_for(preset: str, gpus: int)
     assert 30e9 < plan.needed(gpu=True) < 80e9
 
 
+def test_padding_is_counted_where_a_gpu_has_no_grouped_product() -> None:
+    def activations(name: str | None, *keys: str) -> int:
+        cfg = compose([*_DATA, "moe=top2", "trainer.batch_size=16", *keys])
+        device = find_device(name) if name else None
+        return make_plan(cfg, gpu=True, device=device).memory.activations
+
+    bf16, fp16 = "trainer.precision=bf16", "trainer.precision=fp16"
+    assert activations("H100", bf16) == activations("B200", bf16) == activations(None, bf16)
+    assert activations("A100", bf16) == activations("L40S", bf16) > activations("H100", bf16)
+    assert activations("H100", fp16) == activations("A100", bf16)
+    assert activations("A100", bf16, "moe=none") == activations("H100", bf16, "moe=none")
+    # One block an expert, of its capacity.
+    bounded = activations("A100", bf16, "moe.capacity_factor=1.25")
+    assert activations("H100", bf16) < bounded < activations("A100", bf16)
+    # Even loads, which the exchange tells the host.
+    spread = ("launch.processes=2", "parallelism=ddp", "parallelism.expert_parallel=2")
+    assert activations("A100", bf16, *spread) < bounded
+
+
 def test_a_sweep_is_a_table_with_its_sum(capsys: pytest.CaptureFixture[str]) -> None:
     argv = [*_DATA, "-m", "moe.n_experts=4,8", "seed=1,2", "--device", "A100"]
     assert command.main(argv) == 0
@@ -124,7 +143,7 @@ def test_training_warns_of_too_little_memory(monkeypatch: pytest.MonkeyPatch) ->
     assert report.memory_warning(small) is None
     machine([], 0, 100 << 20)
     text = report.memory_warning(small)
-    assert text is not None and "272.80 MiB of memory" in text and "100.00 MiB" in text
+    assert text is not None and "260.80 MiB of memory" in text and "100.00 MiB" in text
     # GPUs count where they are used.
     machine(["NVIDIA H100 80GB HBM3"], 80 << 30, 100 << 20)
     assert report.memory_warning(small) is None

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lunaris.model.layers import ModelShape
+from lunaris.moe import experts
 from lunaris.moe.factory import MoEFactory
 from lunaris.moe.router.softmax import SoftmaxRouterFactory
 
@@ -26,6 +27,20 @@ SHAPE = ModelShape(
     multiple_of=4,
     norm="pre",
 )
+
+
+@pytest.fixture
+def take_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[tuple[int, int]], None]:
+    """Return a function that makes experts choose as on a GPU of a compute capability."""
+    real = experts.product_for
+
+    def take(capability: tuple[int, int]) -> None:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        monkeypatch.setattr(
+            experts, "product_for", lambda _, *rest: real(torch.device("cuda"), *rest)
+        )
+
+    return take
 
 
 @pytest.fixture

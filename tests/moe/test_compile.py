@@ -1,4 +1,4 @@
-"""The grouped path compiles to one graph, once: whatever is routed, balanced or activated."""
+"""A GPU's products compile to one graph, once: whatever is routed, balanced or activated."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from lunaris.moe import experts
 from lunaris.moe.router.sigmoid import SigmoidRouterFactory
 
 CASES: dict[str, dict[str, Any]] = {
@@ -32,10 +31,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.filterwarnings("ignore::Warning")  # the compiler's own
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("capability", [(9, 0), (8, 0)], ids=["grouped", "padded"])
 def test_one_graph_serves_every_step(
-    make_layer: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch, name: str
+    make_layer: Callable[..., nn.Module],
+    take_gpu: Callable[[tuple[int, int]], None],
+    capability: tuple[int, int],
+    name: str,
 ) -> None:
-    monkeypatch.setattr(experts, "grouped_mm_fits", lambda *_: True)
+    take_gpu(capability)
     torch.compiler.reset()
     layer = make_layer(expert_hidden_multiplier=3.0, **CASES[name]).train()
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=False)

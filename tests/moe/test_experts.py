@@ -8,7 +8,7 @@ from torch import nn
 
 from lunaris.model.activation import ACTIVATIONS
 from lunaris.moe import experts
-from lunaris.moe.experts import Experts, grouped_mm_fits
+from lunaris.moe.experts import Experts, Product, choose_product, describe_product, product_for
 
 
 def test_rows_past_the_last_expert_are_zeros_in_both_directions() -> None:
@@ -56,8 +56,13 @@ def test_no_row_at_all_still_gives_gradients() -> None:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 0.05)])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_the_grouped_product_gives_the_same(
-    monkeypatch: pytest.MonkeyPatch, activation: str, dtype: torch.dtype, tolerance: float
+@pytest.mark.parametrize("product", [Product.GROUPED, Product.PADDED], ids=lambda p: p.name)
+def test_every_product_gives_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+    product: Product,
+    activation: str,
+    dtype: torch.dtype,
+    tolerance: float,
 ) -> None:
     torch.manual_seed(0)
     module = Experts(4, 16, 8, ACTIVATIONS[activation])
@@ -65,8 +70,8 @@ def test_the_grouped_product_gives_the_same(
         nn.init.normal_(parameter, std=0.3)
     data, counts = torch.randn(12, 16), torch.tensor([3, 0, 6, 1])  # one idle, two rows too many
     results = []
-    for grouped in (False, True):
-        monkeypatch.setattr(experts, "grouped_mm_fits", lambda *_, g=grouped: g)
+    for taken in (Product.LOOP, product):
+        monkeypatch.setattr(experts, "product_for", lambda *_, p=taken: p)
         x = data.clone().requires_grad_()
         with torch.autocast("cpu", torch.bfloat16, enabled=dtype is torch.bfloat16):
             y = module(x, counts)
@@ -88,6 +93,67 @@ def test_an_idle_experts_gradient_is_zero_whatever_the_kernel_left() -> None:
     assert not weight.grad[1].any() and weight.grad[0].isnan().all()
 
 
-def test_the_grouped_product_is_left_to_a_gpu_in_bf16() -> None:
-    x, w = torch.zeros(2, 8), torch.zeros(2, 8, 16)
-    assert not grouped_mm_fits(x, torch.bfloat16, w)
+@pytest.mark.parametrize(
+    ("device", "dtype", "capability", "aligned", "product"),
+    [
+        ("cuda", torch.bfloat16, (9, 0), True, Product.GROUPED),
+        ("cuda", torch.bfloat16, (10, 3), True, Product.GROUPED),
+        ("cuda", torch.bfloat16, (9, 0), False, Product.PADDED),
+        ("cuda", torch.float16, (9, 0), True, Product.PADDED),
+        ("cuda", torch.float32, (10, 0), True, Product.PADDED),
+        ("cuda", torch.bfloat16, (8, 0), True, Product.PADDED),
+        ("cuda", torch.bfloat16, (8, 9), True, Product.PADDED),
+        ("cuda", torch.bfloat16, (12, 0), True, Product.PADDED),
+        ("cuda", torch.float16, (7, 5), True, Product.PADDED),
+        ("cuda", torch.bfloat16, None, True, Product.PADDED),
+        ("cpu", torch.bfloat16, None, True, Product.LOOP),
+        ("cpu", torch.float32, None, False, Product.LOOP),
+    ],
+)
+def test_the_device_decides_the_product(
+    device: str,
+    dtype: torch.dtype,
+    capability: tuple[int, int] | None,
+    aligned: bool,
+    product: Product,
+) -> None:
+    assert choose_product(device, dtype, capability, aligned=aligned) is product
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "width", "said"),
+    [
+        ((9, 0), torch.bfloat16, 8, "one grouped product (bfloat16, compute capability 9.0)"),
+        ((8, 0), torch.bfloat16, 8, "padded batched products (bfloat16, compute capability 8.0)"),
+        ((9, 0), torch.float16, 8, "padded batched products (float16, compute capability 9.0)"),
+        (
+            (9, 0),
+            torch.bfloat16,
+            12,
+            "padded batched products (bfloat16, compute capability 9.0, widths that 8 does not "
+            "divide)",
+        ),
+    ],
+)
+def test_a_gpus_product_is_described(
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    dtype: torch.dtype,
+    width: int,
+    said: str,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert describe_product(torch.device("cuda", 0), dtype, torch.zeros(2, width, 16)) == said
+
+
+def test_other_devices_products_are_described(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ROCm calls its devices cuda, and numbers them otherwise."""
+    w = torch.zeros(2, 8, 16)
+    said = describe_product(torch.device("cpu"), torch.float32, w)
+    assert said == "one product an expert (float32 on cpu)"
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 4))
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert product_for(torch.device("cuda"), torch.bfloat16, w) is Product.PADDED
+    said = describe_product(torch.device("cuda"), torch.bfloat16, w)
+    assert said == "padded batched products (bfloat16 on cuda)"

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from lunaris.moe import experts
+from lunaris.moe import blocks, experts
+from lunaris.moe.experts import Product
 from lunaris.moe.router.sigmoid import SigmoidRouterFactory
 from lunaris.moe.router.softmax import SoftmaxRouterFactory
 
@@ -151,10 +152,16 @@ CASES += [
 ]
 
 
+@pytest.mark.parametrize("product", [Product.LOOP, Product.PADDED], ids=lambda p: p.name)
 @pytest.mark.parametrize("keys", CASES, ids=lambda keys: "-".join(map(str, keys.values())))
 def test_output_and_every_gradient_equal_a_loop_over_tokens(
-    make_layer: MakeLayer, keys: dict[str, Any]
+    make_layer: MakeLayer,
+    monkeypatch: pytest.MonkeyPatch,
+    keys: dict[str, Any],
+    product: Product,
 ) -> None:
+    monkeypatch.setattr(experts, "product_for", lambda *_: product)
+    monkeypatch.setattr(blocks, "_BALANCED", 4)  # So few that experts need several blocks.
     n_experts, k = 6, keys["n_experts_per_token"]
     router = keys.get("router")
     kind = SigmoidRouterFactory(**vars(router)) if router else SoftmaxRouterFactory()
@@ -269,17 +276,25 @@ def test_idle_parameters_are_the_experts_not_chosen(make_layer: MakeLayer) -> No
     assert layer.idle_parameters() == 3 * one
 
 
-def test_the_gpu_path_never_waits_for_the_device(
-    make_layer: MakeLayer, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("capability", [(9, 0), (8, 0)], ids=["grouped", "padded"])
+@pytest.mark.parametrize("factor", [1.0, None])
+def test_no_gpu_path_waits_for_the_device(
+    make_layer: MakeLayer,
+    take_gpu: Callable[[tuple[int, int]], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capability: tuple[int, int],
+    factor: float | None,
 ) -> None:
     """A fake tensor has no values: what would fetch one to the host raises."""
-    monkeypatch.setattr(experts, "grouped_mm_fits", lambda *_: True)
+    take_gpu(capability)
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
-        layer = make_layer(n_experts_per_token=2, capacity_factor=1.0, expert_hidden_multiplier=3.0)
+        layer = make_layer(
+            n_experts_per_token=2, capacity_factor=factor, expert_hidden_multiplier=3.0
+        )
         x = torch.randn(2, 4, 8, requires_grad=True)
         y, stats = layer(x)
         (y.sum() + stats.loss).backward()
         assert x.grad is not None and x.grad.shape == x.shape
-        monkeypatch.setattr(experts, "grouped_mm_fits", lambda *_: False)
+        monkeypatch.setattr(experts, "product_for", lambda *_: Product.LOOP)
         with pytest.raises(DataDependentOutputException):
             layer(x)

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from lunaris.metrics.records import read_rows
 from lunaris.model.transformer import Transformer
 from lunaris.moe import experts
+from lunaris.moe.experts import Product
 from lunaris.objective.multi_token import MultiToken, later_targets
 from lunaris.objective.next_token import NextToken
 from lunaris.run import bare_model
@@ -212,11 +213,15 @@ def test_predictors_are_counted_and_route(make: Callable[..., Transformer]) -> N
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::Warning")  # the compiler's own
+@pytest.mark.parametrize("product", [Product.GROUPED, Product.PADDED], ids=lambda p: p.name)
 @pytest.mark.parametrize("dynamic", [False, None])  # None: what trainer.compile_model takes.
-def test_each_unit_is_one_graph_of_the_grouped_path_that_is_never_compiled_again(
-    make: Callable[..., Transformer], monkeypatch: pytest.MonkeyPatch, dynamic: bool | None
+def test_each_unit_is_one_graph_of_a_gpus_path_that_is_never_compiled_again(
+    make: Callable[..., Transformer],
+    monkeypatch: pytest.MonkeyPatch,
+    dynamic: bool | None,
+    product: Product,
 ) -> None:
-    monkeypatch.setattr(experts, "grouped_mm_fits", lambda *_: True)
+    monkeypatch.setattr(experts, "product_for", lambda *_: product)
     torch.compiler.reset()
     model = make("moe=top2", "model.d_model=32", "objective.depth=3").train()
     for unit in model.units():

@@ -70,6 +70,7 @@ def test_data_ranks_share_the_global_batch(
         run = build_run(*HALF)
         assert run.global_batch == complete.global_batch == 4
         assert "2 a process × 1 micro-steps × 2 processes" in describe(run)
+        assert "experts    one product an expert (float32 on cpu)" in describe(run)
         parts.append(first_batch(run)["tokens"])
     assert torch.equal(torch.cat(parts, dim=1), first_batch(complete)["tokens"])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.distributed.tensor import DTensor
 from lunaris.distributed import session
 from lunaris.errors import UserError
 from lunaris.model.roles import Role
+from lunaris.moe import experts
+from lunaris.moe.experts import Experts, Product
 from lunaris.objective.next_token import NextToken
 from lunaris.optim.adamw import build_adamw
 from lunaris.optim.clip import clip_grad_norm
@@ -181,3 +184,23 @@ def test_exchange_keeps_order_and_gradients() -> None:
     grad = holder.experts.weight.grad
     assert isinstance(grad, DTensor)
     assert grad.to_local().tolist() == [1.0, 0.0, 2.0 + 3.0 + 4.0 + 5.0 + 6.0 + 7.0]
+
+
+@pytest.mark.parametrize("product", [Product.LOOP, Product.PADDED], ids=lambda p: p.name)
+def test_the_exchange_knows_the_largest_load(
+    monkeypatch: pytest.MonkeyPatch, product: Product
+) -> None:
+    """The caller's bound is of one process; rows of others may exceed it."""
+    monkeypatch.setattr(experts, "product_for", lambda *_: product)
+    session.ensure_group()
+    torch.manual_seed(0)
+    alone = Experts(3, 4, 8)
+    for parameter in alone.parameters():
+        nn.init.normal_(parameter)
+    holder = nn.Module()
+    holder.experts = copy.deepcopy(alone)
+    shard_experts(holder, init_device_mesh("cpu", (1,)), compile=False)
+    x, counts = torch.randn(9, 4), torch.tensor([1, 0, 7])
+    y = holder.experts(x, counts, 2)
+    monkeypatch.setattr(experts, "product_for", lambda *_: Product.LOOP)
+    torch.testing.assert_close(y, alone(x, counts))

@@ -11,6 +11,8 @@ from torch import Tensor
 from lunaris.config.compose import compose
 from lunaris.config.instantiate import instantiate_component
 from lunaris.config.schema.root import Config
+from lunaris.moe import experts
+from lunaris.moe.experts import Product
 from lunaris.planning.activations import saved_activations
 from lunaris.planning.memory import memory_of
 from lunaris.planning.parameters import model_parameters
@@ -128,13 +130,38 @@ def test_saved_activations_are_counted_to_the_byte(case: str, precision: str) ->
     assert planned.total == saved_bytes(cfg)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        "moe=switch moe.n_experts=4",
+        "moe=switch moe.n_experts=4 moe.capacity_factor=1.25",
+        "moe=top2 moe.n_experts=8 moe.n_shared_experts=1 model.n_layers=3",
+        "moe=top2 moe.n_experts=4 model.activation=relu2 objective=multi_token objective.depth=2",
+        "moe=fine_grained moe.n_experts=8",
+    ],
+)
+def test_saved_padded_blocks_are_counted_to_the_byte(
+    monkeypatch: pytest.MonkeyPatch, case: str, precision: str
+) -> None:
+    monkeypatch.setattr(experts, "product_for", lambda *_: Product.PADDED)
+    cfg = compose([*SMALL, f"trainer.precision={precision}", *case.split()])
+    planned = saved_activations(cfg, model_parameters(cfg, VOCAB), padded=True)
+    assert planned.total == saved_bytes(cfg)
+    assert planned.total > saved_activations(cfg, model_parameters(cfg, VOCAB)).total
+
+
+@pytest.mark.parametrize("product", [Product.LOOP, Product.PADDED], ids=lambda p: p.name)
 @pytest.mark.parametrize(
     "case", ["moe=none", "moe=switch", "moe=top2 trainer.activation_checkpointing=true"]
 )
-def test_the_peak_is_that_of_the_live_tensors(case: str) -> None:
+def test_the_peak_is_that_of_the_live_tensors(
+    monkeypatch: pytest.MonkeyPatch, case: str, product: Product
+) -> None:
     """Within 10 %, for two steps; torch's MemTracker counts every tensor."""
     from torch.distributed._tools.mem_tracker import MemTracker
 
+    monkeypatch.setattr(experts, "product_for", lambda *_: product)
     cfg = compose(["data=synthetic", "data.vocab_size=4096", "trainer.batch_size=8", *case.split()])
     model = built(cfg)
     optimizer: Any = instantiate_component(
@@ -149,5 +176,7 @@ def test_the_peak_is_that_of_the_live_tensors(case: str) -> None:
             optimizer.step()
             optimizer.zero_grad()
     live = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    planned = memory_of(cfg, model_parameters(cfg, 4096), layout_of(cfg), gpu=False)
+    padded = product is Product.PADDED
+    parameters = model_parameters(cfg, 4096)
+    planned = memory_of(cfg, parameters, layout_of(cfg), gpu=False, padded=padded)
     assert planned.peak == pytest.approx(live, rel=0.1)

@@ -16,6 +16,7 @@ from lunaris.model.attention.mla import MLAFactory
 from lunaris.model.attention.sliding_window import SlidingWindowFactory
 from lunaris.model.transformer import Transformer
 from lunaris.moe import experts
+from lunaris.moe.experts import Product
 from lunaris.objective.next_token import NextToken
 
 BOTH = {"output_gate": True, "sinks": True}
@@ -35,7 +36,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any], int]] = {
 @pytest.fixture(autouse=True)
 def grouped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Take the grouped product, which only a GPU takes by itself, and forget what was compiled."""
-    monkeypatch.setattr(experts, "grouped_mm_fits", lambda *_: True)
+    monkeypatch.setattr(experts, "product_for", lambda *_: Product.GROUPED)
     torch.compiler.reset()
     yield
     torch.compiler.reset()
