@@ -12,15 +12,15 @@ _MOST = 2**31 - 1
 _TOP_PAD = 256 * 2**20
 
 
-def keep_freed_memory(device: str) -> None:
+def keep_freed_memory(device: str | None) -> None:
     """Let glibc keep the memory that a step frees for the next one, where `device` is the CPU.
 
     By default glibc gives large blocks back to the system, which then clears their pages for every
     step again. Call it before torch allocates. A C library without `mallopt` keeps its defaults.
 
-    device: `trainer.device`; `auto` counts as the CPU where no NVIDIA driver is loaded.
+    device: `trainer.device`; None counts as the CPU where no NVIDIA driver is loaded.
     """
-    if sys.platform != "linux" or not _trains_on_cpu(device):
+    if sys.platform != "linux" or not trains_on_cpu(device):
         return
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is not None:
@@ -29,5 +29,6 @@ def keep_freed_memory(device: str) -> None:
         mallopt(_M_TOP_PAD, _TOP_PAD)
 
 
-def _trains_on_cpu(device: str) -> bool:
-    return device == "cpu" or (device == "auto" and not Path("/dev/nvidiactl").exists())
+def trains_on_cpu(device: str | None) -> bool:
+    """Return whether a run with this `trainer.device` trains on the CPU of this machine."""
+    return device == "cpu" or (device is None and not Path("/dev/nvidiactl").exists())

@@ -16,7 +16,7 @@ from lunaris.config.schema.root import Config
 from lunaris.console import Tee, phase
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import EXPECTED, Stopped
-from lunaris.launch.allocator import keep_freed_memory
+from lunaris.launch.process import set_up_process
 from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
 from lunaris.runs.status import refuse_active
@@ -105,9 +105,9 @@ def train_here(cfg: Config, path: Path) -> RunResult:
 def exit_code_here(cfg: Config, path: Path) -> int:
     """Train as `train_here` does and return the exit code. Raises the errors of `EXPECTED`.
 
-    The process is one that only trains: its allocator is set for that.
+    The process is one that only trains: it is set up for that.
     """
-    keep_freed_memory(cfg.trainer.device)
+    set_up_process(cfg.trainer.device, RunDir(path).logs)
     try:
         train_here(cfg, path)
     except EXPECTED:

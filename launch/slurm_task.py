@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 from submitit import JobEnvironment
 from submitit.helpers import TorchDistributedEnvironment
@@ -96,7 +97,7 @@ class Task:
 
     def _after_stop(self, run_dir: RunDir, seconds: float) -> int:
         """Requeue the job unless SLURM does; return the exit code. Only rank 0 may call this."""
-        launch = run_dir.read_config().launch
+        launch: Any = run_dir.read_config().launch  # A custom one need not be of our schema.
         job = Job.now(seconds, launch)
         timeouts = run_dir.read_status().get("timeouts", 0) + job.timed_out
         cause = "timeout" if job.timed_out else "preempted"

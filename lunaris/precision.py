@@ -10,10 +10,23 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from lunaris.config.schema.trainer import AUTO
 from lunaris.torch_internals import AgreedGradScaler, cpu_multiplies
 
 _FIRST_SCALE = 2.0**15
 _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def chosen_precision(name: str, device: torch.device) -> str:
+    """Return `name`, or for `auto` bf16 on a GPU that computes it and fp32 on any other device.
+
+    GPUs of a compute capability below 8.0 only emulate bf16. A CPU takes fp32, also where it has
+    products in bf16.
+    """
+    if name != AUTO:
+        return name
+    computes = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+    return "bf16" if computes else "fp32"
 
 
 class Precision:
@@ -23,10 +36,12 @@ class Precision:
     """
 
     def __init__(self, name: str, device: torch.device) -> None:
-        self.name = name
-        self.dtype = _DTYPES[name]
+        """name: of `trainer.precision`; `auto` is decided by `chosen_precision`."""
+        self.name = chosen_precision(name, device)
+        self.dtype = _DTYPES[self.name]
         self.device = device
-        self.scaler = AgreedGradScaler(device.type, enabled=name == "fp16", init_scale=_FIRST_SCALE)
+        scales = self.name == "fp16"
+        self.scaler = AgreedGradScaler(device.type, enabled=scales, init_scale=_FIRST_SCALE)
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context for forward passes; it does nothing in fp32."""

@@ -20,6 +20,7 @@ from lunaris.distributed import collectives, session
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import UserError
 from lunaris.evaluate import Evaluator
+from lunaris.frozen_choices import with_precision
 from lunaris.lifecycle import explain_out_of_memory, step_advice, supervise, weights_advice
 from lunaris.metrics.churn import RoutingChurn
 from lunaris.metrics.loggers import Loggers
@@ -83,6 +84,7 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
     """Build the components of a run in order and restore its newest checkpoint."""
     data = prepared_data(cfg, run_dir)
     parallelism: Parallelism = instantiate_component("parallelism", cfg.parallelism)
+    cfg = with_precision(cfg, run_dir, parallelism.device)
     precision = Precision(cfg.trainer.precision, parallelism.device)
     # A process alone may leave at once: of a large model on a laptop this takes minutes.
     early = stop.at_once("building the model") if session.world_size() == 1 else nullcontext()

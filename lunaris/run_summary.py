@@ -40,7 +40,7 @@ def describe(run: Run) -> str:
         labelled(
             "training",
             f"{trainer.max_steps:,} steps = {trainer.max_steps * tokens:,} tokens, "
-            f"{trainer.precision} on {run.parallelism.device.type}",
+            f"{run.precision.name} on {run.parallelism.device.type}",
         ),
     ]
     for module in unwrap(run.model).modules():
@@ -51,7 +51,7 @@ def describe(run: Run) -> str:
     if run.state.step < trainer.end() < trainer.max_steps:
         lines.append(labelled("pauses", f"after step {trainer.end():,} (trainer.stop_at)"))
     if run.precision.emulated:
-        text = f"this processor only emulates trainer.precision={trainer.precision}; fp32 is many "
+        text = f"this processor only emulates trainer.precision={run.precision.name}; fp32 is many "
         lines.append(labelled("note", f"{text}times as fast here"))
     if not run.evaluator.sources:
         text = "the data has no validation part of one sequence, so there is no val/loss; prepare "

@@ -26,7 +26,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("sampling", "scoring"),
     ("inference",),
     ("run",),
-    ("run_summary", "lifecycle"),
+    ("run_summary", "lifecycle", "frozen_choices"),
     ("train",),
     ("evaluate", "profiling"),
     ("warm_start",),

@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lunaris.precision import Precision
+from lunaris.precision import Precision, chosen_precision
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,23 @@ def test_products_run_in_the_dtype_and_only_fp16_scales(
     with precision.autocast():
         assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype
     assert precision.scaler.is_enabled() is scales
+
+
+@pytest.mark.parametrize(("computes", "chosen"), [(True, "bf16"), (False, "fp32")])
+def test_auto_takes_bf16_where_a_gpu_computes_it(
+    monkeypatch: pytest.MonkeyPatch, computes: bool, chosen: str
+) -> None:
+    asked: list[bool] = []
+
+    def supported(including_emulation: bool = True) -> bool:
+        asked.append(including_emulation)
+        return computes
+
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", supported)
+    assert chosen_precision("auto", torch.device("cuda")) == chosen and asked == [False]
+    assert chosen_precision("fp16", torch.device("cuda")) == "fp16"
+    # On a CPU it is fp32, also where the processor has products in bf16.
+    assert Precision("auto", torch.device("cpu")).name == "fp32"
 
 
 def test_emulation_is_told_of_a_processor_without_the_instructions(

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from lunaris.config.compose import Composer
 from lunaris.config.identity import differing, identity
@@ -55,7 +55,7 @@ class Point:
 
     def check_waits(self, why: str) -> None:
         """Raise UserError where the launcher returns before a point has ended. why: it must not."""
-        launch = self.cfg.launch
+        launch: Any = self.cfg.launch
         if hasattr(launch, "dry_run") and (launch.dry_run or not launch.wait):
             raise UserError(
                 f"launch.wait={str(launch.wait).lower()}, launch.dry_run="

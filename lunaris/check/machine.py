@@ -71,8 +71,9 @@ def _files() -> Item:
     shown = ["no limit" if n == resource.RLIM_INFINITY else str(n) for n in (soft, hard)]
     text = f"{shown[0]} can be open at once, at most {shown[1]}"
     figures = {"soft": soft, "hard": hard}
-    if soft != resource.RLIM_INFINITY and soft < _FILES:
-        advice = f"ulimit -n {min(hard, 1 << 16) if hard > 0 else 1 << 16}: before the command"
+    # A process that trains raises its limit to the hard one.
+    if hard != resource.RLIM_INFINITY and hard < _FILES:
+        advice = f"ulimit -Hn {1 << 16}: as root, or limits.conf"
         return Item("open files", OK, text, figures, (f"{advice}; many processes need more files",))
     return Item("open files", OK, text, figures)
 

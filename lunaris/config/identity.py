@@ -11,6 +11,7 @@ from typing import Any
 from lunaris.config.keys import is_inferred, is_ours, schemas_below
 from lunaris.config.schema.base import Component, component_keys
 from lunaris.config.schema.root import Config
+from lunaris.config.schema.trainer import AUTO
 
 # Of the identity: sequences per optimizer step.
 GLOBAL_BATCH = "global_batch"
@@ -45,13 +46,18 @@ def fixed_keys(cfg: Config) -> set[str]:
     return {key for key, (_, level) in _flat(cfg, "").items() if level == "fixed"}
 
 
+def left_open(key: str, value: Any) -> bool:
+    """Return whether the device decides this key of an identity; any value agrees with that."""
+    return key == "trainer.precision" and bool(value == AUTO)
+
+
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return "key: old → new" for every key in which two identities differ."""
     absent = object()
     rows = []
     for key in sorted(old.keys() | new.keys()):
         a, b = old.get(key, absent), new.get(key, absent)
-        if a != b:
+        if a != b and not (left_open(key, a) or left_open(key, b)):
             shown = ["(absent)" if v is absent else v for v in (a, b)]
             rows.append(f"{key}: {shown[0]} → {shown[1]}")
     return rows

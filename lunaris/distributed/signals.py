@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from threading import Thread
 from types import FrameType
+from typing import Self
 
 from lunaris.errors import Stopped
 
@@ -55,7 +56,7 @@ class StopSignal:
         # What goes on where a signal ends the process at once, or None.
         self._phase: str | None = None
 
-    def __enter__(self) -> StopSignal:
+    def __enter__(self) -> Self:
         _ignore_at_exit()
         for number in _STOP_SIGNALS:
             self._before[number] = before = signal.signal(number, self._record)

@@ -68,7 +68,7 @@ class Sizes:
     @property
     def product(self) -> int:
         """The bytes of a number in matrix products."""
-        return 4 if self.cfg.trainer.precision == "fp32" else 2
+        return 2 if self.cfg.trainer.half() else 4
 
     @property
     def half(self) -> bool:

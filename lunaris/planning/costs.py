@@ -70,7 +70,7 @@ def _token_bytes(cfg: Config, layout: Layout) -> int:
     layers = [i for i in range(cfg.model.n_layers + predictors(cfg)) if routes(cfg, i)]
     trainer = cfg.trainer
     rows = trainer.batch_size * cfg.model.max_seq_len * moe.n_experts_per_token
-    size = 4 if trainer.precision == "fp32" else 2
+    size = 2 if trainer.half() else 4
     once = size * rows * cfg.model.d_model * _share(processes)
     return int(4 * once * len(layers) * trainer.gradient_accumulation_steps)
 

@@ -99,7 +99,7 @@ def logits_bytes(cfg: Config, vocab_size: int, gpu: bool) -> int:
     chunk = max(64, (_LOGITS_GPU if gpu else _LOGITS) // vocab_size)
     rows = min(chunk, cfg.trainer.batch_size * cfg.model.max_seq_len)
     chunks = 3 if rows < cfg.trainer.batch_size * cfg.model.max_seq_len else 2
-    size = 4 * chunks if cfg.trainer.precision == "fp32" else 4 * chunks + 4
+    size = 4 * chunks + 4 if cfg.trainer.half() else 4 * chunks
     return size * rows * vocab_size
 
 
@@ -152,25 +152,25 @@ def _instants(
 def _backward_bytes(cfg: Config, gpu: bool, padded: bool) -> int:
     """Return what a feed-forward's backward holds besides what its forward kept.
 
-    Those are two gradients of its hidden width (of one expert at a time, where each has a product
-    of its own), the gradients of its input and output, and the stacked gradients of experts. Blocks
-    beyond each expert's first one have a copy of its weights, or the gradient of one.
+    Those are two gradients of its hidden width, the gradients of its input and output, and on a GPU
+    a copy of the stacked gradients of experts. Blocks beyond each expert's first one have a copy of
+    its weights, or the gradient of one.
     """
     model, trainer = cfg.model, cfg.trainer
     tokens = trainer.batch_size * model.max_seq_len
-    size = 4 if trainer.precision == "fp32" else 2
+    size = 2 if trainer.half() else 4
     rows, hidden = tokens, dense_width(cfg)
-    at_once, copies = 1, 0
+    copies = 0
     if routes(cfg, model.n_layers - 1) and isinstance(cfg.moe, MoEConfig):
         rows, hidden = tokens * cfg.moe.n_experts_per_token, expert_width(cfg)
-        at_once = 1 if gpu or padded else cfg.moe.n_experts
         if padded:
             blocks = expert_blocks(cfg, model.max_seq_len)
             rows = blocks.total(local_experts(cfg))
             columns = first_columns(GATED[model.activation], hidden)
             copies = size * blocks.extra * model.d_model * columns
-    inside = size * rows * 2 * hidden // at_once
-    return inside + copies + 4 * (rows + tokens) * model.d_model + _stacked_bytes(cfg)
+    inside = size * rows * 2 * hidden
+    copies += _stacked_bytes(cfg) if gpu or padded else 0
+    return inside + copies + 4 * (rows + tokens) * model.d_model
 
 
 def _stacked_bytes(cfg: Config) -> int:

@@ -83,6 +83,8 @@ def make_plan(cfg: Config, *, gpu: bool, device: Device | None = None) -> Plan:
     for products of several experts. Raises UserError for a custom class, whose parameters are not
     known, and for a mesh that does not divide the processes.
     """
+    precision = cfg.trainer.likely_precision(gpu=gpu)
+    cfg = replace(cfg, trainer=replace(cfg.trainer, precision=precision))
     vocab_size, data_tokens = corpus(cfg)
     parameters = model_parameters(cfg, vocab_size)
     layout: Layout = layout_of(cfg)

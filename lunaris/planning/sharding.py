@@ -65,7 +65,7 @@ class Layout:
 def layout_of(cfg: Config, processes: int | None = None) -> Layout:
     """Return the layout of a config. processes: None takes as many as `launch` starts."""
     world = world_size(cfg) if processes is None else processes
-    half = cfg.trainer.precision != "fp32"
+    half = cfg.trainer.half()
     keys = cfg.parallelism
     if isinstance(keys, FSDPConfig):
         size = None

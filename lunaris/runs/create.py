@@ -13,6 +13,7 @@ from lunaris.config.identity import (
     every_key,
     fixed_keys,
     identity,
+    left_open,
 )
 from lunaris.config.schema.launch import LocalLaunchConfig
 from lunaris.config.schema.root import Config
@@ -94,6 +95,7 @@ def _how_to_change(run_dir: RunDir, before: Config, cfg: Config, overrides: list
     free = every_key(before).keys() - identity(before).keys()
     keys = [key for key in changed_keys(old, new) if key != GLOBAL_BATCH]
     keys = [key for key in keys if key not in free or key in _BATCH]
+    keys = [key for key in keys if not left_open(key, new.get(key))]
     if set(keys) & (fixed_keys(before) | fixed_keys(cfg)):
         return ""
     words: dict[str, None] = {}

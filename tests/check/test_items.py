@@ -66,7 +66,7 @@ def test_what_a_machine_lacks_is_said(
     assert (found["disk"].state, found["memory"].state) == (FAIL, FAIL)
     assert "each process will need more" in found["memory"].text
     (files,) = found["open files"].advice
-    assert files.startswith("ulimit -n 512: before the command")
+    assert files.startswith("ulimit -Hn 65536: as root")
     (processes,) = found["cores"].advice
     assert processes.startswith("launch.processes=8: the run uses 2 of 8 GPUs")
     cfg.trainer.device = "cpu"
@@ -205,7 +205,13 @@ def test_compilation_is_advised_where_it_is_right_and_faster(
     tiny: Callable[..., Any], tmp_path: Path, speed: float, loss: float | None, compiles: bool,
     state: str, advice: list[str],
 ) -> None:  # fmt: skip
-    short = Scripted(tiny(), tmp_path, (rows(), 0), (rows(speed, loss), 0), compiles=compiles)
+    short = Scripted(
+        tiny("trainer.precision=fp32"),
+        tmp_path,
+        (rows(), 0),
+        (rows(speed, loss), 0),
+        compiles=compiles,
+    )
     assert short.compiled().state == SKIP  # Nothing to compare with.
     assert ("not compiled" in short.train().text) == compiles
     item = short.compiled()
@@ -217,7 +223,7 @@ def test_a_compiler_that_fails_counts_where_the_config_compiles(
     tiny: Callable[..., Any], tmp_path: Path, compiles: bool, state: str
 ) -> None:
     script = [(rows(), 0), ([], 1, "InductorError: no g++\n")]
-    short = Scripted(tiny(), tmp_path, *script, compiles=compiles)
+    short = Scripted(tiny("trainer.precision=fp32"), tmp_path, *script, compiles=compiles)
     short.train()
     item = short.compiled()
     assert (item.state, item.text) == (state, "InductorError: no g++")
@@ -238,7 +244,13 @@ def test_a_resumed_run_that_differs_fails(tiny: Callable[..., Any], tmp_path: Pa
         (rows()[:4], GPU, FAIL, "has 4 rows, one that was not stopped 6"),
     ):
         logs = [] if log is None else [log]
-        short = Scripted(tiny(), tmp_path, (rows(), 0, *logs), (rows()[:3], 0), (script, 0, *logs))
+        short = Scripted(
+            tiny("trainer.precision=fp32"),
+            tmp_path,
+            (rows(), 0, *logs),
+            (rows()[:3], 0),
+            (script, 0, *logs),
+        )
         short.train()
         item = short.resumed()
         assert item.state == state and said in item.text, item

@@ -38,7 +38,7 @@ def test_a_key_shows_its_default_limits_and_when_it_may_change(
     assert taken["takes"] == "a whole number, at least 1"
     assert taken["options"] == ["fine_grained", "switch", "top2"]
     assert taken["when"] == "new run"
-    assert rows["trainer.precision"]["takes"] == "bf16, fp16, fp32"
+    assert rows["trainer.precision"]["takes"] == "auto, bf16, fp16, fp32"
     assert rows["trainer.precision"]["when"] == "by resume"
     # Of a group that is free as a whole.
     assert rows["launch.nodes"]["when"] == "any time"

@@ -142,7 +142,7 @@ TABLE: list[tuple[str, str]] = [
         "attention=mla model.n_kv_heads=4",
         "model.norm=qk_reorder: attention=mla normalises its latents, not queries and keys, and",
     ),
-    ("trainer.precision=fp8", "trainer.precision=fp8: allowed are bf16, fp16, fp32"),
+    ("trainer.precision=fp8", "trainer.precision=fp8: allowed are auto, bf16, fp16, fp32"),
     ("objective.z_loss_weight=-1", "objective.z_loss_weight=-1.0: must be at least 0"),
     ("objective=multi_token objective.depth=0", "objective.depth=0: must be at least 1"),
     (

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from lunaris import frozen_choices
 from lunaris.errors import UserError
 from lunaris.metrics.records import read_rows
 from lunaris.runs.run_dir import RunDir
@@ -40,6 +41,35 @@ def test_every_precision_and_norm_trains(
     )
     rows = read_rows(run_dir.metrics_path)[1:]
     assert rows[-1]["train/main_loss"] < rows[0]["train/main_loss"] - 0.05
+
+
+def test_what_auto_chose_stays_the_runs_precision(
+    tiny: Callable[..., Any],
+    run_here: Callable[[Any], RunDir],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def on_a_device_that_takes(name: str) -> None:
+        monkeypatch.setattr(
+            frozen_choices,
+            "chosen_precision",
+            lambda given, device: name if given == "auto" else given,
+        )
+
+    on_a_device_that_takes("bf16")
+    first = tiny("trainer.stop_at=1", "trainer.max_steps=3")
+    assert first.trainer.precision == "auto"
+    run_dir = run_here(first)
+    assert run_dir.read_config().trainer.precision == "bf16"
+    assert "bf16 on cpu" in " ".join(capsys.readouterr().out.split())
+    # The same command continues it with the same precision, on another device too.
+    on_a_device_that_takes("fp32")
+    for stop_at in (2, "null"):
+        run_dir = run_here(tiny(f"trainer.stop_at={stop_at}", "trainer.max_steps=3"))
+        assert run_dir.read_config().trainer.precision == "bf16"
+    assert run_dir.read_status()["step"] == 3
+    with pytest.raises(UserError, match="trainer.precision: bf16 → fp32"):
+        run_here(tiny("trainer.precision=fp32", "trainer.max_steps=3"))
 
 
 def test_a_vocabulary_smaller_than_the_datas_is_refused(

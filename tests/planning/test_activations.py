@@ -88,7 +88,7 @@ def batch_of(cfg: Config) -> dict[str, Tensor]:
 def forward(cfg: Config, model: torch.nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """Return the loss of a batch, as a micro-step computes it."""
     objective: Any = instantiate_component("objective", cfg.objective)
-    half = cfg.trainer.precision != "fp32"
+    half = cfg.trainer.half()
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
         return objective(model, batch).total
 

@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from lunaris.config.schema.base import FREE, Schema, changeable, free, key
 from lunaris.errors import UserError
 
+# The value of a key that the device on which a run first trains decides.
+AUTO = "auto"
+
 _MOST_PROFILED = 20
 
 
@@ -28,8 +31,9 @@ class TrainerConfig(Schema):
     gradient_accumulation_steps: int = free(1, low=1)
     # Global gradient norm; null: no clipping.
     grad_clip: float | None = changeable(1.0, above=0)
-    # Of activations and products; weights and optimizer state are float32.
-    precision: str = changeable("fp32", allowed=("bf16", "fp16", "fp32"))
+    # Of activations and products; weights and optimizer state are float32. Auto: bf16 on a GPU that
+    # computes it, else fp32; what the run has chosen when it first trains stays its precision.
+    precision: str = changeable(AUTO, allowed=(AUTO, "bf16", "fp16", "fp32"))
     # Compile each block with torch.compile.
     compile_model: bool = free(False)
     # Compute activations again in the backward pass instead of keeping them.
@@ -63,6 +67,16 @@ class TrainerConfig(Schema):
         if steps and steps[1] - steps[0] >= _MOST_PROFILED:
             fault = f"must be at most {_MOST_PROFILED} steps, whose events are kept in memory"
             raise UserError(f"trainer.profile_steps={steps}: {fault}")
+
+    def likely_precision(self, *, gpu: bool) -> str:
+        """Return the precision that a run will have; `auto` taken as decided by a recent GPU."""
+        if self.precision != AUTO:
+            return self.precision
+        return "bf16" if gpu else "fp32"
+
+    def half(self) -> bool:
+        """Return whether products run in half precision; before `auto` is decided, False."""
+        return self.precision in ("bf16", "fp16")
 
     def end(self) -> int:
         """Return the step after which the processes of the run end: paused, or done."""
