@@ -13,9 +13,9 @@ from lunaris.checkpoint import Checkpoints, TrainState
 from lunaris.config.instantiate import instantiate_component
 from lunaris.config.schema.root import Config
 from lunaris.console import phase, say
+from lunaris.data.everywhere import make_ready_everywhere
 from lunaris.data.loader import Loader
 from lunaris.data.order import SequenceOrder
-from lunaris.data.prepare.build import make_ready
 from lunaris.distributed import collectives, session
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import UserError
@@ -168,8 +168,7 @@ def prepared_data(cfg: Config, run_dir: RunDir) -> Any:
     """Build the data component, prepared by rank 0 first, and check the run's fingerprint of it."""
     data = instantiate_component("data", cfg.data)
     with explain_out_of_memory(f"for the data, {cfg.data._target_}"):
-        collectives.on_rank_0(lambda: make_ready(data))
-        data.ensure_ready()
+        make_ready_everywhere(data)
     collectives.on_rank_0(lambda: save_data_fingerprint(data, run_dir))
     vocab_size = cfg.model.vocab_size
     if vocab_size is not None and vocab_size < data.vocab_size:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
+from platform import node
 
 import numpy as np
 
@@ -172,6 +173,20 @@ def read_header(path: Path) -> Shard:
             f"it has {size}"
         )
     return Shard(path, offset, tokens, dtype)
+
+
+def require_size(shard: Shard) -> None:
+    """Raise UserError unless a shard that another process has inspected is here as it was there."""
+    expected = shard.offset + shard.tokens * shard.dtype.itemsize
+    try:
+        size = shard.path.stat().st_size
+    except OSError as error:
+        raise UserError(f"{shard.path}: cannot be read on {node()}: {error.strerror}") from error
+    if size != expected:
+        raise UserError(
+            f"{shard.path}: has {size} bytes on {node()}, and {expected} where rank 0 runs; all "
+            "processes must see the same shards"
+        )
 
 
 def _inspect_manifest(path: Path, manifest: Manifest) -> ShardsInfo:

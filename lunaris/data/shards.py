@@ -10,7 +10,7 @@ from lunaris.config.schema.data import DataConfig, ShardsDataConfig
 from lunaris.data.base import Sequences
 from lunaris.data.folders import ShardFolders, inspect_folders, short_names
 from lunaris.data.mixture import MixedSequences
-from lunaris.data.shard_folder import ShardsInfo, verify
+from lunaris.data.shard_folder import ShardsInfo, require_size, verify
 from lunaris.data.token_stream import StreamSequences, TokenStream
 from lunaris.errors import UserError
 
@@ -41,6 +41,22 @@ class ShardsData:
         found = inspect_folders(self._shard_keys)
         for info in [*found.train, *found.val] if self._shard_keys.verify else []:
             verify(info.path)
+        self._opened = found
+
+    @property
+    def inspected(self) -> ShardFolders | None:
+        """What `ensure_ready` found, or None before it."""
+        return self._opened
+
+    def take(self, found: ShardFolders) -> None:
+        """Take what another process found in the same folders, instead of inspecting them.
+
+        Raises UserError for a file that is not here, or has another size than there.
+        """
+        for info in [*found.train, *found.val]:
+            for shard in [*info.train, *info.val]:
+                for part in [shard] if shard.mask is None else [shard, shard.mask]:
+                    require_size(part)
         self._opened = found
 
     @property

@@ -1,4 +1,4 @@
-"""A group of two real processes."""
+"""A group of real processes."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 
 
 @pytest.fixture
-def run_two() -> Callable[[str], list[subprocess.CompletedProcess[str]]]:
-    """Return a function that runs a body in a session of two processes, and how they ended."""
+def run_two() -> Callable[..., list[subprocess.CompletedProcess[str]]]:
+    """Return a function that runs a body in a session of processes, and how they ended."""
 
-    def run(body: str) -> list[subprocess.CompletedProcess[str]]:
+    def run(body: str, processes: int = 2) -> list[subprocess.CompletedProcess[str]]:
         code = f"""
 import time, torch
 from lunaris.distributed import collectives, session
@@ -27,7 +27,8 @@ with session.join("cpu", 4.0):
         with socket.socket() as free:
             free.bind(("localhost", 0))
             port = free.getsockname()[1]
-        shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        shared = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+        shared["WORLD_SIZE"] = str(processes)
         workers = [
             subprocess.Popen(
                 [sys.executable, "-c", code],
@@ -36,7 +37,7 @@ with session.join("cpu", 4.0):
                 stderr=subprocess.PIPE,
                 text=True,
             )
-            for rank in range(2)
+            for rank in range(processes)
         ]
         ended = []
         for worker in workers:
