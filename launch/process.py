@@ -10,6 +10,11 @@ from lunaris.launch.allocator import keep_freed_memory, trains_on_cpu
 
 # Both names of the options of torch's allocator: the second is the one before torch 2.9.
 _ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+# The size and the file of the flight recorder by today's names, which win, and by the ones before.
+_RECORDER = (
+    "TORCH_FR_BUFFER_SIZE", "TORCH_FR_DUMP_TEMP_FILE",
+    "TORCH_NCCL_TRACE_BUFFER_SIZE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
+)  # fmt: skip
 # Collectives that torch's flight recorder keeps in each process.
 _RECORDED = 2000
 
@@ -30,7 +35,9 @@ def set_up_process(device: str | None, logs: Path) -> None:
         return
     if not any(name in os.environ for name in _ALLOCATOR):
         os.environ[_ALLOCATOR[0]] = "expandable_segments:True"
-    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", str(_RECORDED))
+    if any(name in os.environ for name in _RECORDER):
+        return
+    os.environ["TORCH_FR_BUFFER_SIZE"] = str(_RECORDED)
     os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
     os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(logs.absolute() / "nccl_rank_"))
 

@@ -10,7 +10,7 @@ from lunaris.atomic_files import replace_file
 from lunaris.config.frozen import to_yaml
 from lunaris.config.schema.root import Config
 from lunaris.config.schema.trainer import AUTO
-from lunaris.distributed import collectives
+from lunaris.distributed import collectives, session
 from lunaris.precision import chosen_precision
 from lunaris.runs.run_dir import RunDir
 
@@ -20,13 +20,20 @@ def with_precision(cfg: Config, run_dir: RunDir, device: torch.device) -> Config
 
     A run that has trained keeps its precision. Else all devices of the run must compute bf16.
     """
-    if cfg.trainer.precision != AUTO:
-        return cfg
-    saved = run_dir.saved_config()
-    chosen = collectives.from_rank_0(saved.trainer.precision if saved is not None else AUTO)
+    # Under torchrun each process has composed the config, and only rank 0 knows the folder.
+    chosen = collectives.from_rank_0(_known(cfg, run_dir) if session.rank() == 0 else AUTO)
     if chosen == AUTO:
         found = set(collectives.gather_objects(chosen_precision(AUTO, device)))
         chosen = "bf16" if found == {"bf16"} else "fp32"
-    cfg = replace(cfg, trainer=replace(cfg.trainer, precision=chosen))
-    collectives.on_rank_0(lambda: replace_file(run_dir.config_path, to_yaml(cfg)))
-    return cfg
+    settled = replace(cfg, trainer=replace(cfg.trainer, precision=chosen))
+    if session.rank() == 0 and cfg.trainer.precision == AUTO:
+        replace_file(run_dir.config_path, to_yaml(settled))
+    return settled
+
+
+def _known(cfg: Config, run_dir: RunDir) -> str:
+    """Return the precision that the config or the run's history names, or `auto`."""
+    if cfg.trainer.precision != AUTO:
+        return cfg.trainer.precision
+    saved = run_dir.saved_config()
+    return AUTO if saved is None else saved.trainer.precision

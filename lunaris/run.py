@@ -13,9 +13,9 @@ from lunaris.checkpoint import Checkpoints, TrainState
 from lunaris.config.instantiate import instantiate_component
 from lunaris.config.schema.root import Config
 from lunaris.console import phase, say
-from lunaris.data.everywhere import make_ready_everywhere
 from lunaris.data.loader import Loader
 from lunaris.data.order import SequenceOrder
+from lunaris.data.prepare.everywhere import make_ready_everywhere
 from lunaris.distributed import collectives, session
 from lunaris.distributed.signals import StopSignal
 from lunaris.errors import UserError
@@ -69,7 +69,7 @@ def execute(cfg: Config, path: str | Path) -> RunResult:
         stack.callback(run.logger.finish)
         parts = (run.parallelism, unwrap(run.model), run.loader, run.meter, run.logger.message)
         run.profiler = profiler_of(cfg, run_dir.path, *parts)
-        with explain_out_of_memory(step_advice(cfg)), run.profiler:
+        with run.profiler, explain_out_of_memory(step_advice(cfg)):
             train(run)
         if run.parallelism.is_writer:
             marks = {change.step: str(change) for change in read_changes(run_dir.path)}

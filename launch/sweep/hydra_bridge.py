@@ -233,12 +233,14 @@ def _train_in_job(sweep: Sweep, overrides: list[str]) -> float | None:
     The launcher calls this in every task. Only rank 0 writes the folder.
     """
     from lunaris.launch.local import train_here
+    from lunaris.launch.process import set_up_process
     from lunaris.launch.slurm_task import export_ranks
 
     export_ranks()
     (point,) = sweep.plan([overrides])
     if os.environ["RANK"] == "0":
         sweep.freeze([point])
+    set_up_process(point.cfg.trainer.device, RunDir(point.dir).logs)
     # The other ranks wait for rank 0 when the process group is created.
     try:
         return train_here(point.cfg, point.dir).best_val_loss

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lunaris.config.compose import Composer
-from lunaris.config.identity import differing, identity
+from lunaris.config.identity import identity
 from lunaris.config.overruled import overruled
 from lunaris.config.run_names import point_name
 from lunaris.config.schema.logger import WANDB_TAG_LENGTH, WandbLoggerConfig
@@ -111,7 +111,7 @@ class Sweep:
             refuse_other_config(RunDir(point.dir), point.cfg)
             check_start(point.cfg)
             before = points.setdefault(point.name, point)
-            if before is not point and differing(identity(before.cfg), identity(point.cfg)):
+            if before is not point and identity(before.cfg) != identity(point.cfg):
                 raise UserError(
                     f"point {point.name}: two points of the sweep have this name, "
                     f"{' '.join(before.overrides)} and {' '.join(point.overrides)}; give "

@@ -160,6 +160,7 @@ def _configs(flags: Flags) -> tuple[Config, Config]:
         compile_model=False,
         eval_interval=None,
         eval_steps=1,
+        profile_steps=[],
     )
     tokens = max(20 * cfg.model.max_seq_len, 1 << 16)
     short = replace(

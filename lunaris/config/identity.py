@@ -51,6 +51,12 @@ def left_open(key: str, value: Any) -> bool:
     return key == "trainer.precision" and bool(value == AUTO)
 
 
+def keep_choices(cfg: Config, before: Config) -> None:
+    """Set what `cfg` leaves to the device to what was decided in `before`, of the same run."""
+    if cfg.trainer.precision == AUTO:
+        cfg.trainer.precision = before.trainer.precision
+
+
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return "key: old → new" for every key in which two identities differ."""
     absent = object()

@@ -15,6 +15,7 @@ from lunaris.atomic_files import replace_file, write_json
 from lunaris.config.schema.root import Config
 from lunaris.data.loader import Loader
 from lunaris.distributed import collectives, session
+from lunaris.distributed.heartbeat import record_failure
 from lunaris.errors import Stopped
 from lunaris.metrics.throughput import Meter
 from lunaris.model.transformer import Transformer
@@ -23,9 +24,6 @@ from lunaris.profiling.account import Account, account_of
 from lunaris.profiling.regions import STEP, region_name, regions_of
 from lunaris.profiling.report import as_json, as_text, slowest_text, span
 from lunaris.torch_internals import dump_memory_history, record_memory_history
-
-# What recording or writing a profile may raise: a full disk, or torch's own exporter.
-_FAULTS = (OSError, RuntimeError)
 
 
 class Profiler:
@@ -38,17 +36,23 @@ class Profiler:
     def __enter__(self) -> Profiler:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, *_: object
+    ) -> None:
         """End a recording that the end of the run interrupts."""
 
 
 @dataclass
 class _Recording:
-    """A recording that goes on. folder: None where it could not be made."""
+    """A recording that goes on.
+
+    folder: None where it could not be made. fault: why it could not begin, or None.
+    """
 
     folder: Path | None
     profile: profile
     open: ExitStack
+    fault: str | None
     steps: list[int] = field(default_factory=list)
     data_s: list[float] = field(default_factory=list)
 
@@ -98,15 +102,21 @@ class StepProfiler(Profiler):
         if number == self._last:
             self._finish()
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, *_: object
+    ) -> None:
         """End a recording: with every process after a signal or a pause, else in this one alone."""
         if self._recording is None:
             return
-        if kind is None or issubclass(kind, Stopped):
+        if kind is None or isinstance(error, Stopped):
             self._finish()
             return
         recording, self._recording = self._recording, None
-        with suppress(*_FAULTS):  # The error that ends the run counts.
+        if not isinstance(error, Exception):
+            return  # A second Ctrl-C ends the process at once.
+        # Before the trace is written, which takes long: the error that ends the run counts.
+        record_failure(error)
+        with suppress(Exception), session.excused():
             self._write_own(recording)
 
     def _begin(self) -> _Recording:
@@ -116,16 +126,20 @@ class StepProfiler(Profiler):
             # Kineto reports each start and stop at its highest level. It reads this only once.
             os.environ.setdefault("KINETO_LOG_LEVEL", "6")
             activities = [ProfilerActivity.CPU]
-            opened = ExitStack()
+            opened, fault = ExitStack(), None
             if self._parallelism.device.type == "cuda":
                 activities.append(ProfilerActivity.CUDA)
-                record_memory_history(True)
-                opened.callback(record_memory_history, False)
-            opened.enter_context(regions_of(self._model, compiled=self._compiled))
-            self._synchronize()
             recorded = profile(activities=activities)
-            recorded.start()
-        return _Recording(folder, recorded, opened)
+            try:
+                if self._parallelism.device.type == "cuda":
+                    record_memory_history(True)
+                    opened.callback(record_memory_history, False)
+                opened.enter_context(regions_of(self._model, compiled=self._compiled))
+                self._synchronize()
+                recorded.start()
+            except Exception as error:  # Another profiler may run; the run goes on without this.
+                fault = f"{type(error).__name__}: {error}"
+        return _Recording(folder, recorded, opened, fault)
 
     def _finish(self) -> None:
         """Write what was recorded; every process calls this after the same step."""
@@ -137,7 +151,7 @@ class StepProfiler(Profiler):
                 # The events of large models take torch minutes, in which it holds Python's lock.
                 with session.excused():
                     account = self._write_own(recording)
-            except _FAULTS as error:
+            except Exception as error:
                 fault = f"{type(error).__name__}: {error}"
             found = self._parallelism.gather((account, fault))
             if self._parallelism.is_writer:
@@ -148,6 +162,9 @@ class StepProfiler(Profiler):
 
         Raises OSError or RuntimeError where they cannot be written.
         """
+        if recording.fault is not None:
+            recording.open.close()
+            raise RuntimeError(recording.fault)
         self._synchronize()
         try:
             recording.profile.stop()

@@ -50,11 +50,11 @@ def regions_of(model: Transformer, *, compiled: bool) -> Iterator[None]:
 
 def _parts(model: Transformer, compiled: bool) -> Iterator[tuple[str, int, nn.Module]]:
     yield "embedding", 0, model.embedding
+    if compiled:
+        yield from (("compiled blocks", i, unit) for i, unit in enumerate(model.units()))
+        return
     blocks: list[Any] = [*model.blocks, *(predictor.block for predictor in model.predictors)]
     for layer, block in enumerate(blocks):
-        if compiled:
-            yield "compiled blocks", layer, block
-            continue
         yield "attention", layer, block.attention
         routed = isinstance(block.feed_forward, RoutedFeedForward)
         yield "experts" if routed else "feed-forward", layer, block.feed_forward

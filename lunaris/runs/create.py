@@ -13,6 +13,7 @@ from lunaris.config.identity import (
     every_key,
     fixed_keys,
     identity,
+    keep_choices,
     left_open,
 )
 from lunaris.config.schema.launch import LocalLaunchConfig
@@ -41,7 +42,9 @@ def create(cfg: Config, command: str, overrides: list[str]) -> RunDir:
     run_dir = RunDir(cfg.out_dir)
     take_world_size(cfg)
     allow_tree(to_tree(cfg))
-    refuse_other_config(run_dir, cfg, overrides)
+    before = refuse_other_config(run_dir, cfg, overrides)
+    if before is not None:
+        keep_choices(cfg, before)
     try:
         run_dir.logs.mkdir(parents=True, exist_ok=True)
         with run_dir.lock():
@@ -64,11 +67,14 @@ def take_world_size(cfg: Config) -> None:
         cfg.launch.processes = int(os.environ["WORLD_SIZE"])
 
 
-def refuse_other_config(run_dir: RunDir, cfg: Config, overrides: list[str] | None = None) -> None:
-    """Raise UserError when a folder holds a run of another identity than `cfg`.
+def refuse_other_config(
+    run_dir: RunDir, cfg: Config, overrides: list[str] | None = None
+) -> Config | None:
+    """Return the config of the run in a folder, or None without one.
 
-    The copy of the config in the newest checkpoint, or in a change recorded since, decides, and
-    config.yaml where there is none. overrides: of the command, for the message.
+    The copy of the config in the newest checkpoint, or in a change recorded since, is taken, and
+    config.yaml where there is none. overrides: of the command, for the message. Raises UserError
+    when the run has another identity than `cfg`.
     """
     run_dir.check_kinds()
     saved = run_dir.saved_config()
@@ -78,7 +84,7 @@ def refuse_other_config(run_dir: RunDir, cfg: Config, overrides: list[str] | Non
                 f"{run_dir.config_path}: missing, and no checkpoint has a copy of it; put it back, "
                 "or choose another `name=`"
             )
-        return
+        return None
     before = saved or run_dir.read_config()
     rows = differing(identity(before), identity(cfg))
     if rows:
@@ -87,6 +93,7 @@ def refuse_other_config(run_dir: RunDir, cfg: Config, overrides: list[str] | Non
             f"remove the folder{_how_to_change(run_dir, before, cfg, overrides or [])}. Differing "
             "keys:\n  " + "\n  ".join(rows)
         )
+    return before
 
 
 def _how_to_change(run_dir: RunDir, before: Config, cfg: Config, overrides: list[str]) -> str:

@@ -148,9 +148,10 @@ class RunDir:
         Raises UserError when `cfg` would give the run other numbers than `saved` for any other
         reason.
         """
-        from lunaris.config.identity import differing, every_key, identity
+        from lunaris.config.identity import differing, every_key, identity, keep_choices
 
         if not differing(identity(saved), identity(cfg)):
+            keep_choices(cfg, saved)
             return cfg
         # A change may have been written since `saved` was read; it is recorded before config.yaml.
         saved = self.saved_config() or saved

@@ -16,7 +16,7 @@ SHARDS, TOKENS = 4, 2**20
 
 BODY = """
 from pathlib import Path
-from lunaris.data.everywhere import make_ready_everywhere
+from lunaris.data.prepare.everywhere import make_ready_everywhere
 from lunaris.data.shards import ShardsData
 
 def read_bytes():

@@ -12,6 +12,7 @@ import pytest
 from lunaris import frozen_choices
 from lunaris.errors import UserError
 from lunaris.metrics.records import read_rows
+from lunaris.runs.create import create
 from lunaris.runs.run_dir import RunDir
 
 
@@ -68,8 +69,20 @@ def test_what_auto_chose_stays_the_runs_precision(
         run_dir = run_here(tiny(f"trainer.stop_at={stop_at}", "trainer.max_steps=3"))
         assert run_dir.read_config().trainer.precision == "bf16"
     assert run_dir.read_status()["step"] == 3
+    # Sending the command once more leaves the folder of a run that is done as it is.
+    create(tiny("trainer.max_steps=3"), "lunaris train", [])
+    assert "precision: bf16" in run_dir.config_path.read_text()
     with pytest.raises(UserError, match="trainer.precision: bf16 → fp32"):
         run_here(tiny("trainer.precision=fp32", "trainer.max_steps=3"))
+
+
+def test_a_folder_that_names_its_precision_keeps_it_under_auto(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a folder of a version without `auto`, also without a checkpoint that has its config."""
+    create(tiny("trainer.precision=fp32", "trainer.max_steps=1"), "lunaris train", [])
+    monkeypatch.setattr(frozen_choices, "chosen_precision", lambda given, device: "bf16")
+    assert run_here(tiny("trainer.max_steps=1")).read_config().trainer.precision == "fp32"
 
 
 def test_a_vocabulary_smaller_than_the_datas_is_refused(

@@ -34,9 +34,11 @@ def test_a_gpu_gets_what_the_environment_does_not_set(
     assert os.environ["TORCH_FR_DUMP_TEMP_FILE"] == f"{tmp_path}/nccl_rank_"
     monkeypatch.delenv("PYTORCH_ALLOC_CONF")
     monkeypatch.setenv("PYTORCH_CUDA_ALLOC_CONF", "max_split_size_mb:512")
-    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", "0")
+    monkeypatch.delenv("TORCH_FR_BUFFER_SIZE")
+    monkeypatch.delenv("TORCH_FR_DUMP_TEMP_FILE")
+    monkeypatch.setenv("TORCH_NCCL_TRACE_BUFFER_SIZE", "0")
     process.set_up_process("cuda", tmp_path)
-    assert "PYTORCH_ALLOC_CONF" not in os.environ and os.environ["TORCH_FR_BUFFER_SIZE"] == "0"
+    assert "PYTORCH_ALLOC_CONF" not in os.environ and "TORCH_FR_BUFFER_SIZE" not in os.environ
 
 
 def test_a_cpu_needs_none_of_it(tmp_path: Path) -> None:

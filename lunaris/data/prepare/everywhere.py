@@ -19,6 +19,6 @@ def make_ready_everywhere(data: Data) -> None:
     collectives.on_rank_0(lambda: make_ready(data))
     if isinstance(data, ShardsData):
         found = collectives.from_rank_0(data.inspected)
-        if session.rank() != 0:
+        if session.rank() != 0 and found is not None:
             data.take(found)
     data.ensure_ready()
