@@ -1,5 +1,5 @@
 .DEFAULT_GOAL := help
-.PHONY: help train test test-fast faults cluster docs lint format clean
+.PHONY: help train test test-fast faults bench cluster docs lint format clean
 
 PYTHON ?= python3
 VENV := .venv
@@ -24,6 +24,12 @@ test-fast: $(VENV)/dev.stamp ## Run the unit tests only, in under two minutes.
 faults: $(VENV)/dev.stamp ## Run the long form of the fault tests and print how many tries each made (hours).
 	LUNARIS_FAULTS=long OMP_NUM_THREADS=1 $(BIN)/pytest tests/faults tests/slurm/test_preemptions.py --timeout 0 \
 		-n $(TEST_WORKERS)
+
+bench: $(VENV)/dev.stamp ## Print ratios of speed to references, in a few minutes on a quiet machine.
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/against.py --rounds 3
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/experts.py --experts 64 --tokens 2048 --rounds 3
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/guard.py
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/loader.py
 
 cluster: ## Install SLURM from Debian's packages for the cluster tests (root).
 	bash tests/slurm/install.sh
