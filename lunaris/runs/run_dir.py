@@ -157,6 +157,7 @@ class RunDir:
         saved = self.saved_config() or saved
         rows = differing(identity(saved), identity(cfg))
         if not rows:
+            keep_choices(cfg, saved)
             return cfg
         last = self.changes_since_checkpoint()[-1:]
         found = every_key(cfg)
