@@ -72,7 +72,7 @@ def account_of(events: Iterable[Any], data_s: list[float]) -> Account:
     marks = [e for e in on_cpu if group_of_region(e.name) == STEP]
     steps = [_interval(e) for e in marks]
     groups = _groups(e for e in on_cpu if not e.is_async)
-    inside = [e for e in on_cpu if id(e) in groups and _step_of(e, steps) is not None]
+    inside = [e for e in on_cpu if id(e) in groups and _in_a_step(e, steps)]
     # A region of the CPU stands among the GPU's events too.
     regions = {e.name for e in on_cpu if e.is_user_annotation}
     kernels = [
@@ -184,11 +184,11 @@ def _interval(event: Any) -> Interval:
     return event.time_range.start, event.time_range.end
 
 
-def _step_of(event: Any, steps: list[Interval]) -> int | None:
-    """Return the index of the step within which an event began, or None."""
+def _in_a_step(event: Any, steps: list[Interval]) -> bool:
+    """Return whether an event began within a step; steps: in the order of their start."""
     begin = event.time_range.start
     index = bisect_right(steps, (begin, float("inf"))) - 1
-    return index if index >= 0 and begin < steps[index][1] else None
+    return index >= 0 and begin < steps[index][1]
 
 
 def _cut(intervals: list[Interval], to: Interval) -> list[Interval]:

@@ -137,7 +137,7 @@ class StepProfiler(Profiler):
                 opened.enter_context(regions_of(self._model, compiled=self._compiled))
                 self._synchronize()
                 recorded.start()
-            except Exception as error:  # Another profiler may run; the run goes on without this.
+            except Exception as error:  # Another profiler may run; this run continues.
                 fault = f"{type(error).__name__}: {error}"
         return _Recording(folder, recorded, opened, fault)
 

@@ -14,7 +14,7 @@ import json
 from statistics import median
 from typing import Any
 
-from against import SHAPE, Arm, compare, measure
+from against import SHAPE, Arm, Ratio, compare, measure
 
 _MICRO_STEP = 2048
 
@@ -61,7 +61,7 @@ def row(n_experts: int, tokens: int, rounds: int) -> dict[str, Any]:
 def as_text(row: dict[str, Any]) -> str:
     """Return a row in one line."""
     ratios = [
-        f"{text} {row[name]['median']:.3f} ({row[name]['low']:.3f} to {row[name]['high']:.3f})"
+        f"{text} {Ratio(**row[name])}"
         for name, text in (
             ("of_8_experts", "speed of 8 experts"),
             ("time_over_floor", "time over the floor"),
