@@ -6,12 +6,17 @@ import math
 from shlex import quote
 
 import numpy as np
+import torch
+from torch import nn
 
 from lunaris.config.frozen import to_tree
 from lunaris.config.trust import flags_for
 from lunaris.console import labelled
 from lunaris.metrics.records import read_rows
+from lunaris.model.feed_forward import RoutedFeedForward
+from lunaris.model.transformer import Transformer
 from lunaris.moe.experts import Experts, describe_product
+from lunaris.moe.factory import DenseFactory
 from lunaris.parallelism.base import unwrap
 from lunaris.runs.checkpoint_files import complete
 from lunaris.train import Run
@@ -30,6 +35,7 @@ def describe(run: Run) -> str:
     lines = [
         labelled("run", str(run.dir.path)),
         labelled("model", f"{count.total:,} parameters, {count.active:,} active a token"),
+        *_twin(unwrap(run.model)),
         labelled(
             "batch",
             f"{run.global_batch:,} sequences of {seq_len:,} = {tokens:,} tokens a step",
@@ -59,6 +65,23 @@ def describe(run: Run) -> str:
     if run.state.step:
         lines.append(labelled("resumed", f"after step {run.state.step:,}"))
     return "\n".join(lines)
+
+
+def _twin(model: Transformer) -> list[str]:
+    """Return a line that compares a model of experts with the same one of `moe=none`."""
+    routed = [module for module in model.modules() if isinstance(module, RoutedFeedForward)]
+    if not routed:
+        return []
+    with torch.device("meta"):
+        feed_forward = DenseFactory()(0, model.shape)
+    of_layers = len(routed) * _size(feed_forward) - sum(_size(module) for module in routed)
+    count = model.count_parameters()
+    dense = count.total + of_layers
+    return [labelled("", f"{count.active / dense:.2f} of its dense twin's {dense:,} (moe=none)")]
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def write_parameters(run: Run) -> None:

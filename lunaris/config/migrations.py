@@ -103,6 +103,18 @@ def _keep_the_scopes_of_sequences(tree: dict[str, Any]) -> None:
             moe.setdefault("capacity_scope", "sequence")
 
 
+def _keep_the_width_of_experts(tree: dict[str, Any]) -> None:
+    """Keep what null meant in version 3 for several experts a token: each as wide as dense."""
+    moe = tree.get("moe")
+    if not isinstance(moe, dict) or moe.get("_target_") != _EXPERTS:
+        return
+    several = moe.get("n_experts_per_token", 1) + moe.get("n_shared_experts", 0) > 1
+    if several and moe.get("expert_hidden_multiplier") is None:
+        model = tree.get("model")
+        width = model.get("ffn_hidden_multiplier", 4.0) if isinstance(model, dict) else 4.0
+        moe["expert_hidden_multiplier"] = width
+
+
 def _has_experts(moe: dict[str, Any]) -> bool:
     schema = "lunaris.config.schema.moe.MoEConfig"
     return moe.get("_target_") == _EXPERTS or moe.get("_schema_") == schema
@@ -113,8 +125,9 @@ MIGRATIONS = (
     Rewritten(2, _name_the_experts_schema),
     Rewritten(3, _keep_the_scopes_of_sequences),
     Rewritten(3, _forget_the_attentions_schema),
+    Rewritten(4, _keep_the_width_of_experts),
 )
-VERSION = 3
+VERSION = 4
 
 
 def migrate(tree: dict[str, Any]) -> dict[str, Any]:

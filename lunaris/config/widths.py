@@ -30,6 +30,29 @@ def hidden_width(gated: bool, d_model: int, multiplier: float, multiple_of: int)
     return width if gated else math.ceil(3 * width / 2)
 
 
+def expert_width(
+    gated: bool,
+    d_model: int,
+    multiplier: float | None,
+    multiple_of: int,
+    *,
+    dense_multiplier: float,
+    active: int,
+) -> int:
+    """Return the hidden width H of one expert.
+
+    active: experts that a token passes through, shared ones among them. Without a multiplier they
+    are together as wide as the dense feed-forward of `dense_multiplier`, each rounded up to a
+    multiple of 8, the 16 bytes in bf16 that grouped products ask for (or of `multiple_of`, where
+    that is less).
+    """
+    if multiplier is not None:
+        return hidden_width(gated, d_model, multiplier, multiple_of)
+    dense = hidden_width(gated, d_model, dense_multiplier, multiple_of)
+    step = min(8, multiple_of)
+    return dense if active == 1 else step * math.ceil(dense / active / step)
+
+
 class LatentWidths(NamedTuple):
     """The widths of multi-head latent attention: its latent, and the parts of each head."""
 

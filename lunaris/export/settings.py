@@ -71,13 +71,13 @@ class Settings:
     @property
     def dense_hidden(self) -> int:
         """The hidden width of a dense feed-forward."""
-        return self._hidden(self.cfg.model.ffn_hidden_multiplier)
+        model = self.cfg.model
+        return hidden_width(True, model.d_model, model.ffn_hidden_multiplier, model.multiple_of)
 
     @property
     def expert_hidden(self) -> int:
         """The hidden width of one expert; of a dense model, that of its feed-forward."""
-        multiplier = self.moe.expert_hidden_multiplier if self.moe else None
-        return self._hidden(multiplier or self.cfg.model.ffn_hidden_multiplier)
+        return self.moe.expert_width(self.cfg.model) if self.moe else self.dense_hidden
 
     @property
     def latent(self) -> LatentWidths:
@@ -107,10 +107,6 @@ class Settings:
     def activation(self) -> str:
         """The name of the activation in transformers."""
         return _ACTIVATIONS[self.cfg.model.activation]
-
-    def _hidden(self, multiplier: float) -> int:
-        model = self.cfg.model
-        return hidden_width(True, model.d_model, multiplier, model.multiple_of)
 
     def common(self) -> dict[str, object]:
         """Return the fields of `config.json` that every family shares."""

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lunaris.config.widths import expert_width
 from lunaris.model.activation import ACTIVATIONS
 from lunaris.model.layers import FeedForward, ModelShape
 from lunaris.moe.experts import Experts
@@ -66,9 +67,15 @@ class MoEFactory:
         """Return layer `layer`'s feed-forward: dense in the first layers, else experts."""
         if layer < self._first_dense:
             return DenseFactory()(layer, shape)
-        multiplier = self._multiplier or shape.ffn_hidden_multiplier
         activation = ACTIVATIONS[shape.activation]
-        hidden = activation.hidden_width(shape.d_model, multiplier, shape.multiple_of)
+        hidden = expert_width(
+            activation.gated,
+            shape.d_model,
+            self._multiplier,
+            shape.multiple_of,
+            dense_multiplier=shape.ffn_hidden_multiplier,
+            active=self._spec.n_experts_per_token + self._n_shared,
+        )
         shared = None
         if self._n_shared:
             # The shared experts together are one wider feed-forward.

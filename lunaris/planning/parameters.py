@@ -102,7 +102,7 @@ def routes(cfg: Config, layer: int) -> bool:
 def expert_width(cfg: Config) -> int:
     """Return the hidden width of one expert."""
     assert isinstance(cfg.moe, MoEConfig)
-    return _hidden(cfg, cfg.moe.expert_hidden_multiplier or cfg.model.ffn_hidden_multiplier)
+    return cfg.moe.expert_width(cfg.model)
 
 
 def dense_width(cfg: Config) -> int:

@@ -8,6 +8,7 @@ from typing import Any
 from lunaris.config.identity import world_size
 from lunaris.config.schema.data import PreparedDataConfig, ShardsDataConfig, SyntheticDataConfig
 from lunaris.config.schema.launch import SlurmLaunchConfig
+from lunaris.config.schema.moe import MoEConfig, NoMoEConfig
 from lunaris.config.schema.parallelism import FSDPConfig
 from lunaris.config.schema.root import Config
 from lunaris.errors import UserError
@@ -25,7 +26,8 @@ DEFAULT_MFU = 0.35
 class Plan:
     """What a config would cost.
 
-    parts: parameters by part of the model. flops: FLOPs a token, forward and backward.
+    parts: parameters by part of the model. dense_twin: the parameters of the model with moe=none,
+    None for a model that is dense. flops: FLOPs a token, forward and backward.
     data_tokens: tokens of the training data, None where they are not known yet. memory: of the
     fullest process. checkpoint: bytes of one. traffic: of one process and step.
     """
@@ -35,6 +37,7 @@ class Plan:
     vocab_size: int
     parts: dict[str, int]
     active: int
+    dense_twin: int | None
     flops: float
     data_tokens: int | None
     memory: Memory
@@ -100,12 +103,20 @@ def make_plan(cfg: Config, *, gpu: bool, device: Device | None = None) -> Plan:
         vocab_size=vocab_size,
         parts=parts,
         active=active_parameters(cfg, parameters),
+        dense_twin=_dense_twin(cfg, vocab_size),
         flops=flops_per_token(cfg, parameters),
         data_tokens=data_tokens,
         memory=memory,
         checkpoint=checkpoint_bytes(parameters, memory.optimizer, layout),
         traffic=traffic(cfg, parameters, layout),
     )
+
+
+def _dense_twin(cfg: Config, vocab_size: int) -> int | None:
+    if not isinstance(cfg.moe, MoEConfig):
+        return None
+    dense = model_parameters(replace(cfg, moe=NoMoEConfig()), vocab_size)
+    return sum(parameter.numel for parameter in dense)
 
 
 def corpus(cfg: Config) -> tuple[int, int | None]:

@@ -32,7 +32,12 @@ def as_dict(plan: Plan, device: Device | None, mfu: float) -> dict[str, Any]:
     seconds = plan.seconds(device, mfu) if device else None
     return {
         "name": plan.cfg.name,
-        "parameters": {"total": plan.parameters, "active": plan.active, "parts": plan.parts},
+        "parameters": {
+            "total": plan.parameters,
+            "active": plan.active,
+            "dense_twin": plan.dense_twin,
+            "parts": plan.parts,
+        },
         "vocab_size": plan.vocab_size,
         "flops_per_token": plan.flops,
         "processes": plan.processes,
@@ -130,6 +135,9 @@ def _model(plan: Plan) -> list[str]:
         f", {_count(plan.active)} of them active a token" if plan.active < plan.parameters else ""
     )
     lines = [_row("model", f"{plan.parameters:,} parameters{share}")]
+    if plan.dense_twin:
+        ratio = f"{plan.active / plan.dense_twin:.2f} of its dense twin's"
+        lines.append(_row("", f"{ratio} {plan.dense_twin:,} (moe=none)"))
     for part, count in plan.parts.items():
         lines.append(f"  {part:<16} {count:>16,}  {count / plan.parameters:>5.1%}")
     lines.append(_row("compute", f"{_count(plan.flops)} FLOPs a token, forward and backward"))

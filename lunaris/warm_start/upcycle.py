@@ -53,7 +53,8 @@ def recipe_of(cfg: Config, found: Fit, model: Shapes, source: Shapes) -> Recipe 
     if dense % hidden or columns * dense != rows[0] * hidden:
         raise UserError(
             f"{given}: its feed-forward has a hidden width of {dense}, which experts of {hidden} "
-            "do not cut into equal parts; set moe.expert_hidden_multiplier (null copies it whole)"
+            "do not cut into equal parts; set moe.expert_hidden_multiplier "
+            f"({cfg.model.ffn_hidden_multiplier:g} copies it whole)"
         )
     if not isinstance(cfg.moe, MoEConfig):
         raise UserError(f"{given}: cannot make experts for moe._target_={cfg.moe._target_}")

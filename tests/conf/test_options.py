@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from lunaris.config.compose import compose
 from lunaris.config.keys import EXPERIMENT, folders, groups, options, options_of
+from lunaris.planning.plan import make_plan
 
 FOLDER = folders()[0]
 OPTIONS = [(group, option.name) for group in groups() for option in options(group)]
@@ -38,6 +39,25 @@ def test_every_option_composes_to_its_schema(group: str, option: str) -> None:
     node = functools.reduce(getattr, group.split("/"), cfg)
     chosen = node[option] if group == "logger" else node
     assert option in options_of_its_schema(group, type(chosen))
+
+
+@pytest.mark.parametrize("size", [option.name for option in options("model")])
+@pytest.mark.parametrize("option", [option.name for option in options("moe")])
+def test_every_option_of_experts_computes_as_much_as_the_dense_model(
+    option: str, size: str
+) -> None:
+    plan = make_plan(compose([f"moe={option}", f"model={size}", "data=synthetic"]), gpu=False)
+    if option == "none":
+        assert plan.dense_twin is None
+    else:
+        assert plan.dense_twin == plan_of_dense(size)
+        assert 1.0 < plan.active / plan.dense_twin < 1.03  # Routers and rounding.
+
+
+@functools.cache
+def plan_of_dense(size: str) -> int:
+    cfg = compose(["moe=none", f"model={size}", "data=synthetic"])
+    return make_plan(cfg, gpu=False).active
 
 
 def options_of_its_schema(group: str, schema: type) -> list[str]:

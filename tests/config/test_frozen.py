@@ -102,6 +102,33 @@ MASKED = ["data=shards", "data.dir=x", "data.document_masking=true", "moe.capaci
 
 
 @pytest.mark.parametrize(
+    ("command", "width"),
+    [
+        (["moe=top2"], 4.0),
+        (["moe=top2", "model.ffn_hidden_multiplier=3"], 3.0),
+        (["moe=switch", "moe.n_shared_experts=1"], 4.0),
+        (["moe=top2", "moe.expert_hidden_multiplier=2"], 2.0),
+        (["moe=switch"], None),
+    ],
+)
+def test_version_3_made_each_expert_as_wide_as_the_dense_feed_forward(
+    tmp_path: Path, command: list[str], width: float | None
+) -> None:
+    cfg = compose(command)
+    tree: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(cfg).decode()))
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(tree | {"config_version": 3}))
+    assert read_config(path).moe.expert_hidden_multiplier == width  # type: ignore[attr-defined]
+    path.write_text(OmegaConf.to_yaml(tree))
+    assert read_config(path) == cfg
+    # What null means to a custom class, only that class knows.
+    custom = {"_target_": "mine.Experts", "_schema_": "lunaris.config.schema.moe.MoEConfig"}
+    tree["moe"] |= custom | {"n_experts_per_token": 2, "expert_hidden_multiplier": None}
+    path.write_text(OmegaConf.to_yaml(tree | {"config_version": 3}))
+    assert read_config(path).moe.expert_hidden_multiplier is None  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
     ("command", "balance", "capacity"),
     [
         ([], "sequence", "document"),

@@ -44,6 +44,17 @@ def test_every_precision_and_norm_trains(
     assert rows[-1]["train/main_loss"] < rows[0]["train/main_loss"] - 0.05
 
 
+def test_the_header_compares_with_the_dense_twin(
+    tiny: Callable[..., Any], run_here: Callable[[Any], RunDir], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = run_here(tiny("moe=none", "trainer.max_steps=1", name="dense"))
+    assert "dense twin" not in capsys.readouterr().out
+    size = run_dir.read_status()["parameters"]
+    active = run_here(tiny("moe=top2", "trainer.max_steps=1")).read_status()["active_parameters"]
+    twin = f"{active / size:.2f} of its dense twin's {size:,} (moe=none)"
+    assert twin in capsys.readouterr().out
+
+
 def test_what_auto_chose_stays_the_runs_precision(
     tiny: Callable[..., Any],
     run_here: Callable[[Any], RunDir],

@@ -39,10 +39,16 @@ MODELS = {
         "moe=fine_grained",
         "moe.n_experts=8",
         "moe.n_experts_per_token=2",
+        "moe.expert_hidden_multiplier=1.0",
         "moe/router=softmax",
         "moe.router_z_loss_weight=0.001",
     ],
-    "fine_grained": ["moe=fine_grained", "moe.n_experts=8", "moe.n_experts_per_token=2"],
+    "fine_grained": [
+        "moe=fine_grained",
+        "moe.n_experts=8",
+        "moe.n_experts_per_token=2",
+        "moe.expert_hidden_multiplier=1.0",
+    ],
 }
 CURVES = {f"{m}-{d}": [*SMALL, *MODELS[m], *DATA[d]] for m in MODELS for d in DATA}
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+import pytest
 import torch
 
 from lunaris.model.layers import ModelShape
@@ -42,6 +45,21 @@ def test_widths_are_two_thirds_rounded_up() -> None:
     )(0, SHAPE)
     assert layer.experts.gate_up.shape == (4, 12, 2 * 16)  # 2/3 · 1.5 · 12 = 12, up to 16
     assert layer.shared.down.in_features == 2 * 16
+
+
+@pytest.mark.parametrize(("activation", "dense"), [("swiglu", 32), ("relu2", 48)])
+@pytest.mark.parametrize(("k", "n_shared", "width"), [(1, 0, 1), (2, 0, 2), (3, 1, 4), (3, 0, 3)])
+def test_the_experts_of_a_token_are_as_wide_as_the_dense_feed_forward(
+    activation: str, dense: int, k: int, n_shared: int, width: int
+) -> None:
+    shape = replace(SHAPE, activation=activation)
+    layer = MoEFactory(
+        router=SoftmaxRouterFactory(), n_experts=4, n_experts_per_token=k, n_shared_experts=n_shared
+    )(0, shape)
+    hidden = layer.experts.down.size(1)
+    assert hidden % 8 == 0 and dense <= (k + n_shared) * hidden < dense + 8 * width
+    if n_shared:
+        assert layer.shared.down.in_features == n_shared * hidden
 
 
 def test_a_dense_layer_has_no_statistics() -> None:

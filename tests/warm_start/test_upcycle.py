@@ -18,8 +18,8 @@ from lunaris.runs.run_dir import RunDir
 from lunaris.warm_start import upcycle
 
 Tiny = Callable[..., Any]
-# The hidden width of the dense run is 48, of experts with this multiplier 24.
-HALF = "moe.expert_hidden_multiplier=2"
+# The hidden width of the dense run is 48, of experts with these multipliers 48 and 24.
+WHOLE, HALF = "moe.expert_hidden_multiplier=4", "moe.expert_hidden_multiplier=2"
 
 
 def difference(text: str) -> float:
@@ -47,10 +47,11 @@ def dense(trained: Path, tiny: Tiny, run_here: Callable[[Any], RunDir]) -> RunDi
 
 
 EQUAL = {
-    "top-2": ["moe=top2"],
+    "top-2": ["moe=top2", WHOLE],
+    "top-2 of equal active size": ["moe=top2"],
     "balanced by bias": ["moe=top2", "moe.balancing=bias"],
     "sigmoid": ["moe=top2", "moe/router=sigmoid", "moe.router.route_scale=2.5"],
-    "a shared expert": ["moe=top2", "moe.n_shared_experts=1"],
+    "a shared expert": ["moe=top2", "moe.n_shared_experts=1", WHOLE],
     "first layer dense": ["moe=top2", "moe.first_dense_layers=1"],
     "virtual groups": ["moe=top2", "moe.n_experts=8", "moe.n_experts_per_token=4", HALF],
     "virtual groups, sigmoid, bias, shared": [

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from lunaris.config.schema.base import Component, changeable, component, key
+from lunaris.config.schema.model import ModelConfig
+from lunaris.config.widths import GATED, expert_width
 from lunaris.errors import UserError
 
 
@@ -91,7 +93,8 @@ class MoEConfig(FeedForwardConfig):
     router_lr_scale: float = changeable(1.0, above=0)
     # Divide the chosen gate probabilities by their sum; needs k > 1.
     normalize_gates: bool = False
-    # Null: the model's ffn_hidden_multiplier.
+    # Of the width of each expert, as model.ffn_hidden_multiplier of a dense feed-forward. Null: the
+    # experts of a token, shared ones too, are together as wide as that.
     expert_hidden_multiplier: float | None = key(None, above=0, at_most=2**10)
     # Layers from the first on that have a dense feed-forward.
     first_dense_layers: int = key(0, low=0)
@@ -111,6 +114,17 @@ class MoEConfig(FeedForwardConfig):
                 "moe.normalize_gates=true: needs moe.n_experts_per_token above 1; with one expert "
                 "the gate is always 1 and the router gets no gradient"
             )
+
+    def expert_width(self, model: ModelConfig) -> int:
+        """Return the hidden width of one expert in a model."""
+        return expert_width(
+            GATED[model.activation],
+            model.d_model,
+            self.expert_hidden_multiplier,
+            model.multiple_of,
+            dense_multiplier=model.ffn_hidden_multiplier,
+            active=self.n_experts_per_token + self.n_shared_experts,
+        )
 
     def _check_groups(self, router: SigmoidRouterConfig) -> None:
         if self.n_experts % router.n_groups:
