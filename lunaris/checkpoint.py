@@ -160,6 +160,18 @@ class Checkpoints:
         if self._pending is not None and not collectives.any_rank(not self._pending[1].done()):
             self.wait_pending()
 
+    def listed(self) -> list[Path]:
+        """Remove leftovers; return all checkpoints, incomplete ones too, newest first.
+
+        Every process calls this; rank 0 looks. The caller holds the run's lock.
+        """
+
+        def look() -> list[Path]:
+            remove_leftovers(self._folder)
+            return checkpoint_folders(self._folder)
+
+        return collectives.from_rank_0(collectives.on_rank_0(look) or [])
+
     def load_newest(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState | None:
         """Restore the newest complete checkpoint and return its state; None when there is none.
 
@@ -168,10 +180,9 @@ class Checkpoints:
         taken, since a new start would overwrite them, and when the disk gives no answer. The caller
         holds the run's lock.
         """
-        listed = collectives.on_rank_0(self._tidy)
         skipped: list[Path] = []
         reason = ""
-        for path in map(Path, collectives.from_rank_0(listed or [])):
+        for path in self.listed():
             parts = session.rank(), session.world_size()
             fault = _agreed(partial(find_corruption, path, *parts))
             fault = fault or _agreed(partial(_restored, path, model, optimizer))
@@ -199,11 +210,6 @@ class Checkpoints:
         target = self._folder.parent / "model.pt"
         full.replace(target)
         return target
-
-    def _tidy(self) -> list[str]:
-        """Remove leftovers; return all checkpoints, incomplete ones too, newest first."""
-        remove_leftovers(self._folder)
-        return [str(path) for path in checkpoint_folders(self._folder)]
 
     def _begin(self, temporary: Path, state: TrainState, size: int) -> None:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -68,7 +68,7 @@ def load_trained(
     model = single.wrap(
         bare_model(cfg, saved_vocab_size(path), predictors=predictors),
         precision=Precision(cfg.trainer.precision, single.device),
-        seed=cfg.seed,
+        seed=None,
         compile=False,
     )
     load_weights(path, model)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,22 +17,33 @@ STD = 0.02
 
 
 @torch.no_grad()
-def init_weights(model: nn.Module, seed: int, n_layers: int) -> None:
-    """Draw every parameter of `model` by its role, in place, and reset every buffer.
+def init_weights(
+    model: nn.Module, seed: int, n_layers: int, *, without: Collection[str] = ()
+) -> None:
+    """Draw the parameters of `model` by their roles, in place, and reset every buffer.
+
+    without: names of parameters that are left as they are, because they are read from a file.
 
     Norms are 1, biases 0; everything else is normal with standard deviation 0.02, or
     0.02/√(2·n_layers) where it writes to the residual stream. The numbers depend on the seed and
     the parameter's name, not on the device or the sharding. One matrix is drawn at a time, on the
-    CPU; of stacked experts, only those that this process holds a part of. A module with buffers
-    fills them in its method `reset_buffers()`.
+    CPU; a process draws none of which it holds no part, also of stacked experts.
     """
     roles = parameter_roles(model)
     for name, parameter in model.named_parameters():
+        if name in without:
+            continue
         if roles[name] & (Role.NORM | Role.BIAS):
             local_part(parameter).fill_(1.0 if Role.NORM in roles[name] else 0.0)
             continue
         residual = Role.RESIDUAL_OUTPUT in roles[name]
         fill_normal(parameter, STD / math.sqrt(2 * n_layers) if residual else STD, seed, name)
+    reset_buffers(model)
+
+
+@torch.no_grad()
+def reset_buffers(model: nn.Module) -> None:
+    """Reset every buffer of `model`: a module with buffers fills them in its `reset_buffers()`."""
     for module in model.modules():
         reset = getattr(module, "reset_buffers", None)
         if reset is not None:
@@ -50,6 +61,8 @@ def fill_normal(parameter: Tensor, std: float, seed: int, name: str) -> None:
     sharded (DTensor). Three dimensions are stacked matrices (experts), drawn one by one: the
     numbers of one do not depend on how many there are, and a process draws only those of its shard.
     """
+    if local_part(parameter).numel() == 0:
+        return
     if parameter.ndim == 2:
         copy_to_shard(parameter, seeded_normal(parameter.shape, std, seed, name))
         return

@@ -5,7 +5,7 @@ Shapes: B sequences, L positions, D model width, V vocabulary, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, cast
 
 import torch
@@ -246,9 +246,12 @@ class Transformer(nn.Module):
         """The vocabulary projection ([V, D]): the head's, or the embedding that it is tied to."""
         return self.embedding.weight if self.head is None else self.head.weight
 
-    def init_weights(self, seed: int) -> None:
-        """Draw every parameter and reset every buffer; the same numbers wherever it runs."""
-        init_weights(self, seed, self.shape.n_layers)
+    def init_weights(self, seed: int, *, without: Collection[str] = ()) -> None:
+        """Draw the parameters but those named in `without`, and reset every buffer.
+
+        The numbers are the same wherever it runs.
+        """
+        init_weights(self, seed, self.shape.n_layers, without=without)
 
     def parameter_roles(self) -> dict[str, Role]:
         """Return the roles of the embedding and of an untied head."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lunaris.distributed import collectives, session
 from lunaris.distributed.mesh import Mesh
+from lunaris.model.init import reset_buffers
 from lunaris.precision import Precision
 
 if TYPE_CHECKING:
@@ -41,16 +42,20 @@ class Parallelism:
         self.is_writer = rank == 0
 
     def wrap(
-        self, model: nn.Module, *, precision: Precision, seed: int, compile: bool
+        self, model: nn.Module, *, precision: Precision, seed: int | None, compile: bool
     ) -> nn.Module:
         """Return the module that the loop calls, built from a model on the meta device.
 
         A subclass replaces parameters by this process's part of them, then calls this method. It
         allocates memory for them and fills it by `model.init_weights(seed)`, with the same numbers
-        under every parallelism. compile: torch.compile each block.
+        under every parallelism. seed: None leaves the parameters undefined, for weights that are
+        read next. compile: torch.compile each block.
         """
         model.to_empty(device=self.device)
-        model.init_weights(seed)  # type: ignore[operator]
+        if seed is None:
+            reset_buffers(model)
+        else:
+            model.init_weights(seed)  # type: ignore[operator]
         if compile:
             # Blocks are alike: one compilation serves all. The modules are not compiled, so that
             # parameter names do not change and FSDP's hooks run outside the compiled region.

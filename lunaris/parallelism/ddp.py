@@ -30,7 +30,7 @@ class DDP(Parallelism):
         self._reducer: Reducer | None = None
 
     def wrap(
-        self, model: nn.Module, *, precision: Precision, seed: int, compile: bool
+        self, model: nn.Module, *, precision: Precision, seed: int | None, compile: bool
     ) -> nn.Module:
         """Shard the experts, if they are to be, and average the gradients of the rest."""
         if self.mesh.expert > 1:

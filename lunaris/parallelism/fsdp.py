@@ -50,9 +50,9 @@ class FSDP(Parallelism):
         self._replicated: list[nn.Parameter] = []
 
     def wrap(
-        self, model: nn.Module, *, precision: Precision, seed: int, compile: bool
+        self, model: nn.Module, *, precision: Precision, seed: int | None, compile: bool
     ) -> nn.Module:
-        """Shard the model, allocate this process's shards and draw their weights."""
+        """Shard the model, allocate this process's shards and, with a seed, draw their weights."""
         meshes = self.mesh.sharded_meshes(self.device.type)
         if meshes.expert is not None:
             shard_experts(model, meshes.expert, compile)

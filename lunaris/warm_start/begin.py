@@ -19,7 +19,7 @@ from lunaris.data.tokenizer import check_same_ids
 from lunaris.distributed import collectives, session
 from lunaris.errors import RunFailed, UserError
 from lunaris.model.init import copy_to_shard
-from lunaris.parallelism.base import Parallelism
+from lunaris.parallelism.base import Parallelism, unwrap
 from lunaris.precision import Precision
 from lunaris.warm_start.fit import DENSE, Fit, Shapes, fit, require_fit
 from lunaris.warm_start.source import Place, Source, find, open_source
@@ -85,7 +85,7 @@ def plan_start(cfg: Config, place: Place, model: Shapes, data: Any) -> tuple[Sou
 def start_from(
     cfg: Config, model: nn.Module, data: Any, bare_model: Callable[..., nn.Module]
 ) -> Start:
-    """Fill a model's shards from `cfg.init_from`; every process calls this.
+    """Fill a model's shards from `cfg.init_from` and draw the rest; every process calls this.
 
     bare_model: as in `lunaris.run`; an upcycled model is compared with the dense one, sharded in
     the same way, before the first step. Raises UserError for what does not fit, and RunFailed
@@ -93,10 +93,8 @@ def start_from(
     """
     place = collectives.from_rank_0(collectives.on_rank_0(lambda: find(str(cfg.init_from))))
     assert place is not None
-    state = get_model_state_dict(model)
-    source, start = plan_start(cfg, place, shapes_of(state), data)
-    _fill(state, source, start)
-    set_model_state_dict(model, state)
+    source, start = plan_start(cfg, place, shapes_of(get_model_state_dict(model)), data)
+    _fill(model, source, start, cfg.seed)
     if start.recipe is not None:
         start.notes.append(_compare(cfg, model, source, start, data, bare_model))
     return start
@@ -108,7 +106,9 @@ def shapes_of(state: dict[str, Any]) -> Shapes:
 
 
 @torch.no_grad()
-def _fill(state: dict[str, Any], source: Source, start: Start) -> None:
+def _fill(model: nn.Module, source: Source, start: Start, seed: int) -> None:
+    unwrap(model).init_weights(seed, without=set(start.found.read()))
+    state: dict[str, Any] = get_model_state_dict(model)
     source.fill({name: state[name] for name in start.found.same})
     for name in start.found.resized:
         rows = source.read([name])[name]
@@ -120,6 +120,7 @@ def _fill(state: dict[str, Any], source: Source, start: Start) -> None:
         read = source.read(names.values())
         dense = {part: read[name] for part, name in names.items()}
         fill_layer(prefix, state, dense, start.recipe)
+    set_model_state_dict(model, state)
 
 
 @torch.no_grad()
@@ -143,16 +144,14 @@ def _compare(
     dense = parallelism.wrap(
         bare_model(as_dense, data.vocab_size, predictors=False),
         precision=Precision(cfg.trainer.precision, parallelism.device),
-        seed=cfg.seed,
+        seed=None,
         compile=False,
     )
-    state = get_model_state_dict(dense)
-    found = fit(shapes_of(state), source.shapes, resize=cfg.init_from_resize)
+    found = fit(shapes_of(get_model_state_dict(dense)), source.shapes, resize=cfg.init_from_resize)
     if found.missing or found.unfit:
         return "first      forward not compared: the dense model cannot be rebuilt from this config"
     # Rows of the vocabulary that the source lacks are drawn alike in both.
-    _fill(state, source, Start(start.place, found, None))
-    set_model_state_dict(dense, state)
+    _fill(dense, source, Start(start.place, found, None), cfg.seed)
     tokens = _first_sequence(cfg, data, next(model.parameters()).device)
     with torch.autocast(
         tokens.device.type,

@@ -15,6 +15,7 @@ _VOCABULARY = ("embedding.weight", "head.weight")
 _COUNTS = (".balance_bias", ".load_shares")
 # Names of a layer's experts and of the dense feed-forward, below the layer's feed-forward.
 EXPERTS, DENSE, ROUTER, SHARED = "experts.", "swiglu.", "router.", "shared."
+_STACKED = ("gate_up", "down")
 
 
 @dataclass
@@ -34,6 +35,11 @@ class Fit:
     missing: list[str] = field(default_factory=list)
     left_over: list[str] = field(default_factory=list)
     unfit: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+
+    def read(self) -> list[str]:
+        """Return the names of the tensors that are read completely, so that none is drawn."""
+        experts = [f"{prefix}{EXPERTS}{part}" for prefix in self.upcycled for part in _STACKED]
+        return [*self.same, *experts]
 
     def faults(self) -> list[str]:
         """Return a line for each kind of what does not fit."""

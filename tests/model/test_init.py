@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from lunaris.model import init
 from lunaris.model.init import fill_normal, seeded_normal
 from lunaris.model.transformer import Transformer
 from lunaris.objective.next_token import NextToken
@@ -103,6 +104,22 @@ def test_a_shard_holds_its_part_of_the_same_numbers(shape: tuple[int, ...]) -> N
         want = distribute_tensor(full, mesh, placements, src_data_rank=None)
         fill_normal(parameter, 1.0, 0, "w")
         assert torch.equal(parameter.to_local(), want.to_local()), placements
+
+
+@pytest.mark.usefixtures("world_of_four")
+def test_a_process_draws_no_matrix_of_which_it_holds_no_part(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    drawn: list[str] = []
+    draw = init.seeded_normal
+    monkeypatch.setattr(init, "seeded_normal", lambda *args: drawn.append(args[3]) or draw(*args))
+    mesh, rank = init_device_mesh("cpu", (4,)), dist.get_rank()
+    for shape, dim in (((5, 6), 0), ((2, 5, 6), 1), ((6, 5, 6), 0)):
+        empty = torch.empty(shape)
+        fill_normal(distribute_tensor(empty, mesh, [Shard(dim)], src_data_rank=None), 1.0, 0, "w")
+    some = ["w", "w[0]", "w[1]"] if rank < 3 else []  # Rows 2, 2, 1 and 0 of five.
+    mine = [f"w[{index}]" for index in range(2 * rank, min(2 * rank + 2, 6))]
+    assert drawn == some + mine
 
 
 def test_numbers_are_normal() -> None:
