@@ -27,6 +27,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from lunaris.atomic_files import read_json, sync_folder, write_json
+from lunaris.checkpoint_plan import Planner
 from lunaris.checkpoint_reader import OPTIONS, CannotLoad, processes_of, restore
 from lunaris.distributed import collectives, session
 from lunaris.errors import RunFailed, UserError
@@ -132,11 +133,14 @@ class Checkpoints:
                 # The thread that saves runs collectives, in a group that the main thread never
                 # uses.
                 group = session.background_group()
-                future = dcp.async_save(tree, checkpoint_id=temporary, **processes_of(group))
+                future = dcp.async_save(
+                    tree, checkpoint_id=temporary, planner=Planner(), **processes_of(group)
+                )
                 assert isinstance(future, Future)
                 self._pending = (temporary, future, must)
                 return
-            dcp.save(tree, checkpoint_id=temporary, **processes_of(session.cpu_group()))
+            group = session.cpu_group()
+            dcp.save(tree, checkpoint_id=temporary, planner=Planner(), **processes_of(group))
             self._commit(temporary)
         except (OSError, RuntimeError, CheckpointException) as error:
             self._give_up(temporary, error, must)

@@ -18,6 +18,7 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.checkpoint import DefaultSavePlanner, SavePlan
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import _get_default_store, _set_pg_timeout, _world
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup
@@ -35,6 +36,11 @@ def set_collective_timeout(timeout: timedelta, *, exempt: Collection[object]) ->
     for group in list(_world.pg_map):
         if group not in exempt:
             _set_pg_timeout(timeout, group)
+
+
+def without_duplicates(planner: DefaultSavePlanner, plans: list[SavePlan]) -> list[SavePlan]:
+    """Return the plans of a save in which one process writes what several hold."""
+    return planner._dedup_save_plans(plans)
 
 
 def split_dimension(mesh: DeviceMesh, name: str, sizes: dict[str, int]) -> DeviceMesh:

@@ -32,7 +32,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("warm_start",),
     ("moe", "objective", "data", "optim", "parallelism", "metrics", "checkpoint"),
     ("model",),
-    ("precision", "checkpoint_reader"),
+    ("precision", "checkpoint_plan", "checkpoint_reader"),
     ("runs", "scaffold"),
     ("distributed",),
     ("config",),

@@ -36,6 +36,7 @@ SIGNATURES = {
         "mesh_dim_names",
         "backend_override",
     ],
+    "torch.distributed.checkpoint.DefaultSavePlanner._dedup_save_plans": ["self", "all_plans"],
     "torch.cuda.memory._dump_snapshot": ["filename", "augment_with_fx_traces"],
     "torch.amp.GradScaler._unscale_grads_": [
         "self",

@@ -20,6 +20,8 @@ from lunaris.torch_internals import default_store
 T = TypeVar("T")
 
 _READERS_S = 10.0
+# Of rank 0, by all processes that wait for it.
+_MOST_QUESTIONS_PER_S = 2000
 
 
 def barrier() -> None:
@@ -78,8 +80,10 @@ def on_rank_0(action: Callable[[], T]) -> T | None:
             raise
         store.set(key, pickle.dumps(None))  # type: ignore[arg-type]
         return result
+    pause, longest = 0.01, max(0.05, world_size() / _MOST_QUESTIONS_PER_S)
     while not store.check([key]):
-        time.sleep(0.05)
+        time.sleep(pause)
+        pause = min(2 * pause, longest)
     raised = pickle.loads(store.get(key))
     store.add(f"{key}/read", 1)
     if raised is not None:
