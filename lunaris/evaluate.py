@@ -12,6 +12,7 @@ from torch import nn
 
 from lunaris.data.base import Sequences, is_masked
 from lunaris.data.loader import IGNORED, check_ids, to_batch
+from lunaris.distributed import session
 from lunaris.distributed.collectives import any_rank
 from lunaris.metrics.churn import RoutingChurn
 from lunaris.objective.base import Objective
@@ -44,6 +45,7 @@ class Evaluator:
     stopped: Callable[[], bool] = lambda: False
     churn: RoutingChurn = field(default_factory=RoutingChurn)
 
+    @session.evaluation()
     @torch.no_grad()
     def __call__(self, model: nn.Module) -> dict[str, float]:
         """Return `val/loss` and `val/perplexity`, and `val/SOURCE/loss` where there are several.

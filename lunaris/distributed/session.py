@@ -21,8 +21,9 @@ from lunaris.distributed.heartbeat import Heartbeat, record_failure
 from lunaris.errors import UserError
 from lunaris.torch_internals import set_collective_timeout
 
-# Processes compile, warm up and read cold files in the first step, some much longer than others.
-_FIRST_STEP = timedelta(minutes=30)
+# Processes compile, warm up and read cold files in the first step and in the first evaluation, some
+# much longer than others.
+_FIRST_TIME = timedelta(minutes=30)
 # Checkpoint files differ in size; a process that died is found by its missing heartbeat instead.
 _BOOKKEEPING = timedelta(hours=1)
 
@@ -37,6 +38,7 @@ class Session:
     background_group: dist.ProcessGroup | None = None
     heartbeat: Heartbeat | None = None
     first_step_done: bool = False
+    evaluated: bool = False
     calls: itertools.count[int] = field(default_factory=itertools.count)
 
 
@@ -90,7 +92,8 @@ def join(device: str | None, collective_timeout_s: float) -> Iterator[torch.devi
 
     Rank, world size and master address come from the environment, as torchrun, SLURM tasks and
     `lunaris.launch.local` set them. A collective that does not complete ends the process: within
-    half an hour before the first step is done, then within `collective_timeout_s`. A process whose
+    half an hour before the first step is done and during the first evaluation, otherwise within
+    `collective_timeout_s`. A process whose
     heartbeat stops is named by the others within the same time. Raises what `choose_device`
     raises, and RuntimeError that names the slowest ranks when a collective times out.
     """
@@ -121,7 +124,7 @@ def join(device: str | None, collective_timeout_s: float) -> Iterator[torch.devi
 
 
 def _init_groups(session: Session) -> None:
-    timeout = max(_FIRST_STEP, timedelta(seconds=session.timeout_s))
+    timeout = _first_time(session)
     store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
     # The elastic agent keeps its store over restarts, with the dead processes' addresses.
     store = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
@@ -191,7 +194,32 @@ def end_first_step() -> None:
     if _session is None or _session.first_step_done or not dist.is_initialized():
         return
     _session.first_step_done = True
-    set_collective_timeout(
-        timedelta(seconds=_session.timeout_s),
-        exempt=(_session.cpu_group, _session.background_group),
-    )
+    _limit(_session, timedelta(seconds=_session.timeout_s))
+
+
+@contextmanager
+def evaluation() -> Iterator[None]:
+    """Bracket an evaluation: in the first one, collectives may take as long as in the first step.
+
+    A run that resumes has done its first step by then, but compiles what only evaluations run.
+    """
+    session = _session
+    if session is None or session.evaluated or not session.first_step_done:
+        yield
+    else:
+        _limit(session, _first_time(session))
+        try:
+            yield
+        finally:
+            _limit(session, timedelta(seconds=session.timeout_s))
+    if session is not None:
+        session.evaluated = True
+
+
+def _first_time(session: Session) -> timedelta:
+    return max(_FIRST_TIME, timedelta(seconds=session.timeout_s))
+
+
+def _limit(session: Session, timeout: timedelta) -> None:
+    """Set the time limit of the training's collectives."""
+    set_collective_timeout(timeout, exempt=(session.cpu_group, session.background_group))

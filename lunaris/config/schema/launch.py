@@ -25,7 +25,8 @@ class LaunchConfig(Component):
     """The keys that every launcher has."""
 
     _group_ = "launch"
-    # Seconds after which a collective that did not complete ends the job, past the first step.
+    # Seconds after which a collective that did not complete ends the job; in the first step and the
+    # first evaluation, half an hour.
     collective_timeout_s: float = key(120.0, above=0)
 
     def processes_per_node(self) -> int:
