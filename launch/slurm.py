@@ -46,6 +46,8 @@ from lunaris.runs.slurm_client import LOCAL, refusal_of
 from lunaris.runs.status import RunState, has_trained, refuse_active, resolve_states
 
 _POLL_S = 2.0
+_CORES_A_GPU = 8
+_MEMORY = {"mem", "mem_per_cpu", "mem_per_gpu"}
 
 
 class Slurm:
@@ -296,5 +298,25 @@ def _sent(job_ids: Sequence[str], keys: SlurmLaunchConfig, out_dir: str) -> str:
             f"log     {log}",
             f"follow  tail -F {shlex.quote(log)}",
             f"state   lunaris runs {shlex.quote(out_dir)}",
+            *_unasked(keys),
         ]
     )
+
+
+def _unasked(keys: SlurmLaunchConfig) -> list[str]:
+    """Return a line for each resource that a job with GPUs leaves to SLURM, as sites differ."""
+    if not keys.gpus_per_node:
+        return []
+    given = {name.replace("-", "_") for name in keys.additional_parameters}
+    lines = []
+    if keys.cpus_per_task == 1:
+        lines.append(
+            f"note    one core a process: launch.cpus_per_task={_CORES_A_GPU} or more lets the "
+            "data loader, NCCL and saving run next to the training"
+        )
+    if keys.mem_gb is None and not (keys.exclusive or given & _MEMORY):
+        lines.append(
+            "note    no memory was asked for, so a node's is the partition's default: set "
+            "launch.mem_gb, for all processes of a node, where that is small"
+        )
+    return lines

@@ -191,6 +191,34 @@ def test_one_node_is_one_node(nodes: int, tasks: int, shown: str) -> None:
     assert shown in slurm._sent(["7"], launcher.keys, "runs/x")
 
 
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({}, []),
+        ({"gpus_per_node": 8}, ["launch.cpus_per_task=8", "launch.mem_gb"]),
+        ({"gpus_per_node": 8, "cpus_per_task": 12}, ["launch.mem_gb"]),
+        ({"gpus_per_node": 8, "mem_gb": 900}, ["launch.cpus_per_task=8"]),
+        ({"gpus_per_node": 8, "exclusive": True}, ["launch.cpus_per_task=8"]),
+        (
+            {
+                "gpus_per_node": 2,
+                "cpus_per_task": 8,
+                "additional_parameters": {"mem-per-gpu": "64G"},
+            },
+            [],
+        ),
+    ],
+    ids=str,
+)
+def test_a_job_with_gpus_says_what_it_did_not_ask_for(
+    keys: dict[str, Any], named: list[str]
+) -> None:
+    said = slurm._sent(["7"], Slurm(**keys).keys, "runs/x")
+    notes = [line for line in said.splitlines() if line.startswith("note")]
+    assert len(notes) == len(named)
+    assert all(name in note for name, note in zip(named, notes, strict=True))
+
+
 def test_the_local_cluster_has_one_node(tiny: Callable[..., Any]) -> None:
     with pytest.raises(UserError, match="launch.nodes=2: must be 1"):
         Slurm.of(tiny("launch=slurm", "launch.cluster=local", "launch.nodes=2", "parallelism=ddp"))
