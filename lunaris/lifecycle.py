@@ -143,5 +143,5 @@ def step_advice(cfg: Config) -> str:
     return (
         f"with trainer.batch_size={cfg.trainer.batch_size} and "
         f"model.max_seq_len={cfg.model.max_seq_len}; lower the first and raise "
-        "trainer.gradient_accumulation_steps as much, or set trainer.activation_checkpointing=true"
+        "trainer.gradient_accumulation_steps as much, or set trainer.activation_checkpointing=full"
     )

@@ -67,7 +67,7 @@ _DIFFERENT = (
     "the gate scales the expert's output, so the router learns from the loss of the tokens too",
     "moe.capacity_factor counts the tokens of each document or sequence, not of the micro-batch",
     "the order of the sequences is another one, and there is a validation loss",
-    "activations are kept; trainer.activation_checkpointing=true computes them again, as before",
+    "activations are kept; trainer.activation_checkpointing=full computes them again, as before",
 )
 
 

@@ -120,14 +120,23 @@ def _has_experts(moe: dict[str, Any]) -> bool:
     return moe.get("_target_") == _EXPERTS or moe.get("_schema_") == schema
 
 
+def _name_the_checkpointing(tree: dict[str, Any]) -> None:
+    """Name the two kinds of activation checkpointing, which was on or off up to version 3."""
+    trainer = tree.get("trainer")
+    key = "activation_checkpointing"
+    if isinstance(trainer, dict) and type(trainer.get(key)) is bool:
+        trainer[key] = "full" if trainer[key] else "none"
+
+
 MIGRATIONS = (
     Rewritten(2, _name_the_logger),
     Rewritten(2, _name_the_experts_schema),
     Rewritten(3, _keep_the_scopes_of_sequences),
     Rewritten(3, _forget_the_attentions_schema),
     Rewritten(4, _keep_the_width_of_experts),
+    Rewritten(5, _name_the_checkpointing),
 )
-VERSION = 4
+VERSION = 5
 
 
 def migrate(tree: dict[str, Any]) -> dict[str, Any]:

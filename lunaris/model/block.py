@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lunaris.model.attention.base import Attention
 from lunaris.model.feed_forward import RoutingStats
 from lunaris.model.layers import ModelShape, RMSNorm
+from lunaris.model.recompute import Run, keep_all
 
 
 class Block(nn.Module):
@@ -26,6 +27,7 @@ class Block(nn.Module):
         self.feed_forward_norm = RMSNorm(shape.d_model)
         self.feed_forward = feed_forward
         self.dropout = nn.Dropout(shape.dropout)
+        self.run: Run = keep_all
 
     def forward(
         self, x: Tensor, prepared: Any, cache: Any = None, documents: Tensor | None = None
@@ -35,6 +37,11 @@ class Block(nn.Module):
         prepared, cache: as `Attention.forward` takes them. documents: [B, L] int64 or None, for
         the feed-forward; attention has them in `prepared`.
         """
+        return self.run(self._compute, x, prepared, cache, documents)
+
+    def _compute(
+        self, x: Tensor, prepared: Any, cache: Any, documents: Tensor | None
+    ) -> tuple[Tensor, RoutingStats | None]:
         attended = self.attention(self.attention_norm(x), prepared, cache)
         h = x + self.dropout(attended)
         y, stats = self.feed_forward(self.feed_forward_norm(h), documents)

@@ -14,6 +14,7 @@ from lunaris.model.attention.base import Attention
 from lunaris.model.block import Block
 from lunaris.model.feed_forward import RoutingStats
 from lunaris.model.layers import ModelShape, RMSNorm
+from lunaris.model.recompute import Run, keep_all
 from lunaris.model.roles import Role
 
 
@@ -32,6 +33,7 @@ class Predictor(nn.Module):
         self.project = nn.Linear(2 * shape.d_model, shape.d_model, bias=False)
         self.block = block
         self.norm = RMSNorm(shape.d_model)
+        self.run: Run = keep_all
 
     @property
     def attention(self) -> Attention:
@@ -51,6 +53,16 @@ class Predictor(nn.Module):
         hidden, embedded: [B, L, D] states of the depth before and the later tokens' embeddings. The
         other arguments are those of `Block.forward`.
         """
+        return self.run(self._compute, hidden, embedded, prepared, cache, documents)
+
+    def _compute(
+        self,
+        hidden: Tensor,
+        embedded: Tensor,
+        prepared: Any,
+        cache: Any,
+        documents: Tensor | None,
+    ) -> tuple[Tensor, RoutingStats | None]:
         parts = (self.hidden_norm(hidden), self.embedding_norm(embedded))
         x, stats = self.block(self.project(torch.cat(parts, dim=-1)), prepared, cache, documents)
         return self.norm(x), stats

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from lunaris.model.attention.base import Attention, AttentionFactory, Positions
 from lunaris.model.block import Block
@@ -19,6 +18,7 @@ from lunaris.model.feed_forward import FeedForwardFactory, RoutedFeedForward, Ro
 from lunaris.model.init import init_weights
 from lunaris.model.layers import ModelShape, RMSNorm, compute_dtype
 from lunaris.model.lookahead import Predictor
+from lunaris.model.recompute import run_of
 from lunaris.model.roles import Role
 
 
@@ -78,11 +78,12 @@ class Transformer(nn.Module):
         attention: AttentionFactory,
         feed_forward: FeedForwardFactory,
         predictors: Sequence[Predictor] = (),
-        activation_checkpointing: bool = False,
+        activation_checkpointing: str = "none",
     ) -> None:
         """Build the model; attention and feed_forward build those parts of each layer.
 
         predictors: the depths of multi-token prediction, which belong to the model like its blocks.
+        activation_checkpointing: `none`, `selective` or `full` (`lunaris.model.recompute`).
 
         Its parameters hold values after `init_weights`; on the meta device, `to_empty` comes first.
         """
@@ -90,7 +91,6 @@ class Transformer(nn.Module):
         self.shape = shape
         self.vocab_size = vocab_size
         self.max_seq_len = shape.max_seq_len
-        self.activation_checkpointing = activation_checkpointing
         self.embedding = nn.Embedding(vocab_size, shape.d_model)
         self.dropout = nn.Dropout(shape.dropout)
         self.blocks = nn.ModuleList(
@@ -100,6 +100,9 @@ class Transformer(nn.Module):
         self.norm = RMSNorm(shape.d_model)
         self.predictors = nn.ModuleList(predictors)
         self.head = None if tie_embeddings else nn.Linear(shape.d_model, vocab_size, bias=False)
+        run = run_of(activation_checkpointing, draws=shape.dropout > 0)
+        for unit in self.units():
+            unit.run = run  # type: ignore[assignment]
 
     def forward(
         self,
@@ -189,22 +192,10 @@ class Transformer(nn.Module):
         positions: Positions,
         cache: Any,
     ) -> tuple[Tensor, RoutingStats | None]:
-        """Run one block; under activation checkpointing, keep only its input for the backward."""
         prepared = block.attention.prepare(positions)
-        if not self.activation_checkpointing or not torch.is_grad_enabled() or cache is not None:
-            result: tuple[Tensor, RoutingStats | None] = block(
-                *inputs, prepared, cache, positions.documents
-            )
-        else:
-            result = checkpoint(
-                block,
-                *inputs,
-                prepared,
-                None,
-                positions.documents,
-                use_reentrant=False,
-                preserve_rng_state=self.shape.dropout > 0,
-            )
+        result: tuple[Tensor, RoutingStats | None] = block(
+            *inputs, prepared, cache, positions.documents
+        )
         return result
 
     def _layers(self) -> Iterator[Block]:

@@ -148,56 +148,74 @@ class _ZeroWhereIdle(torch.autograd.Function):
         return grad.masked_fill((counts == 0)[:, None, None], 0), None
 
 
-@torch.compiler.disable
 def one_product_each(
     x: Tensor, counts: Tensor, gate_up: Tensor, down: Tensor, activate: Activate
 ) -> Tensor:
     """Compute one product per expert; on a GPU this waits for the counts."""
-    sizes = counts.tolist()
-    hidden = activate(_ProductEach.apply(x, gate_up, sizes))
-    out: Tensor = _ProductEach.apply(hidden, down, sizes)
+    hidden = activate(_ProductEach.apply(x, gate_up, counts))
+    out: Tensor = _ProductEach.apply(hidden, down, counts)
     return out
 
 
 class _ProductEach(torch.autograd.Function):
-    """Multiplies each expert's rows of x ([T, D]) by its matrix of the weight ([E, D, H]).
-
-    sizes: the rows of each expert, T or fewer in all; rows past their sum give zeros. All results
-    and gradients are written into one tensor each: the backward of `unbind` would copy the
-    gradient of every expert once more.
-    """
+    """`product_each` and its gradients."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, sizes: list[int]) -> Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.sizes = sizes
-        out = x.new_empty(len(x), weight.size(2))
-        for i, rows in _rows_of_each(sizes, out):
-            torch.mm(x[rows], weight[i], out=out[rows])
-        return out
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight, counts)
+        return product_each(x, weight, counts)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
+        x, weight, counts = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_x = torch.empty_like(x) if ctx.needs_input_grad[0] else None
-        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
-        if grad_x is not None:
-            for i, rows in _rows_of_each(ctx.sizes, grad_x):
-                torch.mm(grad[rows], weight[i].mT, out=grad_x[rows])
-        if grad_weight is not None:
-            # An expert without rows has a product over no row: zero.
-            for i, rows in _rows_of_each(ctx.sizes):
-                torch.mm(x[rows].mT, grad[rows], out=grad_weight[i])
+        grad_x = product_each(grad, weight.mT, counts) if ctx.needs_input_grad[0] else None
+        grad_weight = _weight_gradient_each(x, grad, counts) if ctx.needs_input_grad[1] else None
         return grad_x, grad_weight, None
 
 
-def _rows_of_each(sizes: list[int], result: Tensor | None = None) -> Iterator[tuple[int, slice]]:
-    """Yield each expert and its rows; in the end fill the rows of `result` past them with zeros."""
+# Operators of this package, so that a block compiles to one graph although the counts are read
+# here, and so that selective checkpointing can keep the product (`lunaris.model.recompute`). Each
+# writes its results into one tensor: the backward of `unbind` would copy every expert's gradient.
+@torch.library.custom_op("lunaris::product_each", mutates_args=())
+def product_each(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    """Multiply each expert's rows of x ([T, D]) by its matrix of the weight ([E, D, H]).
+
+    counts: [E] int64, the rows of each expert, T or fewer in all; rows past their sum give zeros.
+    """
+    out = x.new_empty(len(x), weight.size(2))
     end = 0
-    for i, size in enumerate(sizes):
+    for i, rows in _rows_of_each(counts):
+        torch.mm(x[rows], weight[i], out=out[rows])
+        end = rows.stop
+    out[end:].zero_()
+    return out
+
+
+@product_each.register_fake
+def _(x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(len(x), weight.size(2))
+
+
+@torch.library.custom_op("lunaris::weight_gradient_each", mutates_args=())
+def _weight_gradient_each(x: Tensor, grad: Tensor, counts: Tensor) -> Tensor:
+    """Return the gradient [E, D, H] of `product_each`'s weight; x: [T, D], grad: [T, H]."""
+    out = x.new_empty(len(counts), x.size(1), grad.size(1))
+    for i, rows in _rows_of_each(counts):
+        # An expert without rows has a product over no row: zero.
+        torch.mm(x[rows].mT, grad[rows], out=out[i])
+    return out
+
+
+@_weight_gradient_each.register_fake
+def _(x: Tensor, grad: Tensor, counts: Tensor) -> Tensor:
+    return x.new_empty(len(counts), x.size(1), grad.size(1))
+
+
+def _rows_of_each(counts: Tensor) -> Iterator[tuple[int, slice]]:
+    """Yield each expert and its rows."""
+    end = 0
+    for i, size in enumerate(counts.tolist()):
         begin, end = end, end + size
         yield i, slice(begin, end)
-    if result is not None:
-        result[end:].zero_()

@@ -101,7 +101,7 @@ class _BlockProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, owner: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, owner)
-        return _multiplied(x, weight, owner)
+        return block_product(x, weight, owner)
 
     @staticmethod
     @once_differentiable
@@ -114,10 +114,13 @@ class _BlockProduct(torch.autograd.Function):
             # [E, M]: a product sums the blocks of an expert in one order, index_add in any.
             owned = owner == torch.arange(n_experts, device=owner.device)[:, None]
             of_weight.flatten(1).addmm_(owned.to(more.dtype), more.flatten(1))
-        return _multiplied(grad, weight.mT, owner), of_weight, None
+        return block_product(grad, weight.mT, owner), of_weight, None
 
 
-def _multiplied(x: Tensor, weight: Tensor, owner: Tensor) -> Tensor:
+# An operator of this package, so that selective checkpointing can keep its result.
+@torch.library.custom_op("lunaris::block_product", mutates_args=())
+def block_product(x: Tensor, weight: Tensor, owner: Tensor) -> Tensor:
+    """Return the forward of `_BlockProduct`, with its shapes."""
     n_experts = len(weight)
     if not len(owner):
         return torch.bmm(x, weight)
@@ -125,3 +128,8 @@ def _multiplied(x: Tensor, weight: Tensor, owner: Tensor) -> Tensor:
     torch.bmm(x[:n_experts], weight, out=out[:n_experts])
     torch.bmm(x[n_experts:], weight.index_select(0, owner), out=out[n_experts:])
     return out
+
+
+@block_product.register_fake
+def _(x: Tensor, weight: Tensor, owner: Tensor) -> Tensor:
+    return x.new_empty(*x.shape[:2], weight.size(2))

@@ -19,7 +19,7 @@ from lunaris.config.schema.attention import GQAConfig, MLAConfig
 from lunaris.config.schema.moe import MoEConfig, SigmoidRouterConfig
 from lunaris.config.schema.root import Config
 from lunaris.config.widths import GATED, first_columns
-from lunaris.moe.blocks import Blocks, blocks_for, capacity_of
+from lunaris.planning.kept import kept_outputs
 from lunaris.planning.parameters import (
     Kind,
     Parameter,
@@ -30,6 +30,7 @@ from lunaris.planning.parameters import (
     routes,
     window_of,
 )
+from lunaris.planning.sizes import Sizes, attention_shape, expert_blocks, local_experts
 
 
 @dataclass(frozen=True)
@@ -43,58 +44,6 @@ class Saved:
     def total(self) -> int:
         """The bytes of the whole micro-step."""
         return sum(self.blocks) + self.rest
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """What the sizes of all parts depend on.
-
-    length: L, which is less in the depths of multi-token prediction. sharded: parameters are
-    gathered in the dtype of the products, so that autocast casts no copies. padded: experts
-    multiply padded blocks of rows.
-    """
-
-    cfg: Config
-    length: int
-    gpu: bool
-    sharded: bool
-    padded: bool
-
-    @property
-    def tokens(self) -> int:
-        """T."""
-        return self.cfg.trainer.batch_size * self.length
-
-    @property
-    def product(self) -> int:
-        """The bytes of a number in matrix products."""
-        return 2 if self.cfg.trainer.half() else 4
-
-    @property
-    def half(self) -> bool:
-        return self.product == 2
-
-    def norm(self, width: int, groups: int = 1, *, cast: bool = False) -> int:
-        """Return what a norm keeps of `groups` rows of `width` a token, its input included.
-
-        cast: the input is a product's result, which a norm in half precision copies to float32.
-        Without it, the float32 input is counted.
-        """
-        normalised = 0 if self.gpu else 4 * groups * width
-        own = 4 * groups * width if (self.half or not cast) else 0
-        return self.tokens * (own + normalised + 4 * groups)
-
-    def input(self, width: int) -> int:
-        """Return what a product keeps of its float32 input where nothing else keeps it."""
-        return self.tokens * self.product * width
-
-    def cast(self, width: int) -> int:
-        """Return the copy that a product in half precision keeps of an input kept by others."""
-        return self.tokens * 2 * width if self.half else 0
-
-    def weights(self, elements: int) -> int:
-        """Return the copies of weights that autocast makes and the backward needs."""
-        return 2 * elements if self.half and not self.sharded else 0
 
 
 def saved_activations(
@@ -111,9 +60,13 @@ def saved_activations(
     """
     at = Sizes(cfg, cfg.model.max_seq_len, gpu, sharded, padded)
     model, layers = cfg.model, cfg.model.n_layers
-    recomputed = cfg.trainer.activation_checkpointing
+    kind = cfg.trainer.activation_checkpointing
+    recomputed = kind != "none"
     states = 4 * at.tokens * model.d_model
-    blocks = [states if recomputed else _block(at, parameters, i) for i in range(layers)]
+    if recomputed:
+        blocks = [states + kept_outputs(at, i) for i in range(layers)]
+    else:
+        blocks = [_block(at, parameters, i) for i in range(layers)]
     rest = at.norm(model.d_model) + _loss(at, parameters[0].numel)
     rest += 0 if recomputed else _rotary(at)
     for depth in range(1, predictors(cfg) + 1):
@@ -124,7 +77,11 @@ def saved_activations(
         # The states of the depth before, and the embeddings of later tokens.
         inputs = states + embedded
         states = shorter.input(model.d_model)
-        inner = 0 if recomputed else _predictor(shorter, parameters, layers + depth - 1)
+        layer = layers + depth - 1
+        if recomputed:
+            inner = kept_outputs(shorter, layer)
+        else:
+            inner = _predictor(shorter, parameters, layer)
         blocks.append(inputs + inner)
         rest += _loss(shorter, parameters[0].numel, at.product) + 4
     return Saved(blocks, rest)
@@ -138,9 +95,10 @@ def block_bytes(
     sharded: bool = False,
     padded: bool = False,
 ) -> int:
-    """Return what the largest block keeps: what checkpointing recomputes at a time."""
+    """Return what checkpointing recomputes at a time: of the block that it recomputes most of."""
     at = Sizes(cfg, cfg.model.max_seq_len, gpu, sharded, padded)
-    return max(_block(at, parameters, layer) for layer in range(cfg.model.n_layers))
+    layers = range(cfg.model.n_layers)
+    return max(_block(at, parameters, layer) - kept_outputs(at, layer) for layer in layers)
 
 
 def _block(at: Sizes, parameters: list[Parameter], layer: int) -> int:
@@ -174,7 +132,9 @@ def _experts(at: Sizes) -> int:
     # Two orders of the dispatch and the choice, int64; the input in float32, for the router.
     total = 3 * 8 * rows + 4 * tokens * d_model
     inside = rows
-    if at.padded:
+    if not at.padded:
+        total += 8 * (n_experts + 1)  # The counts of rows, int64.
+    else:
         blocks, local = expert_blocks(at.cfg, at.length), local_experts(at.cfg)
         inside = blocks.total(local)
         # The place of each row, the row in each place and in none, and the owners of blocks, int64.
@@ -185,29 +145,6 @@ def _experts(at: Sizes) -> int:
         width = moe.n_shared_experts * expert_width(at.cfg)
         total += at.cast(d_model) + _feed_forward(at, tokens, width)
     return total
-
-
-def local_experts(cfg: Config) -> int:
-    """Return how many experts of a layer a process has."""
-    assert isinstance(cfg.moe, MoEConfig)
-    return cfg.moe.n_experts // getattr(cfg.parallelism, "expert_parallel", 1)
-
-
-def expert_blocks(cfg: Config, length: int) -> Blocks:
-    """Return the blocks that hold a micro-step's assignments where experts multiply padded ones.
-
-    length: L. With expert parallelism, which knows the largest load, loads are taken to be even.
-    """
-    moe, sequences, local = cfg.moe, cfg.trainer.batch_size, local_experts(cfg)
-    assert isinstance(moe, MoEConfig)
-    assignments = length * moe.n_experts_per_token
-    rows, most = sequences * assignments, sequences * length
-    apart = cfg.data.document_masking and moe.capacity_scope == "document"
-    if local < moe.n_experts:
-        most = -(-rows // local)
-    elif moe.capacity_factor is not None and not apart:
-        most = sequences * capacity_of(assignments, moe.n_experts, moe.capacity_factor)
-    return blocks_for(rows, local, most)
 
 
 def _router(at: Sizes, n_experts: int, k: int) -> int:
@@ -280,13 +217,8 @@ def _attend(
 
     key_heads: the heads of the keys and values that it reads.
     """
-    length, sequences = at.length, at.cfg.trainer.batch_size
-    wide = max(width, value)
-    # A sink is a first key, and without a mask there is a first query as well.
-    more = 1 if keys.sinks else 0
-    n_keys, n_queries = length + more, length + (0 if masked else more)
-    if keys.sinks:
-        wide += 8 - wide % 8
+    sequences = at.cfg.trainer.batch_size
+    n_queries, n_keys, wide = attention_shape(at, max(width, value), keys.sinks, masked)
     total = 2 * at.product * sequences * wide * (heads * n_queries + key_heads * n_keys)
     total += 4 * sequences * heads * n_queries
     if keys.output_gate or keys.sinks or width != value:

@@ -19,8 +19,6 @@ from lunaris.config.widths import GATED, first_columns
 from lunaris.planning.activations import (
     Saved,
     block_bytes,
-    expert_blocks,
-    local_experts,
     saved_activations,
 )
 from lunaris.planning.parameters import (
@@ -31,6 +29,7 @@ from lunaris.planning.parameters import (
     routes,
 )
 from lunaris.planning.sharding import Layout
+from lunaris.planning.sizes import expert_blocks, local_experts
 
 # As in `lunaris.model.loss`: logits that are in memory at once, on a CPU and on a GPU.
 _LOGITS, _LOGITS_GPU = 1 << 22, 1 << 26
@@ -77,7 +76,7 @@ def memory_of(
     saved = saved_activations(cfg, parameters, gpu=gpu, sharded=layout.sharded, padded=padded)
     logits = logits_bytes(cfg, parameters[0].shape[0], gpu)
     inside = _backward_bytes(cfg, gpu, padded)
-    if cfg.trainer.activation_checkpointing:
+    if cfg.trainer.activation_checkpointing != "none":
         inside += block_bytes(cfg, parameters, gpu=gpu, sharded=layout.sharded, padded=padded)
     instants = _instants(cfg, parameters, layout, saved, logits, inside)
     instant, (held, temporary) = max(instants.items(), key=lambda item: sum(item[1]))

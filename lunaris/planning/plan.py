@@ -178,9 +178,10 @@ def _candidates(cfg: Config) -> list[dict[str, object]]:
     spread: list[dict[str, object]] = [{}]
     if world_size(cfg) > 1 and not isinstance(cfg.parallelism, FSDPConfig):
         spread.append({"parallelism": "fsdp"})
+    kinds = ("none", "selective", "full")
+    more = kinds[kinds.index(trainer.activation_checkpointing) + 1 :]
     recompute: list[dict[str, object]] = [{}]
-    if not trainer.activation_checkpointing:
-        recompute.append({"trainer.activation_checkpointing": True})
+    recompute += [{"trainer.activation_checkpointing": kind} for kind in more]
     return [s | r | b for s in spread for r in recompute for b in batches]
 
 

@@ -13,6 +13,11 @@ from lunaris.planning.plan import Plan, fitting, host_request, make_plan
 
 # What saving is assumed to write, in bytes a second and process group: one network disk.
 _DISK = 1e9
+# What activation checkpointing computes twice.
+_TWICE = {
+    "selective": "norms, activations and dispatch are computed twice; FLOPs count products alone",
+    "full": "activations are computed twice: a third more FLOPs than counted",
+}
 
 
 def as_text(plan: Plan, device: Device | None, mfu: float) -> str:
@@ -187,8 +192,8 @@ def _memory(plan: Plan, device: Device | None) -> list[str]:
             f"{_bytes(plan.checkpoint)} each, {copies}; {_time_text(seconds)} to save at 1 GB/s",
         )
     )
-    if trainer.activation_checkpointing:
-        lines.append(_row("", "activations are computed twice: a third more FLOPs than counted"))
+    if trainer.activation_checkpointing != "none":
+        lines.append(_row("", _TWICE[trainer.activation_checkpointing]))
     return lines
 
 

@@ -25,7 +25,7 @@ SHAPES = [
     "moe=fine_grained",
     "moe=none attention=mla model.norm=pre model.n_kv_heads=4 model.d_model=256",
     "moe=switch model.d_model=512 trainer.batch_size=1",
-    "moe=none trainer.activation_checkpointing=true model.d_model=256",
+    "moe=none trainer.activation_checkpointing=full model.d_model=256",
     "optimizer=muon model.d_model=384 trainer.batch_size=1",
     "trainer.gradient_accumulation_steps=2 model.d_model=256",
     "moe=switch objective=multi_token",

@@ -72,6 +72,18 @@ def test_each_key_that_a_file_lacks_takes_its_default(tmp_path: Path) -> None:
         assert set(changed) <= {".".join(key), "global_batch"} or len(key) == 1, (key, changed)
 
 
+@pytest.mark.parametrize(("before", "now"), [(True, "full"), (False, "none")])
+def test_checkpointing_that_was_on_or_off_has_a_name(
+    tmp_path: Path, before: bool, now: str
+) -> None:
+    cfg = compose(["moe=none", "data=synthetic"])
+    tree: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(cfg).decode()))
+    tree["trainer"]["activation_checkpointing"] = before
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(tree | {"config_version": 3}))
+    assert read_config(path).trainer.activation_checkpointing == now
+
+
 def test_migrations_rename_remove_and_keep_old_defaults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

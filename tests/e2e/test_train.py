@@ -212,7 +212,7 @@ def test_a_run_killed_outright_and_started_again_equals_an_undisturbed_one(
     assert_same_run(whole, parts, tmp_path)
 
 
-@pytest.mark.parametrize("checkpointing", ["false", "true"])
+@pytest.mark.parametrize("checkpointing", ["none", "selective", "full"])
 def test_accumulation_and_activation_checkpointing_change_only_float_noise(
     tiny: Callable[..., Any], run_here: Callable[[Any], RunDir], checkpointing: str
 ) -> None:

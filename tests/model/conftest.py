@@ -43,7 +43,7 @@ def make_model() -> Callable[..., Transformer]:
             "attention": GQAFactory(),
             "feed_forward": factory,
             "predictors": (),
-            "activation_checkpointing": False,
+            "activation_checkpointing": "none",
         }
         parts |= {key: keys.pop(key) for key in parts.keys() & keys.keys()}
         model = Transformer(replace(SHAPE, **keys), **parts)

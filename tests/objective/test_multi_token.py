@@ -246,7 +246,7 @@ def test_every_depth_trains_is_logged_and_does_not_depend_on_the_accumulation(
     longer = ["trainer.max_steps=30", "optimizer.learning_rate=1e-2"]
     whole = run_here(tiny(*keys, *longer, name="whole"))
     split = run_here(
-        tiny(*keys, *longer, *SPLIT, "trainer.activation_checkpointing=true", name="split")
+        tiny(*keys, *longer, *SPLIT, "trainer.activation_checkpointing=selective", name="split")
     )
     names = ["main", "mtp_1", "mtp_2", "aux"]
     rows, others = (read_rows(r.metrics_path)[1:] for r in (whole, split))

@@ -7,10 +7,13 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from lunaris.config.compose import compose
 from lunaris.config.instantiate import instantiate_component
 from lunaris.config.schema.root import Config
+from lunaris.model import recompute
 from lunaris.moe import experts
 from lunaris.moe.experts import Product
 from lunaris.planning.activations import saved_activations
@@ -52,10 +55,10 @@ CASES = [
     "moe=none model.tie_embeddings=false",
     "moe=none objective=multi_token",
     "moe=switch objective=multi_token objective.depth=2",
-    "moe=none trainer.activation_checkpointing=true model.n_layers=3",
+    "moe=none trainer.activation_checkpointing=full model.n_layers=3",
     "moe=none objective.logit_soft_cap=5 objective.z_loss_weight=0.1",
     "moe=none data.document_masking=true",
-    "moe=none objective=multi_token objective.depth=3 trainer.activation_checkpointing=true",
+    "moe=none objective=multi_token objective.depth=3 trainer.activation_checkpointing=full",
     "moe=fine_grained moe.n_experts=8",
     "moe=none attention=sliding_window attention.window=8 attention.full_every=2 model.n_layers=3",
     "moe=none attention=sliding_window attention.window=8 "
@@ -66,7 +69,7 @@ CASES = [
     "attention=sliding_window attention.window=31 attention.full_every=null",
     "moe=top2 moe.n_experts=4 model.norm=pre attention.output_gate=true "
     "model.n_heads=2 model.tie_embeddings=false moe.first_dense_layers=1 model.n_layers=2",
-    "moe=switch trainer.activation_checkpointing=true model.n_layers=3 "
+    "moe=switch trainer.activation_checkpointing=full model.n_layers=3 "
     "objective=multi_token attention=sliding_window attention.window=8",
     "moe=fine_grained moe.n_experts=8 moe.router.sequence_loss_weight=0 moe.normalize_gates=false",
     "moe=fine_grained moe.n_experts=8 moe.router.n_groups=4 "
@@ -105,7 +108,15 @@ def built(cfg: Config) -> torch.nn.Module:
 def saved_bytes(cfg: Config) -> int:
     """Return the bytes of unique storages that a forward saves, parameters and batch left out."""
     torch.manual_seed(0)
-    model, batch = built(cfg), batch_of(cfg)
+    contexts: list[Any] = []
+
+    def contexts_of(policy: Any) -> Any:
+        contexts.append(create_selective_checkpoint_contexts(policy))
+        return contexts[-1]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(recompute, "create_selective_checkpoint_contexts", contexts_of)
+        model, batch = built(cfg), batch_of(cfg)
     given = [*model.parameters(), *model.buffers(), *batch.values()]
     own = {tensor.untyped_storage().data_ptr() for tensor in given}
     kept: dict[int, torch.UntypedStorage] = {}
@@ -119,6 +130,10 @@ def saved_bytes(cfg: Config) -> int:
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         loss = forward(cfg, model, batch)
     assert loss.isfinite()
+    for forward_context, _ in contexts:
+        for entry in tree_leaves(forward_context.storage):
+            if hasattr(entry, "val"):
+                pack(entry.val)
     return sum(storage.nbytes() for storage in kept.values())
 
 
@@ -126,6 +141,19 @@ def saved_bytes(cfg: Config) -> int:
 @pytest.mark.parametrize("case", CASES)
 def test_saved_activations_are_counted_to_the_byte(case: str, precision: str) -> None:
     cfg = compose([*SMALL, f"trainer.precision={precision}", *case.split()])
+    planned = saved_activations(cfg, model_parameters(cfg, VOCAB))
+    assert planned.total == saved_bytes(cfg)
+
+
+SELECTIVE = "trainer.activation_checkpointing=selective"
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", [case for case in CASES if "checkpointing" not in case])
+def test_what_selective_checkpointing_keeps_is_counted_to_the_byte(
+    case: str, precision: str
+) -> None:
+    cfg = compose([*SMALL, f"trainer.precision={precision}", *case.split(), SELECTIVE])
     planned = saved_activations(cfg, model_parameters(cfg, VOCAB))
     assert planned.total == saved_bytes(cfg)
 
@@ -153,7 +181,14 @@ def test_saved_padded_blocks_are_counted_to_the_byte(
 
 @pytest.mark.parametrize("product", [Product.LOOP, Product.PADDED], ids=lambda p: p.name)
 @pytest.mark.parametrize(
-    "case", ["moe=none", "moe=switch", "moe=top2 trainer.activation_checkpointing=true"]
+    "case",
+    [
+        "moe=none",
+        "moe=switch",
+        "moe=top2 trainer.activation_checkpointing=full",
+        f"moe=none {SELECTIVE}",
+        f"moe=top2 {SELECTIVE}",
+    ],
 )
 def test_the_peak_is_that_of_the_live_tensors(
     monkeypatch: pytest.MonkeyPatch, case: str, product: Product
@@ -180,3 +215,24 @@ def test_the_peak_is_that_of_the_live_tensors(
     parameters = model_parameters(cfg, 4096)
     planned = memory_of(cfg, parameters, layout_of(cfg), gpu=False, padded=padded)
     assert planned.peak == pytest.approx(live, rel=0.1)
+
+
+# Bytes a token and layer in bf16 on a CPU, copies of weights included: none, selective, full.
+BUDGET = {
+    "moe=none": (3692, 1264, 256),
+    "moe=switch moe.n_experts=4": (5724.625, 1280, 256),
+    "moe=none attention=mla model.norm=pre model.n_kv_heads=4": (4428, 1600, 256),
+}
+
+
+@pytest.mark.parametrize("case", BUDGET)
+def test_a_layer_stays_within_its_budget(case: str) -> None:
+    found = []
+    for kind in ("none", "selective", "full"):
+        keys = [f"trainer.activation_checkpointing={kind}", "trainer.precision=bf16"]
+        one, two = (
+            saved_bytes(compose([*SMALL, "model.d_model=64", *case.split(), *keys, layers]))
+            for layers in ("model.n_layers=1", "model.n_layers=2")
+        )
+        found.append((two - one) / 64)  # Tokens.
+    assert found == list(BUDGET[case])

@@ -36,8 +36,9 @@ class TrainerConfig(Schema):
     precision: str = changeable(AUTO, allowed=(AUTO, "bf16", "fp16", "fp32"))
     # Compile each block with torch.compile.
     compile_model: bool = free(False)
-    # Compute activations again in the backward pass instead of keeping them.
-    activation_checkpointing: bool = free(False)
+    # Activations that the backward pass computes again instead of keeping them: full, all but the
+    # input of each block; selective, all but that and the outputs of matrix products and attention.
+    activation_checkpointing: str = free("none", allowed=("none", "selective", "full"))
     # Steps between rows of metrics; a row's losses are means over these steps.
     log_interval: int = free(10, low=1)
     # Null: evaluate at the last step only.
