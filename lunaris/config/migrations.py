@@ -115,13 +115,21 @@ def _keep_the_width_of_experts(tree: dict[str, Any]) -> None:
         moe["expert_hidden_multiplier"] = width
 
 
+def _keep_masks(tree: dict[str, Any]) -> None:
+    """Keep the last bits of what version 4 computed by masks: documents and windows."""
+    package = "lunaris.model.attention."
+    attention = tree.setdefault("attention", {"_target_": f"{package}gqa.GQAFactory"})
+    if isinstance(attention, dict) and str(attention.get("_target_")).startswith(package):
+        attention.setdefault("ranges", "masked")
+
+
 def _has_experts(moe: dict[str, Any]) -> bool:
     schema = "lunaris.config.schema.moe.MoEConfig"
     return moe.get("_target_") == _EXPERTS or moe.get("_schema_") == schema
 
 
 def _name_the_checkpointing(tree: dict[str, Any]) -> None:
-    """Name the two kinds of activation checkpointing, which was on or off up to version 3."""
+    """Name the two kinds of activation checkpointing, which was on or off up to version 4."""
     trainer = tree.get("trainer")
     key = "activation_checkpointing"
     if isinstance(trainer, dict) and type(trainer.get(key)) is bool:
@@ -135,6 +143,7 @@ MIGRATIONS = (
     Rewritten(3, _forget_the_attentions_schema),
     Rewritten(4, _keep_the_width_of_experts),
     Rewritten(5, _name_the_checkpointing),
+    Rewritten(5, _keep_masks),
 )
 VERSION = 5
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import (
 T = TypeVar("T")
 
 _ATEN = torch.ops.aten
-# What costs most to compute again. The experts' products are operators of this package.
+# What costs most to compute again. Operators of this package are such products, too.
 _KEPT = {
     _ATEN.mm.default,
     _ATEN.addmm.default,
@@ -27,6 +27,7 @@ _KEPT = {
     _ATEN._scaled_dot_product_flash_attention.default,
     _ATEN._scaled_dot_product_efficient_attention.default,
     _ATEN._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
 }
 
 

@@ -13,6 +13,7 @@ half precision.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from lunaris.config.schema.attention import GQAConfig, MLAConfig
@@ -30,7 +31,7 @@ from lunaris.planning.parameters import (
     routes,
     window_of,
 )
-from lunaris.planning.sizes import Sizes, attention_shape, expert_blocks, local_experts
+from lunaris.planning.sizes import Sizes, attention_shape, expert_blocks, has_ranges, local_experts
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ def saved_activations(
     else:
         blocks = [_block(at, parameters, i) for i in range(layers)]
     rest = at.norm(model.d_model) + _loss(at, parameters[0].numel)
-    rest += 0 if recomputed else _rotary(at)
+    rest += 0 if recomputed else _rotary(at) + _ranges(at, range(layers))
     for depth in range(1, predictors(cfg) + 1):
         shorter = replace(at, length=at.length - depth)
         embedded = 4 * shorter.tokens * model.d_model
@@ -82,6 +83,7 @@ def saved_activations(
             inner = kept_outputs(shorter, layer)
         else:
             inner = _predictor(shorter, parameters, layer)
+            rest += _ranges(shorter, [layer])
         blocks.append(inputs + inner)
         rest += _loss(shorter, parameters[0].numel, at.product) + 4
     return Saved(blocks, rest)
@@ -173,11 +175,10 @@ def _gqa(at: Sizes, layer: int) -> int:
     per_head = model.norm == "pre"
     total = at.norm(width, heads, cast=True) if per_head else at.norm(model.d_model, cast=True)
     total += at.norm(width, groups, cast=True) if per_head else at.norm(of_keys, cast=True)
-    window = window_of(keys, layer)
-    masked = window is not None and window < at.length
-    copied = _copies_keys(at, masked)
+    ranged = has_ranges(at, layer)
+    copied = _copies_keys(at, ranged, ranged and keys.ranges == "masked")
     key_heads = heads if copied else groups
-    total += _attend(at, heads, key_heads, width, width, keys, masked or _documents(at))
+    total += _attend(at, heads, key_heads, width, width, keys, ranged)
     projection = at.tokens * at.product * (model.d_model + 2 * of_keys)
     if not copied and not keys.sinks:
         # Values are a view of the whole projection.
@@ -200,7 +201,7 @@ def _mla(at: Sizes, layer: int) -> int:
     total += 0 if at.half else 4 * at.tokens * (widths.latent + widths.rope)
     # The normalised latent and the rotated key, of which the product reads the first part.
     total += at.tokens * at.product * (widths.latent + widths.rope)
-    total += _attend(at, heads, heads, head, widths.value, keys, _documents(at))
+    total += _attend(at, heads, heads, head, widths.value, keys, has_ranges(at, layer))
     return total + _gate(at, heads, keys.output_gate)
 
 
@@ -211,20 +212,22 @@ def _attend(
     width: int,
     value: int,
     keys: GQAConfig | MLAConfig,
-    masked: bool,
+    ranged: bool,
 ) -> int:
     """Return what the attention kernel keeps: queries, keys, values, output and normalisers.
 
     key_heads: the heads of the keys and values that it reads.
     """
-    sequences = at.cfg.trainer.batch_size
-    n_queries, n_keys, wide = attention_shape(at, max(width, value), keys.sinks, masked)
+    sequences = at.sequences
+    n_queries, n_keys, wide = attention_shape(at, max(width, value), keys.sinks, ranged)
     total = 2 * at.product * sequences * wide * (heads * n_queries + key_heads * n_keys)
     total += 4 * sequences * heads * n_queries
     if keys.output_gate or keys.sinks or width != value:
         total += at.input(heads * value)  # The input of the output projection.
-    masks = sequences if _documents(at) else 1
-    return total + (at.product * n_queries * n_keys * masks if masked else 0)
+    if ranged and keys.ranges == "masked":
+        masks = sequences if at.cfg.data.document_masking else 1
+        total += at.product * n_queries * n_keys * masks
+    return total
 
 
 def _gate(at: Sizes, heads: int, gated: bool) -> int:
@@ -232,17 +235,22 @@ def _gate(at: Sizes, heads: int, gated: bool) -> int:
     return at.cast(at.cfg.model.d_model) + at.input(heads) if gated else 0
 
 
-def _copies_keys(at: Sizes, masked: bool) -> bool:
+def _copies_keys(at: Sizes, ranged: bool, masked: bool) -> bool:
     model = at.cfg.model
     if at.gpu:
-        in_kernel = at.half and not masked and not _documents(at)
+        in_kernel = not masked if ranged else at.half
     else:
         in_kernel = not at.half and not model.dropout
     return model.n_kv_heads < model.n_heads and not in_kernel
 
 
-def _documents(at: Sizes) -> bool:
-    return at.cfg.data.document_masking
+def _ranges(at: Sizes, layers: Iterable[int]) -> int:
+    """Return the tables of the first attended positions, int64, which equal layers share."""
+    keys = at.cfg.attention
+    if keys.ranges == "masked":  # type: ignore[attr-defined]
+        return 0
+    kinds = {window_of(keys, layer) for layer in layers if has_ranges(at, layer)}
+    return 8 * len(kinds) * at.length * (at.sequences if at.cfg.data.document_masking else 1)
 
 
 def _rotary(at: Sizes) -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 from lunaris.config.schema.attention import GQAConfig, MLAConfig
 from lunaris.config.schema.moe import MoEConfig
 from lunaris.config.widths import GATED, first_columns
-from lunaris.planning.parameters import dense_width, expert_width, mla_widths, routes, window_of
-from lunaris.planning.sizes import Sizes, attention_shape, expert_blocks, local_experts
+from lunaris.planning.parameters import dense_width, expert_width, mla_widths, routes
+from lunaris.planning.sizes import Sizes, attention_shape, expert_blocks, has_ranges, local_experts
 
 
 def kept_outputs(at: Sizes, layer: int) -> int:
@@ -47,10 +47,8 @@ def _gqa(at: Sizes, layer: int) -> int:
     model, keys = at.cfg.model, at.cfg.attention
     assert isinstance(keys, GQAConfig)
     width = model.d_model // model.n_heads
-    window = window_of(keys, layer)
-    masked = at.cfg.data.document_masking or (window is not None and window < at.length)
     projections = model.d_model + 2 * model.n_kv_heads * width
-    return at.input(projections) + _attend(at, width, keys, masked)
+    return at.input(projections) + _attend(at, width, keys, has_ranges(at, layer))
 
 
 def _mla(at: Sizes, layer: int) -> int:
@@ -65,12 +63,12 @@ def _mla(at: Sizes, layer: int) -> int:
         + model.n_heads * (widths.nope + widths.value)
     )
     widest = max(head, widths.value)
-    return at.input(projections) + _attend(at, widest, keys, at.cfg.data.document_masking)
+    return at.input(projections) + _attend(at, widest, keys, has_ranges(at, layer))
 
 
-def _attend(at: Sizes, width: int, keys: GQAConfig | MLAConfig, masked: bool) -> int:
+def _attend(at: Sizes, width: int, keys: GQAConfig | MLAConfig, ranged: bool) -> int:
     """Return the output of the attention kernel, its normalisers, and the output gate's product."""
     heads, sequences = at.cfg.model.n_heads, at.cfg.trainer.batch_size
-    n_queries, _, wide = attention_shape(at, width, keys.sinks, masked)
+    n_queries, _, wide = attention_shape(at, width, keys.sinks, ranged)
     total = sequences * heads * n_queries * (at.product * wide + 4)
     return total + (at.input(heads) if keys.output_gate else 0)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from lunaris.config.schema.moe import MoEConfig
 from lunaris.config.schema.root import Config
 from lunaris.moe.blocks import Blocks, blocks_for, capacity_of
+from lunaris.planning.parameters import window_of
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,12 @@ class Sizes:
     @property
     def tokens(self) -> int:
         """T."""
-        return self.cfg.trainer.batch_size * self.length
+        return self.sequences * self.length
+
+    @property
+    def sequences(self) -> int:
+        """B."""
+        return self.cfg.trainer.batch_size
 
     @property
     def product(self) -> int:
@@ -64,15 +70,21 @@ class Sizes:
         return 2 * elements if self.half and not self.sharded else 0
 
 
-def attention_shape(at: Sizes, width: int, sinks: bool, masked: bool) -> tuple[int, int, int]:
+def has_ranges(at: Sizes, layer: int) -> bool:
+    """Return whether positions of a layer attend to less than all positions up to themselves."""
+    window = window_of(at.cfg.attention, layer)
+    return at.cfg.data.document_masking or (window is not None and window < at.length)
+
+
+def attention_shape(at: Sizes, width: int, sinks: bool, ranged: bool) -> tuple[int, int, int]:
     """Return the queries and keys of a head, and their width, as the attention kernel gets them.
 
-    width: of queries, keys and values, the widest of them. masked: whether there is a mask.
+    width: of queries, keys and values, the widest of them. ranged: of `has_ranges`.
     """
     if not sinks:
         return at.length, at.length, width
     # A sink is a first key, and without a mask there is a first query as well.
-    return at.length + (0 if masked else 1), at.length + 1, width + 8 - width % 8
+    return at.length + (0 if ranged else 1), at.length + 1, width + 8 - width % 8
 
 
 def local_experts(cfg: Config) -> int:

@@ -80,7 +80,7 @@ def test_checkpointing_that_was_on_or_off_has_a_name(
     tree: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(cfg).decode()))
     tree["trainer"]["activation_checkpointing"] = before
     path = tmp_path / "config.yaml"
-    path.write_text(OmegaConf.to_yaml(tree | {"config_version": 3}))
+    path.write_text(OmegaConf.to_yaml(tree | {"config_version": 4}))
     assert read_config(path).trainer.activation_checkpointing == now
 
 
@@ -362,3 +362,18 @@ def test_a_wrong_custom_schema_is_refused(
     with pytest.raises(UserError, match=message) as error:
         compose(["attention=toy"], source=Source(dir=str(tmp_path / "options")))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("option", ["gqa", "sliding_window", "mla"])
+def test_a_run_of_version_4_keeps_its_masks(tmp_path: Path, option: str) -> None:
+    keys = ["model.norm=pre", "model.n_kv_heads=8", "model.n_heads=8"] if option == "mla" else []
+    cfg = compose(["moe=none", "data=synthetic", f"attention={option}", *keys])
+    assert cfg.attention.ranges == "auto"  # type: ignore[attr-defined]
+    tree: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(cfg).decode()))
+    del tree["attention"]["ranges"]
+    path = tmp_path / "config.yaml"
+    path.write_text(OmegaConf.to_yaml(tree | {"config_version": 4}))
+    assert read_config(path).attention.ranges == "masked"  # type: ignore[attr-defined]
+    del tree["attention"]
+    path.write_text(OmegaConf.to_yaml(tree | {"config_version": 4}))
+    assert read_config(path).attention.ranges == "masked"  # type: ignore[attr-defined]

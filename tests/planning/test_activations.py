@@ -58,6 +58,7 @@ CASES = [
     "moe=none trainer.activation_checkpointing=full model.n_layers=3",
     "moe=none objective.logit_soft_cap=5 objective.z_loss_weight=0.1",
     "moe=none data.document_masking=true",
+    "moe=none data.document_masking=true attention.ranges=masked",
     "moe=none objective=multi_token objective.depth=3 trainer.activation_checkpointing=full",
     "moe=fine_grained moe.n_experts=8",
     "moe=none attention=sliding_window attention.window=8 attention.full_every=2 model.n_layers=3",

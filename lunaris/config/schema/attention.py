@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lunaris.config.schema.base import Component, key
+from lunaris.config.schema.base import Component, free, key
 from lunaris.errors import UserError
 
 
@@ -24,6 +24,9 @@ class GQAConfig(AttentionConfig):
     output_gate: bool = False
     # Give each head a learned logit in the sum below its softmax, as in gpt-oss (arXiv 2508.10925).
     sinks: bool = False
+    # How documents (data.document_masking) and windows are computed: auto, by a kernel that needs
+    # no mask in memory; masked, by a mask of all pairs of positions.
+    ranges: str = free("auto", allowed=("auto", "masked"))
 
 
 @dataclass
@@ -59,6 +62,9 @@ class MLAConfig(AttentionConfig):
     output_gate: bool = False
     # Give each head a learned logit in the sum below its softmax, as in gpt-oss (arXiv 2508.10925).
     sinks: bool = False
+    # How documents (data.document_masking) and windows are computed: auto, by a kernel that needs
+    # no mask in memory; masked, by a mask of all pairs of positions.
+    ranges: str = free("auto", allowed=("auto", "masked"))
 
     def __post_init__(self) -> None:
         super().__post_init__()

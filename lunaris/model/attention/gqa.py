@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lunaris.model.attention.base import Attention, Positions, causal_mask
 from lunaris.model.attention.heads import OutputGate, attend
+from lunaris.model.attention.ranges import first_attended
 from lunaris.model.attention.rotary import rope_tables, rotate
 from lunaris.model.cache import LayerCache, WindowCache
 from lunaris.model.layers import ModelShape, RMSNorm
@@ -22,24 +23,27 @@ from lunaris.model.roles import Role
 class GQAFactory:
     """The same grouped-query attention in every layer."""
 
-    def __init__(self, *, output_gate: bool = False, sinks: bool = False) -> None:
-        self._output_gate = output_gate
-        self._sinks = sinks
+    def __init__(
+        self, *, output_gate: bool = False, sinks: bool = False, ranges: str = "auto"
+    ) -> None:
+        """Keys as of `GroupedQueryAttention`; ranges: `auto` or `masked`."""
+        self._keys = {"output_gate": output_gate, "sinks": sinks, "masked": ranges == "masked"}
 
     def __call__(self, layer: int, shape: ModelShape) -> GroupedQueryAttention:
-        return GroupedQueryAttention(shape, output_gate=self._output_gate, sinks=self._sinks)
+        return GroupedQueryAttention(shape, **self._keys)
 
 
 class RotaryInputs(NamedTuple):
     """What the positions of one forward give to attention.
 
     cos, sin: [L, K/2] float32. mask: bool, broadcastable to [B, H, L, S], True where attended;
-    None: causal.
+    first: [B, L] or [1, L] int64, the first attended position of each; both None: causal.
     """
 
     cos: Tensor
     sin: Tensor
     mask: Tensor | None
+    first: Tensor | None
 
 
 def rotary_inputs(
@@ -50,7 +54,9 @@ def rotary_inputs(
     def make() -> RotaryInputs:
         cos, sin = rope_tables(shape.max_seq_len, width, shape.rope_theta, positions.device)
         new = slice(positions.start, positions.end)
-        return RotaryInputs(cos[new], sin[new], causal_mask(positions, window))
+        if positions.start > 0:
+            return RotaryInputs(cos[new], sin[new], causal_mask(positions, window), None)
+        return RotaryInputs(cos[new], sin[new], None, first_attended(positions, window))
 
     key = (RotaryInputs, shape.max_seq_len, width, shape.rope_theta, window)
     return positions.shared(key, make)
@@ -70,15 +76,18 @@ class GroupedQueryAttention(Attention):
         window: int | None = None,
         output_gate: bool = False,
         sinks: bool = False,
+        masked: bool = False,
     ) -> None:
         """window: positions that each attends to, itself included; None: all up to itself.
 
         output_gate: gate each head's output (`OutputGate`). sinks: give each head a learned logit
-        in the sum below its softmax (`attend`).
+        in the sum below its softmax (`attend`). masked: compute windows and documents by a mask of
+        all pairs of positions.
         """
         super().__init__()
         self.shape = shape
         self.window = window
+        self.masked = masked
         self.head_dim = shape.d_model // shape.n_heads
         self.n_kv_heads = shape.n_kv_heads
         self.widths = [shape.n_heads * self.head_dim, *[shape.n_kv_heads * self.head_dim] * 2]
@@ -98,7 +107,7 @@ class GroupedQueryAttention(Attention):
         self, x: Tensor, prepared: RotaryInputs, cache: LayerCache | WindowCache | None = None
     ) -> Tensor:
         """Return [B, L, D] for [B, L, D]; see `Attention.forward`."""
-        cos, sin, mask = prepared
+        cos, sin, mask, first = prepared
         q, k, v = self.qkv(x).split(self.widths, dim=-1)
         q = rotate(self._heads(q, self.q_norm), cos, sin).transpose(1, 2)
         k = rotate(self._heads(k, self.k_norm), cos, sin).transpose(1, 2)
@@ -106,7 +115,9 @@ class GroupedQueryAttention(Attention):
         if cache is not None:
             k, v = cache.extend(k, v)
         dropout = self.shape.dropout if self.training else 0.0
-        y = attend(q, k, v, mask, sinks=self.sinks, dropout=dropout)
+        y = attend(
+            q, k, v, mask, first=first, masked=self.masked, sinks=self.sinks, dropout=dropout
+        )
         if self.gate is not None:
             y = self.gate(x, y)
         return self.out(y.transpose(1, 2).flatten(2))

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lunaris.model.attention.ranges import attend_ranges, has_kernel, ranges_mask
 from lunaris.model.roles import Role
 
 
@@ -21,6 +22,8 @@ def attend(
     v: Tensor,
     mask: Tensor | None,
     *,
+    first: Tensor | None = None,
+    masked: bool = False,
     scale: float | None = None,
     sinks: Tensor | None = None,
     dropout: float = 0.0,
@@ -29,28 +32,34 @@ def attend(
 
     q: [B, H, L, K]; k: [B, G, S, K]; v: [B, G, S, V]; head h reads the keys and values h // (H/G).
     mask: bool, broadcastable to [B, H, L, S], True where attended; None: causal, or all positions
-    for one new position. scale: None is K^-1/2. sinks: [H], a logit of each head that adds its
-    exponential to the sum below the softmax's fraction and has no value. dropout: the probability
-    that a weight is dropped.
+    for one new position. first: [B, L] or [1, L], where the range of attended positions begins that
+    ends at each position (`lunaris.model.attention.ranges`), in place of a mask. masked: compute
+    such ranges by a mask of all pairs, too. scale: None is K^-1/2. sinks: [H], a logit of each
+    head that adds its exponential to the sum below the softmax's fraction and has no value.
+    dropout: the probability that a weight is dropped.
     """
     heads, length, width = q.size(1), q.size(2), v.size(3)
     if scale is None:
         scale = 1 / math.sqrt(q.size(3))
     if sinks is not None and length == 1 and mask is None and dropout == 0:
         return _one_with_sinks(q, k, v, sinks, scale)
+    if first is not None and (masked or dropout or not has_kernel(q.device)):
+        mask, first = ranges_mask(first), None
     # A constant also where this is compiled for any length.
-    causal = True if mask is None and length > 1 else False
+    causal = True if mask is None and first is None and length > 1 else False
     few = length == 1 if mask is None else mask.dim() == 2 and length < k.size(2)
+    few = few and first is None
     if width != q.size(3):  # The fast kernels need equal widths.
         widest = max(width, q.size(3))
         q, k, v = (F.pad(x, (0, widest - x.size(3))) for x in (q, k, v))
     if sinks is not None:
-        q, k, v, mask = _with_sinks(q, k, v, mask, sinks, scale)
+        q, k, v, mask = _with_sinks(q, k, v, mask, sinks, scale, first_query=causal)
     groups = k.size(1)
     rows_of_heads = few and groups < heads
     if q.is_cuda:
         # Of the fast kernels only flash attention takes groups: half precision without a mask.
-        in_kernel = mask is None and q.dtype in (torch.bfloat16, torch.float16)
+        half = q.dtype in (torch.bfloat16, torch.float16)
+        in_kernel = first is not None or (mask is None and half)
     else:
         # In half precision the CPU's kernel would add up a group's gradients in half precision.
         in_kernel = q.dtype == torch.float32 and dropout == 0
@@ -61,6 +70,9 @@ def attend(
     elif groups < heads and not in_kernel:
         repeats = heads // groups
         k, v = k.repeat_interleave(repeats, dim=1), v.repeat_interleave(repeats, dim=1)
+    if first is not None:
+        y = attend_ranges(q, k, v, first, scale=scale, sink=sinks is not None)
+        return y[..., :width]
     y = F.scaled_dot_product_attention(
         q,
         k,
@@ -77,18 +89,24 @@ def attend(
 
 
 def _with_sinks(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, sinks: Tensor, scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    sinks: Tensor,
+    scale: float,
+    *,
+    first_query: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Add a first key whose score is each head's sink and whose value is 0; K = V here.
 
     The score is a product like any other, over one more column, so that every kernel computes it;
-    its width stays a multiple of 8, which they need. Without a mask a first query comes in as well,
-    so that the square stays causal.
+    its width stays a multiple of 8, which they need. first_query: a first query comes in as well,
+    so that a causal square stays one.
     """
     width = q.size(3)
     more = 8 - width % 8
-    first_query = 1 if mask is None and q.size(2) > 1 else 0
-    q = F.pad(q, (0, more, first_query, 0))
+    q = F.pad(q, (0, more, int(first_query), 0))
     k = F.pad(k, (0, more, 1, 0))
     v = F.pad(v, (0, more, 1, 0))
     q[..., width] = (sinks / scale).to(q.dtype)[:, None]

@@ -32,6 +32,7 @@ class MLAFactory:
         v_head_dim: int | None,
         output_gate: bool = False,
         sinks: bool = False,
+        ranges: str = "auto",
     ) -> None:
         """Widths as of `MultiHeadLatentAttention`.
 
@@ -40,8 +41,7 @@ class MLAFactory:
         self._q_lora_rank = q_lora_rank
         self._kv_lora_rank = kv_lora_rank
         self._nope, self._rope, self._value = qk_nope_head_dim, qk_rope_head_dim, v_head_dim
-        self._output_gate = output_gate
-        self._sinks = sinks
+        self._keys = {"output_gate": output_gate, "sinks": sinks, "masked": ranges == "masked"}
 
     def __call__(self, layer: int, shape: ModelShape) -> MultiHeadLatentAttention:
         widths = latent_widths(
@@ -58,8 +58,7 @@ class MLAFactory:
             qk_nope_head_dim=widths.nope,
             qk_rope_head_dim=widths.rope,
             v_head_dim=widths.value,
-            output_gate=self._output_gate,
-            sinks=self._sinks,
+            **self._keys,
         )
 
 
@@ -84,15 +83,17 @@ class MultiHeadLatentAttention(Attention):
         v_head_dim: int,
         output_gate: bool = False,
         sinks: bool = False,
+        masked: bool = False,
     ) -> None:
         """q_lora_rank: width of the queries' latent; None: queries are a plain projection.
 
         kv_lora_rank: C. qk_nope_head_dim, qk_rope_head_dim, v_head_dim: N, R (even) and V.
-        output_gate, sinks: as for `GroupedQueryAttention`.
+        output_gate, sinks, masked: as for `GroupedQueryAttention`.
         """
         super().__init__()
         self.shape = shape
         self.n_heads = shape.n_heads
+        self.masked = masked
         self.nope, self.rope, self.value = qk_nope_head_dim, qk_rope_head_dim, v_head_dim
         self.latent = kv_lora_rank
         # Of more new positions the products of `_absorbed` outweigh what `_expanded` computes once.
@@ -119,7 +120,7 @@ class MultiHeadLatentAttention(Attention):
         self, x: Tensor, prepared: RotaryInputs, cache: LatentCache | None = None
     ) -> Tensor:
         """Return [B, L, D] for [B, L, D]; see `Attention.forward`."""
-        cos, sin, mask = prepared
+        cos, sin, mask, first = prepared
         q = self.q_b(self.q_norm(self.q_a(x))).unflatten(-1, (self.n_heads, self.nope + self.rope))
         q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
         q_rope = rotate(q_rope, cos, sin)
@@ -129,18 +130,24 @@ class MultiHeadLatentAttention(Attention):
         if cache is not None:
             seen = cache.extend(seen)
         absorb = cache is not None and x.size(1) <= self.absorb_up_to
-        y = (self._absorbed if absorb else self._expanded)(q_nope, q_rope, seen, mask)
+        heads = self._absorbed if absorb else self._expanded
+        y = heads(q_nope, q_rope, seen, mask, first)
         if self.gate is not None:
             y = self.gate(x, y)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def _expanded(
-        self, q_nope: Tensor, q_rope: Tensor, seen: Tensor, mask: Tensor | None
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        seen: Tensor,
+        mask: Tensor | None,
+        first: Tensor | None,
     ) -> Tensor:
         """Return the heads' outputs ([B, H, L, V]) from the keys and values of every head.
 
         q_nope: [B, L, H, N]; q_rope: [B, L, H, R], rotated; seen: [B, S, C + R], the normalised
-        latents and the rotated keys; mask: as of `attend`.
+        latents and the rotated keys; mask, first: as of `attend`.
         """
         latents, k_rope = seen.split([self.latent, self.rope], dim=-1)
         keys_and_values = self.kv_b(latents).unflatten(-1, (self.n_heads, self.nope + self.value))
@@ -149,10 +156,24 @@ class MultiHeadLatentAttention(Attention):
         q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
         k = torch.cat((k_nope, k_rope), dim=-1).transpose(1, 2)
         dropout = self.shape.dropout if self.training else 0.0
-        return attend(q, k, v.transpose(1, 2), mask, sinks=self.sinks, dropout=dropout)
+        return attend(
+            q,
+            k,
+            v.transpose(1, 2),
+            mask,
+            first=first,
+            masked=self.masked,
+            sinks=self.sinks,
+            dropout=dropout,
+        )
 
     def _absorbed(
-        self, q_nope: Tensor, q_rope: Tensor, seen: Tensor, mask: Tensor | None
+        self,
+        q_nope: Tensor,
+        q_rope: Tensor,
+        seen: Tensor,
+        mask: Tensor | None,
+        first: Tensor | None,
     ) -> Tensor:
         """Return what `_expanded` does for few new positions, without any head's keys and values.
 
@@ -165,7 +186,8 @@ class MultiHeadLatentAttention(Attention):
         q = torch.cat((q, q_rope), dim=-1).transpose(1, 2)
         scale = (self.nope + self.rope) ** -0.5
         # The rotary columns of the values are computed in vain: a slice would be copied every time.
-        y = attend(q, seen[:, None], seen[:, None], mask, scale=scale, sinks=self.sinks)
+        heads = (q, seen[:, None], seen[:, None], mask)
+        y = attend(*heads, first=first, masked=self.masked, scale=scale, sinks=self.sinks)
         return torch.einsum("bhlc,hvc->bhlv", y[..., : self.latent], to_values)
 
     def new_cache(

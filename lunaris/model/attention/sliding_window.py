@@ -19,18 +19,14 @@ class SlidingWindowFactory:
         full_every: int | None,
         output_gate: bool = False,
         sinks: bool = False,
+        ranges: str = "auto",
     ) -> None:
         """full_every: the layers n - 1, 2n - 1, … (from 0) attend to all positions; None: none."""
         self._window = window
         self._full_every = full_every
-        self._output_gate = output_gate
-        self._sinks = sinks
+        self._keys = {"output_gate": output_gate, "sinks": sinks, "masked": ranges == "masked"}
 
     def __call__(self, layer: int, shape: ModelShape) -> GroupedQueryAttention:
         full = self._full_every is not None and (layer + 1) % self._full_every == 0
-        return GroupedQueryAttention(
-            shape,
-            window=None if full else self._window,
-            output_gate=self._output_gate,
-            sinks=self._sinks,
-        )
+        window = None if full else self._window
+        return GroupedQueryAttention(shape, window=window, **self._keys)

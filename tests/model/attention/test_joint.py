@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from lunaris.config.instantiate import locate
-from lunaris.model.attention.base import Positions, causal_mask
+from lunaris.model.attention.base import Positions
 from lunaris.model.attention.gqa import GroupedQueryAttention
+from lunaris.model.attention.ranges import first_attended
 from lunaris.model.transformer import Transformer
 from lunaris.objective.next_token import NextToken
 
@@ -141,4 +142,4 @@ def test_positions_are_prepared_once_a_forward_and_not_once_a_layer(
     shared = Positions(0, 6, torch.device("cpu"), torch.zeros(1, 6, dtype=torch.int64))
     a, b = (model.blocks[layer].attention.prepare(shared) for layer in (1, 3))
     assert isinstance(model.blocks[1].attention, GroupedQueryAttention)
-    assert a.cos is b.cos and a.mask is b.mask is causal_mask(shared)
+    assert a.cos is b.cos and a.first is b.first is first_attended(shared)
