@@ -70,6 +70,8 @@ def tiny(tmp_path: Path) -> Callable[..., Any]:
         own_keys = []
         if groups.get("data", "synthetic") == "synthetic":
             own_keys += ["data=synthetic", "data.n_tokens=20000", "data.vocab_size=64"]
+        if "moe" not in groups:
+            own_keys += ["moe=switch"]
         if groups.get("moe") != "none":
             own_keys += ["moe.n_experts=4"]
         return compose(

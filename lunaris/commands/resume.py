@@ -83,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
         "folder and the code of today. KEY=VALUE changes a run from its newest checkpoint on, as "
         "far as that does not change what its weights are; the change is recorded with its step. "
         "Of a sweep, keys of launch may change, such as the memory of points that ran out of it.",
-        epilog="examples: lunaris resume runs/first trainer.max_steps=600; "
+        epilog="examples: lunaris resume runs/first trainer.max_steps=1200; "
         "lunaris resume runs/first --at 200 optimizer.learning_rate=1e-3; "
         "lunaris resume sweeps/first --only failed,timeout; "
         "lunaris resume sweeps/first --only out_of_memory launch.mem_gb=128",

@@ -144,8 +144,10 @@ MIGRATIONS = (
     Rewritten(4, _keep_the_width_of_experts),
     Rewritten(5, _name_the_checkpointing),
     Rewritten(5, _keep_masks),
+    default_changed(6, "trainer.max_steps", 300),
+    default_changed(6, "trainer.batch_size", 16),
 )
-VERSION = 5
+VERSION = 6
 
 
 def migrate(tree: dict[str, Any]) -> dict[str, Any]:

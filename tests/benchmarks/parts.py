@@ -38,6 +38,8 @@ PARTS = [
     "attention=mla model.norm=pre model.n_kv_heads=4 attention.q_lora_rank=64",
     "attention.output_gate=true",
     "attention.sinks=true",
+    "moe=none",
+    "moe=switch",
     "moe/router=sigmoid",
     "moe/router=sigmoid moe.router.n_groups=4 moe.router.topk_groups=2",
     "moe.balance_scope=sequence",

@@ -14,7 +14,7 @@ from lunaris.metrics.devices import Machine, find_device
 from lunaris.planning import report
 from lunaris.planning.plan import fitting, make_plan
 
-_DATA = ["data=synthetic", "data.n_tokens=1000000"]
+_DATA = ["moe=switch", "data=synthetic", "data.n_tokens=1000000", "trainer.batch_size=16"]
 
 
 def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:
@@ -27,7 +27,7 @@ def test_figures_agree_with_each_other(capsys: pytest.CaptureFixture[str]) -> No
     found = planned(capsys, *argv, "trainer.gradient_accumulation_steps=2")
     assert found["device"] == "H100" and found["processes"] == 8
     assert found["tokens_per_step"] == 16 * 2 * 8 * 256
-    assert found["tokens"] == found["tokens_per_step"] * 300
+    assert found["tokens"] == found["tokens_per_step"] * 600
     assert found["epochs"] == found["tokens"] / 1_000_000
     assert found["parameters"]["total"] == sum(found["parameters"]["parts"].values())
     seconds = found["flops_per_token"] * found["tokens"] / (989e12 * 0.5 * 8)
@@ -104,7 +104,7 @@ def test_a_sweep_is_a_table_with_its_sum(capsys: pytest.CaptureFixture[str]) -> 
         "moe.n_experts=8,seed=1",
         "moe.n_experts=8,seed=2",
     ]
-    assert lines[-1].startswith("4 points, 4.92 M tokens, ")
+    assert lines[-1].startswith("4 points, 9.83 M tokens, ")
     found = planned(capsys, "-m", "moe.n_experts=4,8")
     assert [row["name"] for row in found] == ["moe.n_experts=4", "moe.n_experts=8"]
 

@@ -113,19 +113,23 @@ def test_precedence(
 
 
 def test_an_experiment_s_value_wins_where_it_is_that_of_the_option_too(write: Write) -> None:
-    write("# @package _global_\ntrainer: {max_steps: 300}\n", "experiment/same.yaml")
-    assert compose(["data=synthetic"]).trainer.max_steps == 300
+    write("# @package _global_\ntrainer: {max_steps: 600}\n", "experiment/same.yaml")
+    assert compose(["data=synthetic"]).trainer.max_steps == 600
     write("trainer: {max_steps: 5}\nschedule: {warmup_steps: 1}\n")
     assert compose(["data=synthetic"]).trainer.max_steps == 5
-    assert compose(["data=synthetic", "experiment=same"]).trainer.max_steps == 300
+    assert compose(["data=synthetic", "experiment=same"]).trainer.max_steps == 600
 
 
 def test_an_option_may_be_a_default(write: Write) -> None:
-    write("moe: top2\nlaunch: slurm\nlaunch.partition: gpu\ndata: stdlib\n")
+    write("moe: fine_grained\nlaunch: slurm\nlaunch.partition: gpu\ndata: stdlib\n")
     composer = Composer()
     cfg: Any = composer.compose(["model=tiny"])
-    assert cfg.moe.n_experts_per_token == 2 and cfg.launch.partition == "gpu"
-    assert composer.applied([]) == {"moe": "top2", "launch": "slurm", "launch.partition": "gpu"}
+    assert cfg.moe.n_experts_per_token == 4 and cfg.launch.partition == "gpu"
+    assert composer.applied([]) == {
+        "moe": "fine_grained",
+        "launch": "slurm",
+        "launch.partition": "gpu",
+    }
     # The experiment has its data, and the command line the last word.
     cfg = composer.compose(["experiment=smoke", "moe=none", "launch=local"])
     assert cfg.data._target_.endswith("SyntheticData") and cfg.moe._target_.endswith("DenseFactory")

@@ -90,7 +90,7 @@ def test_the_last_point_of_an_array_is_requeued_alone(site: Any) -> None:
 
 
 def test_an_invalid_point_sends_nothing_and_is_named(site: Any) -> None:
-    text = sweep(site, "invalid", "moe.n_experts_per_token=1,2,9", code=2)
+    text = sweep(site, "invalid", "moe.n_experts_per_token=2,3,9", code=2)
     assert "moe.n_experts_per_token=9" in text and "Traceback" not in text
     assert not (site.dir / "sweeps/invalid").exists()
     assert site.cluster.client("squeue", "-h", "-t", "all", "-n", "invalid") == ""

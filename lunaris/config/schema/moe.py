@@ -112,7 +112,7 @@ class MoEConfig(FeedForwardConfig):
         if self.normalize_gates and self.n_experts_per_token == 1:
             raise UserError(
                 "moe.normalize_gates=true: needs moe.n_experts_per_token above 1; with one expert "
-                "the gate is always 1 and the router gets no gradient"
+                "the gate is always 1 and the router gets no gradient (moe=switch scales by it)"
             )
 
     def expert_width(self, model: ModelConfig) -> int:

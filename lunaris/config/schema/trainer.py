@@ -22,11 +22,11 @@ class TrainerConfig(Schema):
 
     _group_ = "trainer"
     # Optimizer steps of the run.
-    max_steps: int = changeable(300, low=1)
+    max_steps: int = changeable(600, low=1)
     # Pause after this step, with a checkpoint saved and the schedule of `max_steps`; null: do not.
     stop_at: int | None = free(None, low=1)
     # Sequences of a micro-step in each process.
-    batch_size: int = free(16, low=1)
+    batch_size: int = free(8, low=1)
     # Micro-steps of a step; their gradients are averaged.
     gradient_accumulation_steps: int = free(1, low=1)
     # Global gradient norm; null: no clipping.
