@@ -57,6 +57,39 @@ def cpu_multiplies(dtype: torch.dtype) -> bool:
     return torch.ops.mkldnn._is_mkldnn_fp16_supported()
 
 
+_ATEN = torch.ops.aten
+# The kernels of attention whose results selective checkpointing keeps, and the product of experts.
+ATTENTION_KERNELS = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
+    _ATEN._scaled_dot_product_flash_attention.default,
+    _ATEN._scaled_dot_product_efficient_attention.default,
+    _ATEN._scaled_dot_product_cudnn_attention.default,
+    torch.ops.higher_order.flex_attention,
+}
+GROUPED_PRODUCT = _ATEN._grouped_mm.default
+
+
+def cpu_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return a CPU's attention ([B, H, L, K]) and the logarithms of the softmax's sums ([B, H, L]).
+
+    mask: added to the scores, in the dtype of q.
+    """
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    out, sums = kernel(q, k, v, attn_mask=mask, scale=scale)
+    return out, sums
+
+
+def cpu_attention_backward(
+    grad: Tensor, inputs: tuple[Tensor, ...], mask: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of q, k and v; inputs: these and the results of `cpu_attention`."""
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    q, k, v = kernel(grad, *inputs, 0.0, False, attn_mask=mask, scale=scale)
+    return q, k, v
+
+
 def takes_found_inf(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether a step of `optimizer` reads its attribute `found_inf` on the device.
 

@@ -63,6 +63,12 @@ NAMES = [
     "torch.ops.mkldnn._is_mkldnn_fp16_supported",
     "torch._amp_foreach_non_finite_check_and_unscale_",
     "torch.cuda.memory._record_memory_history",
+    "torch.ops.aten._grouped_mm.default",
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default",
+    "torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default",
+    "torch.ops.aten._scaled_dot_product_flash_attention.default",
+    "torch.ops.aten._scaled_dot_product_efficient_attention.default",
+    "torch.ops.aten._scaled_dot_product_cudnn_attention.default",
 ]
 
 

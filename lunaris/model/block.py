@@ -37,7 +37,8 @@ class Block(nn.Module):
         prepared, cache: as `Attention.forward` takes them. documents: [B, L] int64 or None, for
         the feed-forward; attention has them in `prepared`.
         """
-        return self.run(self._compute, x, prepared, cache, documents)
+        run = self.run if cache is None else keep_all
+        return run(self._compute, x, prepared, cache, documents)
 
     def _compute(
         self, x: Tensor, prepared: Any, cache: Any, documents: Tensor | None

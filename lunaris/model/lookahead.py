@@ -53,7 +53,8 @@ class Predictor(nn.Module):
         hidden, embedded: [B, L, D] states of the depth before and the later tokens' embeddings. The
         other arguments are those of `Block.forward`.
         """
-        return self.run(self._compute, hidden, embedded, prepared, cache, documents)
+        run = self.run if cache is None else keep_all
+        return run(self._compute, hidden, embedded, prepared, cache, documents)
 
     def _compute(
         self,

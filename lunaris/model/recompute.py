@@ -13,21 +13,18 @@ from torch.utils.checkpoint import (
     create_selective_checkpoint_contexts,
 )
 
+from lunaris.torch_internals import ATTENTION_KERNELS, GROUPED_PRODUCT
+
 T = TypeVar("T")
 
 _ATEN = torch.ops.aten
 # What costs most to compute again. Operators of this package are such products, too.
-_KEPT = {
+_PRODUCTS = {
     _ATEN.mm.default,
     _ATEN.addmm.default,
     _ATEN.bmm.default,
     _ATEN.baddbmm.default,
-    _ATEN._grouped_mm.default,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu.default,
-    _ATEN._scaled_dot_product_flash_attention.default,
-    _ATEN._scaled_dot_product_efficient_attention.default,
-    _ATEN._scaled_dot_product_cudnn_attention.default,
-    torch.ops.higher_order.flex_attention,
+    GROUPED_PRODUCT,
 }
 
 
@@ -52,7 +49,11 @@ def run_of(kind: str, *, draws: bool) -> Run:
         return keep_all
     keys: dict[str, Any] = {"use_reentrant": False, "preserve_rng_state": draws}
     if kind == "selective":
-        keys["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
+        # A kernel that drops weights itself is run again: it moves the generator's state on, which
+        # what is drawn after it depends on.
+        kept = _PRODUCTS if draws else _PRODUCTS | ATTENTION_KERNELS
+        policy = partial(_policy, kept)
+        keys["context_fn"] = partial(create_selective_checkpoint_contexts, policy)
     else:
         assert kind == "full", kind
     return partial(_recompute, keys)
@@ -65,7 +66,7 @@ def _recompute(keys: dict[str, Any], compute: Callable[..., T], *args: Any) -> T
     return result
 
 
-def _policy(ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
-    if op in _KEPT or op.namespace == "lunaris":
+def _policy(kept: set[Any], ctx: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    if op in kept or op.namespace == "lunaris":
         return CheckpointPolicy.MUST_SAVE
     return CheckpointPolicy.PREFER_RECOMPUTE

@@ -68,7 +68,9 @@ def _mla(at: Sizes, layer: int) -> int:
 
 def _attend(at: Sizes, width: int, keys: GQAConfig | MLAConfig, ranged: bool) -> int:
     """Return the output of the attention kernel, its normalisers, and the output gate's product."""
+    gate = at.input(at.cfg.model.n_heads) if keys.output_gate else 0
+    if at.cfg.model.dropout:
+        return gate  # A kernel that draws is run again.
     heads, sequences = at.cfg.model.n_heads, at.cfg.trainer.batch_size
     n_queries, _, wide = attention_shape(at, width, keys.sinks, ranged)
-    total = sequences * heads * n_queries * (at.product * wide + 4)
-    return total + (at.input(heads) if keys.output_gate else 0)
+    return gate + sequences * heads * n_queries * (at.product * wide + 4)

@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from lunaris.model import recompute
 from lunaris.model.transformer import Transformer
 from lunaris.moe import experts
 from lunaris.moe.experts import Product
@@ -61,3 +63,33 @@ def test_a_compiled_block_is_one_graph_and_keeps_as_little(
     torch.compiler.reset()
     none, selective, full = saved
     assert full < 0.7 * selective and selective < 0.8 * none, saved
+
+
+@torch.library.custom_op("lunaris_test::drop", mutates_args=())
+def drop(x: Tensor) -> Tensor:
+    """Drop half of x, as a kernel of attention does that draws by itself."""
+    return x * (torch.rand_like(x) < 0.5)
+
+
+drop.register_autograd(
+    lambda ctx, grad: grad * (ctx.saved_tensors[1] != 0),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(inputs[0], output),
+)
+
+
+def test_what_is_drawn_after_a_kernel_that_draws_is_drawn_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    kernel = torch.ops.lunaris_test.drop.default
+    monkeypatch.setattr(recompute, "ATTENTION_KERNELS", {kernel})
+
+    def gradient(kind: str) -> Tensor:
+        torch.manual_seed(3)
+        x = torch.linspace(1, 2, 64, requires_grad=True)
+        run = recompute.run_of(kind, draws=True)
+        y = run(lambda x: F.dropout(drop(x * x), 0.5) * x, x)
+        y.sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    assert torch.equal(gradient("selective"), gradient("none"))

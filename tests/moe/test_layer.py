@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
-from lunaris.moe import blocks, experts
+from lunaris.moe import blocks, experts, padded
 from lunaris.moe.experts import Product
 from lunaris.moe.router.sigmoid import SigmoidRouterFactory
 from lunaris.moe.router.softmax import SoftmaxRouterFactory
@@ -287,6 +287,9 @@ def test_no_gpu_path_waits_for_the_device(
 ) -> None:
     """A fake tensor has no values: what would fetch one to the host raises."""
     take_gpu(capability)
+    # What an operator does to real tensors, not only the shapes that it states.
+    for module, name in ((padded, "block_product"), (experts, "product_each")):
+        monkeypatch.setattr(module, name, getattr(module, name)._init_fn)
     with FakeTensorMode(), torch.autocast("cpu", torch.bfloat16):
         layer = make_layer(
             n_experts_per_token=2, capacity_factor=factor, expert_hidden_multiplier=3.0

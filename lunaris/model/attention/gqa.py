@@ -43,7 +43,7 @@ class RotaryInputs(NamedTuple):
     cos: Tensor
     sin: Tensor
     mask: Tensor | None
-    first: Tensor | None
+    first: Tensor | None = None
 
 
 def rotary_inputs(
@@ -115,9 +115,9 @@ class GroupedQueryAttention(Attention):
         if cache is not None:
             k, v = cache.extend(k, v)
         dropout = self.shape.dropout if self.training else 0.0
-        y = attend(
-            q, k, v, mask, first=first, masked=self.masked, sinks=self.sinks, dropout=dropout
-        )
+        # FlexAttention is compiled for each length, and prompts have any.
+        masked = self.masked or (cache is not None and x.is_cuda)
+        y = attend(q, k, v, mask, first=first, masked=masked, sinks=self.sinks, dropout=dropout)
         if self.gate is not None:
             y = self.gate(x, y)
         return self.out(y.transpose(1, 2).flatten(2))

@@ -43,7 +43,7 @@ def attend(
         scale = 1 / math.sqrt(q.size(3))
     if sinks is not None and length == 1 and mask is None and dropout == 0:
         return _one_with_sinks(q, k, v, sinks, scale)
-    if first is not None and (masked or dropout or not has_kernel(q.device)):
+    if first is not None and (masked or dropout or not has_kernel(q.device, max(q.size(3), width))):
         mask, first = ranges_mask(first), None
     # A constant also where this is compiled for any length.
     causal = True if mask is None and first is None and length > 1 else False

@@ -11,6 +11,8 @@ K width of queries, keys and values.
 from __future__ import annotations
 
 import functools
+import os
+import shutil
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from typing import Any
@@ -21,6 +23,7 @@ from torch import Tensor
 from torch.nn.attention import flex_attention as flex
 
 from lunaris.model.attention.base import Positions
+from lunaris.torch_internals import cpu_attention, cpu_attention_backward
 
 # Queries of a block on a CPU: its mask and its scores are this times S, at most.
 _QUERIES = 256
@@ -56,9 +59,21 @@ def ranges_mask(first: Tensor) -> Tensor:
     return ((at >= first[:, :, None]) & (at <= at[:, None]))[:, None]
 
 
-def has_kernel(device: torch.device) -> bool:
-    """Return whether `attend_ranges` has a kernel for a device: any CPU, a GPU with Triton."""
-    return _takes_blocks(device) or (device.type == "cuda" and find_spec("triton") is not None)
+def has_kernel(device: torch.device, width: int) -> bool:
+    """Return whether `attend_ranges` has a kernel for a device and a head width.
+
+    Any CPU has; a GPU where Triton can compile FlexAttention, whose heads have 16 columns or more.
+    """
+    return _takes_blocks(device) or (device.type == "cuda" and width >= 16 and _compiles(device))
+
+
+@torch.compiler.assume_constant_result
+def _compiles(device: torch.device) -> bool:
+    """Return whether Triton is installed, takes the GPU, and finds the C compiler that it needs."""
+    if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 0):
+        return False
+    compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
+    return any(shutil.which(name) for name in compilers if name)
 
 
 def _takes_blocks(device: torch.device) -> bool:
@@ -139,10 +154,8 @@ def _in_blocks(
     """Return the output of `attend_ranges` and the logarithms of the softmax's sums ([B, H, L])."""
     out, sums = _results(q)
     for rows, keys, mask in _blocks(q, first, sink):
-        out[:, :, rows], sums[:, :, rows] = (
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                q[:, :, rows], k[:, :, keys], v[:, :, keys], attn_mask=mask, scale=scale
-            )
+        out[:, :, rows], sums[:, :, rows] = cpu_attention(
+            q[:, :, rows], k[:, :, keys], v[:, :, keys], mask, scale
         )
     return out, sums
 
@@ -169,18 +182,8 @@ def _in_blocks_backward(
     """Return the gradients of q, k and v."""
     grad_q, grad_k, grad_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
     for rows, keys, mask in _blocks(q, first, sink):
-        parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad[:, :, rows],
-            q[:, :, rows],
-            k[:, :, keys],
-            v[:, :, keys],
-            out[:, :, rows],
-            sums[:, :, rows],
-            0.0,
-            False,
-            attn_mask=mask,
-            scale=scale,
-        )
+        inputs = (q[:, :, rows], k[:, :, keys], v[:, :, keys], out[:, :, rows], sums[:, :, rows])
+        parts = cpu_attention_backward(grad[:, :, rows], inputs, mask, scale)
         grad_q[:, :, rows] = parts[0]
         grad_k[:, :, keys] += parts[1]
         grad_v[:, :, keys] += parts[2]
@@ -210,7 +213,8 @@ def _results(q: Tensor) -> tuple[Tensor, Tensor]:
     """Return memory for the output, laid out as [B, L, H, K], and for the sums."""
     sequences, heads, length, width = q.shape
     out = q.new_empty(sequences, length, heads, width).transpose(1, 2)
-    return out, q.new_empty(sequences, heads, length, dtype=torch.float32)
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    return out, q.new_empty(sequences, heads, length, dtype=dtype)
 
 
 def _blocks(q: Tensor, first: Tensor, sink: bool) -> Iterator[tuple[slice, slice, Tensor]]:

@@ -198,7 +198,7 @@ def test_a_compiled_block_is_one_graph_without_a_number_for_every_pair(
     if kernel == "flex":
         monkeypatch.setattr(ranges, "_takes_blocks", lambda _: False)
         monkeypatch.setattr(ranges, "find_spec", lambda _: True)
-        monkeypatch.setattr("lunaris.model.attention.heads.has_kernel", lambda _: True)
+        monkeypatch.setattr("lunaris.model.attention.heads.has_kernel", lambda *_: True)
     torch.compiler.reset()
     shapes: list[list[int]] = []
 
@@ -218,3 +218,26 @@ def test_a_compiled_block_is_one_graph_without_a_number_for_every_pair(
     assert not [s for s in shapes if sum(n >= length for n in s) > 1]
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("width", "capability", "compiler", "there"),
+    [
+        (16, (8, 0), "gcc", True),
+        (8, (8, 0), "gcc", False),
+        (16, (6, 1), "gcc", False),
+        (16, (8, 0), None, False),
+    ],
+)
+def test_flex_attention_is_taken_where_triton_can_compile_it(
+    monkeypatch: pytest.MonkeyPatch,
+    width: int,
+    capability: tuple[int, int],
+    compiler: str | None,
+    there: bool,
+) -> None:
+    monkeypatch.setattr(ranges, "find_spec", lambda _: True)
+    monkeypatch.setattr(ranges.shutil, "which", lambda _: compiler)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    assert ranges.has_kernel(torch.device("cuda", 0), width) == there
+    assert ranges.has_kernel(torch.device("cpu"), width)
