@@ -314,7 +314,7 @@ def _unasked(keys: SlurmLaunchConfig) -> list[str]:
             f"note    one core a process: launch.cpus_per_task={_CORES_A_GPU} or more lets the "
             "data loader, NCCL and saving run next to the training"
         )
-    if keys.mem_gb is None and not (keys.exclusive or given & _MEMORY):
+    if keys.mem_gb is None and not given & _MEMORY:
         lines.append(
             "note    no memory was asked for, so a node's is the partition's default: set "
             "launch.mem_gb, for all processes of a node, where that is small"

@@ -176,9 +176,16 @@ class Checkpoints:
 
         return collectives.from_rank_0(collectives.on_rank_0(look) or [])
 
-    def load_newest(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> TrainState | None:
+    def load_newest(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer,
+        listed: list[Path] | None = None,
+    ) -> TrainState | None:
         """Restore the newest complete checkpoint and return its state; None when there is none.
 
+        listed: what `listed` returned before, of which one must be loaded where weights were not
+        drawn because of them; None: look now.
         One that is damaged or cannot be loaded is skipped with a warning, the one before it is
         taken, and what was skipped is renamed to `damaged-…`. Raises UserError when none can be
         taken, since a new start would overwrite them, and when the disk gives no answer. The caller
@@ -186,7 +193,7 @@ class Checkpoints:
         """
         skipped: list[Path] = []
         reason = ""
-        for path in self.listed():
+        for path in self.listed() if listed is None else listed:
             parts = session.rank(), session.world_size()
             fault = _agreed(partial(find_corruption, path, *parts))
             fault = fault or _agreed(partial(_restored, path, model, optimizer))

@@ -97,20 +97,20 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
         # The last one from which a longer run can continue (WSD).
         keep_step=getattr(schedule, "decay_start", None),
     )
-    drawn = cfg.init_from is None and not checkpoints.listed()
+    saved = checkpoints.listed()
     # A process alone may leave at once: of a large model on a laptop this takes minutes.
     early = stop.at_once("building the model") if session.world_size() == 1 else nullcontext()
     with phase("building the model"), early, explain_out_of_memory(weights_advice(cfg)):
         model = parallelism.wrap(
             bare_model(cfg, data.vocab_size),
             precision=precision,
-            seed=cfg.seed if drawn else None,
+            seed=cfg.seed if cfg.init_from is None and not saved else None,
             compile=cfg.trainer.compile_model,
         )
     scale = getattr(cfg.moe, "router_lr_scale", 1.0)
     optimizer = build_optimizer(cfg.optimizer, model, router_lr_scale=scale)
     settings = settings_of(optimizer)
-    state = checkpoints.load_newest(model, optimizer)
+    state = checkpoints.load_newest(model, optimizer, saved)
     start = None
     if state is None and cfg.init_from is not None:
         start = start_from(cfg, model, data, bare_model)

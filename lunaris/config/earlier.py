@@ -35,6 +35,8 @@ _EXPERTS = {
     "aux_loss_weight": ("moe.aux_loss_weight", 1e-2),
     "capacity_factor": ("moe.capacity_factor", 1.25),
     "router_z_loss_weight": ("moe.router_z_loss_weight", 1e-3),
+    # Each expert was as wide as the dense feed-forward.
+    "ffn_hidden_multiplier": ("moe.expert_hidden_multiplier", 4.0),
 }
 _TRAINING = {
     "data_dir": ("data.dir", "data/"),

@@ -120,7 +120,18 @@ def _keep_masks(tree: dict[str, Any]) -> None:
     package = "lunaris.model.attention."
     attention = tree.setdefault("attention", {"_target_": f"{package}gqa.GQAFactory"})
     if isinstance(attention, dict) and str(attention.get("_target_")).startswith(package):
-        attention.setdefault("ranges", "masked")
+        if str(attention.get("_schema_", "lunaris.")).startswith("lunaris."):
+            attention.setdefault("ranges", "masked")
+
+
+def migrate_identity(identity: dict[str, Any], version: int) -> None:
+    """Bring what a sweep's manifest says of a point (dotted keys) to today's version, in place."""
+    moe = {key.removeprefix("moe."): value for key, value in identity.items()}
+    multiplier = identity.get("model.ffn_hidden_multiplier", 4.0)
+    tree = {"moe": moe, "model": {"ffn_hidden_multiplier": multiplier}}
+    if version < 4 and "moe.expert_hidden_multiplier" in identity:
+        _keep_the_width_of_experts(tree)
+        identity["moe.expert_hidden_multiplier"] = moe["expert_hidden_multiplier"]
 
 
 def _has_experts(moe: dict[str, Any]) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, TypeGuard
 
 from lunaris.atomic_files import file_lock, read_json, write_json
+from lunaris.config.migrations import VERSION, VERSION_KEY, migrate_identity
 from lunaris.errors import UserError
 
 _NAME = "manifest.json"
@@ -52,12 +53,7 @@ def read_points(folder: Path) -> list[ManifestPoint] | None:
     rows = read_json(folder / _NAME).get("points")
     if not isinstance(rows, list):
         return None
-    known = ManifestPoint.__dataclass_fields__
-    return [
-        ManifestPoint(**{key: row[key] for key in row if key in known})
-        for row in rows
-        if _is_point(row)
-    ]
+    return [_point_of(row) for row in rows if _is_point(row)]
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -87,7 +83,7 @@ def write_points(folder: Path, command: str, points: Iterable[ManifestPoint]) ->
         rows = {row["name"]: row for row in old.get("points", [])}
         for point in points:
             job_id = point.job_id or rows.get(point.name, {}).get("job_id")
-            rows[point.name] = asdict(point) | {"job_id": job_id}
+            rows[point.name] = asdict(point) | {"job_id": job_id, VERSION_KEY: VERSION}
         content = {
             "name": folder.name,
             "command": command,
@@ -102,6 +98,14 @@ def set_removed(folder: Path, names: list[str]) -> None:
     """Note in the manifest of the sweep in `folder` which points its last command does not have."""
     with file_lock(folder / ".manifest.lock"):
         write_json(folder / _NAME, read_json(folder / _NAME) | {"removed": names})
+
+
+def _point_of(row: dict[str, Any]) -> ManifestPoint:
+    known = ManifestPoint.__dataclass_fields__
+    point = ManifestPoint(**{key: row[key] for key in row if key in known})
+    if isinstance(point.identity, dict):
+        migrate_identity(point.identity, row.get(VERSION_KEY, 1))
+    return point
 
 
 def _is_point(row: object) -> TypeGuard[dict[str, Any]]:

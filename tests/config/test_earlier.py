@@ -74,6 +74,15 @@ def test_a_dense_file_and_an_empty_one(capsys: pytest.CaptureFixture[str]) -> No
     assert compose(overrides, check_data=False).moe.n_experts == 8
 
 
+def test_each_expert_is_as_wide_as_the_dense_feed_forward(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = "model: {n_experts_per_token: 2, ffn_hidden_multiplier: 3.0}\n"
+    overrides, _ = _command(text, capsys)
+    cfg = compose(overrides, check_data=False)
+    assert cfg.moe.expert_width(cfg.model) == 1536  # 2/3 · 3 · 768
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -198,7 +198,7 @@ def test_one_node_is_one_node(nodes: int, tasks: int, shown: str) -> None:
         ({"gpus_per_node": 8}, ["launch.cpus_per_task=8", "launch.mem_gb"]),
         ({"gpus_per_node": 8, "cpus_per_task": 12}, ["launch.mem_gb"]),
         ({"gpus_per_node": 8, "mem_gb": 900}, ["launch.cpus_per_task=8"]),
-        ({"gpus_per_node": 8, "exclusive": True}, ["launch.cpus_per_task=8"]),
+        ({"gpus_per_node": 8, "exclusive": True}, ["launch.cpus_per_task=8", "launch.mem_gb"]),
         (
             {
                 "gpus_per_node": 2,
