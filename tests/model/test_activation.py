@@ -83,9 +83,12 @@ def test_without_a_gate_the_width_is_half_as_much_again() -> None:
     assert ACTIVATIONS["relu2"].hidden_width(3, 1.0, 1) == 3  # an odd width is rounded up
 
 
-@pytest.mark.parametrize("moe", [None, {"n_shared_experts": 1}], ids=["dense", "experts"])
+EXPERTS = {"n_shared_experts": 1, "expert_hidden_multiplier": 4.0}
+
+
+@pytest.mark.parametrize("moe", [None, EXPERTS], ids=["dense", "experts"])
 def test_counts_and_flops_are_the_same_and_losses_differ(
-    make_model: Callable[..., Transformer], moe: dict[str, int] | None
+    make_model: Callable[..., Transformer], moe: dict[str, float] | None
 ) -> None:
     models = [make_model(moe, activation=name) for name in ACTIVATIONS]
     assert len({model.count_parameters() for model in models}) == 1
