@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -182,31 +181,16 @@ def count(root: Path) -> dict[str, dict[str, list[int]]]:
 
     for name, overrides in SETUPS.items():
         create(compose([*MODEL, *overrides, f"out_dir={root / name.replace(', ', '-')}"]), "", [])
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {
-        "WORLD_SIZE": str(PROCESSES), "LOCAL_WORLD_SIZE": str(PROCESSES),
-        "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    log = root / "log.txt"
-    with log.open("w") as out:
-        workers = [
-            subprocess.Popen(
-                [sys.executable, __file__, "worker", str(root)],
-                env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=out,
-                stderr=out,
-            )
-            for rank in range(PROCESSES)
-        ]
-        try:
-            codes = [worker.wait(timeout=240) for worker in workers]
-        finally:
-            for worker in workers:
-                worker.kill()
-                worker.wait()
-    assert codes == [0] * PROCESSES, log.read_text()[-6000:]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = subprocess.run(
+        [*command, f"--nproc-per-node={PROCESSES}", __file__, "worker", str(root)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stdout[-6000:]
     return {
         name: json.loads((root / name.replace(", ", "-") / "counts.json").read_text())
         for name in SETUPS

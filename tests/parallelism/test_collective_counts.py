@@ -27,7 +27,7 @@ def test_a_step_issues_the_collectives_of_the_golden_file(
 ) -> None:
     """More of them, larger ones or later ones are slower: change the file only on purpose.
 
-    `python tests/parallelism/collective_counts.py` writes it anew.
+    `python tests/parallelism/collective_counts.py` writes it again.
     """
     assert counts.count(tmp_path) == json.loads(counts.GOLDEN.read_text())
 
