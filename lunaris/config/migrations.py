@@ -108,8 +108,8 @@ def _keep_the_width_of_experts(tree: dict[str, Any]) -> None:
     moe = tree.get("moe")
     if not isinstance(moe, dict) or moe.get("_target_") != _EXPERTS:
         return
-    several = moe.get("n_experts_per_token", 1) + moe.get("n_shared_experts", 0) > 1
-    if several and moe.get("expert_hidden_multiplier") is None:
+    one = (moe.get("n_experts_per_token", 1), moe.get("n_shared_experts", 0)) == (1, 0)
+    if not one and moe.get("expert_hidden_multiplier") is None:
         model = tree.get("model")
         width = model.get("ffn_hidden_multiplier", 4.0) if isinstance(model, dict) else 4.0
         moe["expert_hidden_multiplier"] = width
@@ -126,12 +126,16 @@ def _keep_masks(tree: dict[str, Any]) -> None:
 
 def migrate_identity(identity: dict[str, Any], version: int) -> None:
     """Bring what a sweep's manifest says of a point (dotted keys) to today's version, in place."""
-    moe = {key.removeprefix("moe."): value for key, value in identity.items()}
-    multiplier = identity.get("model.ffn_hidden_multiplier", 4.0)
-    tree = {"moe": moe, "model": {"ffn_hidden_multiplier": multiplier}}
-    if version < 4 and "moe.expert_hidden_multiplier" in identity:
-        _keep_the_width_of_experts(tree)
-        identity["moe.expert_hidden_multiplier"] = moe["expert_hidden_multiplier"]
+    key = "moe.expert_hidden_multiplier"
+    if version >= 4 or key not in identity:
+        return
+    tree: dict[str, Any] = {"moe": {}, "model": {}}
+    for name, value in identity.items():
+        group, _, last = name.partition(".")
+        if group in tree:
+            tree[group][last] = value
+    _keep_the_width_of_experts(tree)
+    identity[key] = tree["moe"]["expert_hidden_multiplier"]
 
 
 def _has_experts(moe: dict[str, Any]) -> bool:

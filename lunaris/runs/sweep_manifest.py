@@ -113,6 +113,7 @@ def _is_point(row: object) -> TypeGuard[dict[str, Any]]:
         isinstance(row, dict)
         and are_texts([row.get("name"), row.get("dir")])
         and are_texts(row.get("overrides"))
+        and type(row.get(VERSION_KEY, 1)) is int
     )
 
 

@@ -133,6 +133,11 @@ def test_version_3_made_each_expert_as_wide_as_the_dense_feed_forward(
     assert read_config(path).moe.expert_hidden_multiplier == width  # type: ignore[attr-defined]
     path.write_text(OmegaConf.to_yaml(tree))
     assert read_config(path) == cfg
+    # A value that is none is refused as in any file.
+    broken = tree | {"config_version": 3, "moe": tree["moe"] | {"n_experts_per_token": None}}
+    path.write_text(OmegaConf.to_yaml(broken))
+    with pytest.raises(UserError, match="moe: Incompatible value 'None'"):
+        read_config(path)
     # What null means to a custom class, only that class knows.
     custom = {"_target_": "mine.Experts", "_schema_": "lunaris.config.schema.moe.MoEConfig"}
     tree["moe"] |= custom | {"n_experts_per_token": 2, "expert_hidden_multiplier": None}

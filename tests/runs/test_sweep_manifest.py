@@ -36,7 +36,8 @@ def test_a_point_that_is_written_again_keeps_its_place_and_its_job(tmp_path: Pat
 
 def test_a_manifest_of_a_newer_version_is_read(tmp_path: Path) -> None:
     row = {"name": "a", "overrides": [], "dir": "a", "from_tomorrow": 1}
-    write_json(tmp_path / "manifest.json", {"points": [row, {"name": "b"}, 3]})
+    broken = row | {"config_version": "4"}
+    write_json(tmp_path / "manifest.json", {"points": [row, {"name": "b"}, 3, broken]})
     assert read_points(tmp_path) == [ManifestPoint("a", [], "a")]
 
 
