@@ -76,7 +76,7 @@ def cpu_attention(
 
     mask: added to the scores, in the dtype of q.
     """
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+    kernel = _ATEN._scaled_dot_product_flash_attention_for_cpu
     out, sums = kernel(q, k, v, attn_mask=mask, scale=scale)
     return out, sums
 
@@ -85,7 +85,7 @@ def cpu_attention_backward(
     grad: Tensor, inputs: tuple[Tensor, ...], mask: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of q, k and v; inputs: these and the results of `cpu_attention`."""
-    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    kernel = _ATEN._scaled_dot_product_flash_attention_for_cpu_backward
     q, k, v = kernel(grad, *inputs, 0.0, False, attn_mask=mask, scale=scale)
     return q, k, v
 

@@ -93,9 +93,9 @@ def join(device: str | None, collective_timeout_s: float) -> Iterator[torch.devi
     Rank, world size and master address come from the environment, as torchrun, SLURM tasks and
     `lunaris.launch.local` set them. A collective that does not complete ends the process: within
     half an hour before the first step is done and during the first evaluation, otherwise within
-    `collective_timeout_s`. A process whose
-    heartbeat stops is named by the others within the same time. Raises what `choose_device`
-    raises, and RuntimeError that names the slowest ranks when a collective times out.
+    `collective_timeout_s`. A process whose heartbeat stops is named by the others within the same
+    time. Raises what `choose_device` raises, and RuntimeError that names the slowest ranks when a
+    collective times out.
     """
     global _session
     assert _session is None, "a session is open already"

@@ -71,6 +71,5 @@ def _attend(at: Sizes, width: int, keys: GQAConfig | MLAConfig, ranged: bool) ->
     gate = at.input(at.cfg.model.n_heads) if keys.output_gate else 0
     if at.cfg.model.dropout:
         return gate  # A kernel that draws is run again.
-    heads, sequences = at.cfg.model.n_heads, at.cfg.trainer.batch_size
     n_queries, _, wide = attention_shape(at, width, keys.sinks, ranged)
-    return gate + sequences * heads * n_queries * (at.product * wide + 4)
+    return gate + at.sequences * at.cfg.model.n_heads * n_queries * (at.product * wide + 4)

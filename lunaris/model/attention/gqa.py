@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lunaris.model.attention.base import Attention, Positions, causal_mask
 from lunaris.model.attention.heads import OutputGate, attend
-from lunaris.model.attention.ranges import first_attended
+from lunaris.model.attention.ranges import first_attended, has_kernel, ranges_mask
 from lunaris.model.attention.rotary import rope_tables, rotate
 from lunaris.model.cache import LayerCache, WindowCache
 from lunaris.model.layers import ModelShape, RMSNorm
@@ -47,18 +47,32 @@ class RotaryInputs(NamedTuple):
 
 
 def rotary_inputs(
-    positions: Positions, shape: ModelShape, width: int, window: int | None = None
+    positions: Positions,
+    shape: ModelShape,
+    width: int,
+    *,
+    head_width: int,
+    window: int | None = None,
+    masked: bool = False,
 ) -> RotaryInputs:
-    """Return the rotary tables of heads of `width` and the mask; one for all equal layers."""
+    """Return the rotary tables of heads of `width` and the mask; one for all equal layers.
+
+    head_width: of queries, keys and values, the widest. masked: documents and windows are computed
+    by a mask, as they are where no kernel takes their ranges.
+    """
+    masked = masked or not has_kernel(positions.device, head_width)
 
     def make() -> RotaryInputs:
         cos, sin = rope_tables(shape.max_seq_len, width, shape.rope_theta, positions.device)
         new = slice(positions.start, positions.end)
         if positions.start > 0:
             return RotaryInputs(cos[new], sin[new], causal_mask(positions, window), None)
-        return RotaryInputs(cos[new], sin[new], None, first_attended(positions, window))
+        first = first_attended(positions, window)
+        if first is not None and masked:
+            return RotaryInputs(cos[new], sin[new], ranges_mask(first))
+        return RotaryInputs(cos[new], sin[new], None, first)
 
-    key = (RotaryInputs, shape.max_seq_len, width, shape.rope_theta, window)
+    key = (RotaryInputs, shape.max_seq_len, width, shape.rope_theta, window, masked)
     return positions.shared(key, make)
 
 
@@ -101,7 +115,12 @@ class GroupedQueryAttention(Attention):
 
     def prepare(self, positions: Positions) -> RotaryInputs:
         """Return the rotary tables and the mask of these positions."""
-        return rotary_inputs(positions, self.shape, self.head_dim, self.window)
+        # The kernels of ranges drop no weights.
+        masked = self.masked or (self.training and self.shape.dropout > 0)
+        width, window = self.head_dim, self.window
+        return rotary_inputs(
+            positions, self.shape, width, head_width=width, window=window, masked=masked
+        )
 
     def forward(
         self, x: Tensor, prepared: RotaryInputs, cache: LayerCache | WindowCache | None = None
@@ -115,9 +134,10 @@ class GroupedQueryAttention(Attention):
         if cache is not None:
             k, v = cache.extend(k, v)
         dropout = self.shape.dropout if self.training else 0.0
-        # FlexAttention is compiled for each length, and prompts have any.
-        masked = self.masked or (cache is not None and x.is_cuda)
-        y = attend(q, k, v, mask, first=first, masked=masked, sinks=self.sinks, dropout=dropout)
+        if first is not None and cache is not None and x.is_cuda:
+            # FlexAttention is compiled for each length, and prompts have any.
+            mask, first = ranges_mask(first), None
+        y = attend(q, k, v, mask, first=first, sinks=self.sinks, dropout=dropout)
         if self.gate is not None:
             y = self.gate(x, y)
         return self.out(y.transpose(1, 2).flatten(2))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lunaris.model.attention.ranges import attend_ranges, has_kernel, ranges_mask
+from lunaris.model.attention.ranges import attend_ranges
 from lunaris.model.roles import Role
 
 
@@ -23,7 +23,6 @@ def attend(
     mask: Tensor | None,
     *,
     first: Tensor | None = None,
-    masked: bool = False,
     scale: float | None = None,
     sinks: Tensor | None = None,
     dropout: float = 0.0,
@@ -33,18 +32,16 @@ def attend(
     q: [B, H, L, K]; k: [B, G, S, K]; v: [B, G, S, V]; head h reads the keys and values h // (H/G).
     mask: bool, broadcastable to [B, H, L, S], True where attended; None: causal, or all positions
     for one new position. first: [B, L] or [1, L], where the range of attended positions begins that
-    ends at each position (`lunaris.model.attention.ranges`), in place of a mask. masked: compute
-    such ranges by a mask of all pairs, too. scale: None is K^-1/2. sinks: [H], a logit of each
-    head that adds its exponential to the sum below the softmax's fraction and has no value.
-    dropout: the probability that a weight is dropped.
+    ends at each position (`lunaris.model.attention.ranges`), in place of a mask and where no weight
+    is dropped. scale: None is K^-1/2. sinks: [H], a logit of each head that adds its exponential to
+    the sum below the softmax's fraction and has no value. dropout: the probability that a weight is
+    dropped.
     """
     heads, length, width = q.size(1), q.size(2), v.size(3)
     if scale is None:
         scale = 1 / math.sqrt(q.size(3))
     if sinks is not None and length == 1 and mask is None and dropout == 0:
         return _one_with_sinks(q, k, v, sinks, scale)
-    if first is not None and (masked or dropout or not has_kernel(q.device, max(q.size(3), width))):
-        mask, first = ranges_mask(first), None
     # A constant also where this is compiled for any length.
     causal = True if mask is None and first is None and length > 1 else False
     few = length == 1 if mask is None else mask.dim() == 2 and length < k.size(2)

@@ -114,13 +114,15 @@ class MultiHeadLatentAttention(Attention):
 
     def prepare(self, positions: Positions) -> RotaryInputs:
         """Return the rotary tables and the mask of these positions."""
-        return rotary_inputs(positions, self.shape, self.rope)
+        masked = self.masked or (self.training and self.shape.dropout > 0)
+        widest = max(self.nope + self.rope, self.value)
+        return rotary_inputs(positions, self.shape, self.rope, head_width=widest, masked=masked)
 
     def forward(
         self, x: Tensor, prepared: RotaryInputs, cache: LatentCache | None = None
     ) -> Tensor:
         """Return [B, L, D] for [B, L, D]; see `Attention.forward`."""
-        cos, sin, mask, first = prepared
+        cos, sin, *_ = prepared
         q = self.q_b(self.q_norm(self.q_a(x))).unflatten(-1, (self.n_heads, self.nope + self.rope))
         q_nope, q_rope = q.split([self.nope, self.rope], dim=-1)
         q_rope = rotate(q_rope, cos, sin)
@@ -131,23 +133,18 @@ class MultiHeadLatentAttention(Attention):
             seen = cache.extend(seen)
         absorb = cache is not None and x.size(1) <= self.absorb_up_to
         heads = self._absorbed if absorb else self._expanded
-        y = heads(q_nope, q_rope, seen, mask, first)
+        y = heads(q_nope, q_rope, seen, prepared)
         if self.gate is not None:
             y = self.gate(x, y)
         return self.out(y.transpose(1, 2).flatten(2))
 
     def _expanded(
-        self,
-        q_nope: Tensor,
-        q_rope: Tensor,
-        seen: Tensor,
-        mask: Tensor | None,
-        first: Tensor | None,
+        self, q_nope: Tensor, q_rope: Tensor, seen: Tensor, prepared: RotaryInputs
     ) -> Tensor:
         """Return the heads' outputs ([B, H, L, V]) from the keys and values of every head.
 
         q_nope: [B, L, H, N]; q_rope: [B, L, H, R], rotated; seen: [B, S, C + R], the normalised
-        latents and the rotated keys; mask, first: as of `attend`.
+        latents and the rotated keys.
         """
         latents, k_rope = seen.split([self.latent, self.rope], dim=-1)
         keys_and_values = self.kv_b(latents).unflatten(-1, (self.n_heads, self.nope + self.value))
@@ -156,24 +153,11 @@ class MultiHeadLatentAttention(Attention):
         q = torch.cat((q_nope, q_rope), dim=-1).transpose(1, 2)
         k = torch.cat((k_nope, k_rope), dim=-1).transpose(1, 2)
         dropout = self.shape.dropout if self.training else 0.0
-        return attend(
-            q,
-            k,
-            v.transpose(1, 2),
-            mask,
-            first=first,
-            masked=self.masked,
-            sinks=self.sinks,
-            dropout=dropout,
-        )
+        heads = (q, k, v.transpose(1, 2), prepared.mask)
+        return attend(*heads, first=prepared.first, sinks=self.sinks, dropout=dropout)
 
     def _absorbed(
-        self,
-        q_nope: Tensor,
-        q_rope: Tensor,
-        seen: Tensor,
-        mask: Tensor | None,
-        first: Tensor | None,
+        self, q_nope: Tensor, q_rope: Tensor, seen: Tensor, prepared: RotaryInputs
     ) -> Tensor:
         """Return what `_expanded` does for few new positions, without any head's keys and values.
 
@@ -186,8 +170,8 @@ class MultiHeadLatentAttention(Attention):
         q = torch.cat((q, q_rope), dim=-1).transpose(1, 2)
         scale = (self.nope + self.rope) ** -0.5
         # The rotary columns of the values are computed in vain: a slice would be copied every time.
-        heads = (q, seen[:, None], seen[:, None], mask)
-        y = attend(*heads, first=first, masked=self.masked, scale=scale, sinks=self.sinks)
+        heads = (q, seen[:, None], seen[:, None], prepared.mask)
+        y = attend(*heads, first=prepared.first, scale=scale, sinks=self.sinks)
         return torch.einsum("bhlc,hvc->bhlv", y[..., : self.latent], to_values)
 
     def new_cache(

@@ -70,10 +70,13 @@ def has_kernel(device: torch.device, width: int) -> bool:
 @torch.compiler.assume_constant_result
 def _compiles(device: torch.device) -> bool:
     """Return whether Triton is installed, takes the GPU, and finds the C compiler that it needs."""
-    if find_spec("triton") is None or torch.cuda.get_device_capability(device) < (7, 0):
-        return False
+    return torch.cuda.get_device_capability(device) >= (7, 0) and _triton_is_complete()
+
+
+@functools.cache
+def _triton_is_complete() -> bool:
     compilers = (os.environ.get("CC"), "gcc", "clang", "cc")
-    return any(shutil.which(name) for name in compilers if name)
+    return find_spec("triton") is not None and any(shutil.which(c) for c in compilers if c)
 
 
 def _takes_blocks(device: torch.device) -> bool:

@@ -198,7 +198,7 @@ def test_a_compiled_block_is_one_graph_without_a_number_for_every_pair(
     if kernel == "flex":
         monkeypatch.setattr(ranges, "_takes_blocks", lambda _: False)
         monkeypatch.setattr(ranges, "find_spec", lambda _: True)
-        monkeypatch.setattr("lunaris.model.attention.heads.has_kernel", lambda *_: True)
+        monkeypatch.setattr("lunaris.model.attention.gqa.has_kernel", lambda *_: True)
     torch.compiler.reset()
     shapes: list[list[int]] = []
 
@@ -236,6 +236,7 @@ def test_flex_attention_is_taken_where_triton_can_compile_it(
     compiler: str | None,
     there: bool,
 ) -> None:
+    monkeypatch.setattr(ranges, "_triton_is_complete", ranges._triton_is_complete.__wrapped__)
     monkeypatch.setattr(ranges, "find_spec", lambda _: True)
     monkeypatch.setattr(ranges.shutil, "which", lambda _: compiler)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
