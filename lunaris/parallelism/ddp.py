@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from lunaris.distributed import session
 from lunaris.distributed.mesh import Mesh
 from lunaris.parallelism.base import Parallelism
-from lunaris.parallelism.expert import reduce_expert_grads, shard_experts
+from lunaris.parallelism.expert import scale_expert_grads, shard_experts
 from lunaris.parallelism.reducer import Reducer
 from lunaris.precision import Precision
 
@@ -26,22 +26,25 @@ class DDP(Parallelism):
 
     def __init__(self, *, expert_parallel: int = 1) -> None:
         super().__init__(Mesh.replicated(session.world_size(), expert_parallel))
-        self._replicas: dist.ProcessGroup | None = None
         self._reducer: Reducer | None = None
+        # One group is all processes: the backward leaves the complete sums of its experts.
+        self._experts_are_alone = self.mesh.expert > 1 and self.mesh.replicate == 1
 
     def wrap(
         self, model: nn.Module, *, precision: Precision, seed: int | None, compile: bool
     ) -> nn.Module:
-        """Shard the experts, if they are to be, and average the gradients of the rest."""
+        """Shard the experts, if they are to be, and let the backward average all gradients."""
+        sharers: dist.ProcessGroup | None = None
         if self.mesh.expert > 1:
             mesh = self.mesh.device_mesh(self.device.type, "replicate", "expert")
-            self._replicas = mesh.get_group("replicate")
+            sharers = mesh.get_group("replicate")
             shard_experts(model, mesh["expert"], compile)
         # No broadcast: every process draws the same weights and updates buffers by the same sums.
         model = super().wrap(model, precision=precision, seed=seed, compile=compile)
         if self.data_world_size > 1:
-            replicated = [p for p in model.parameters() if not isinstance(p, DTensor)]
-            self._reducer = Reducer(replicated)
+            skipped = DTensor if self._experts_are_alone else ()
+            shared = [p for p in model.parameters() if not isinstance(p, skipped)]
+            self._reducer = Reducer(shared, sharers)
         return model
 
     @contextmanager
@@ -54,5 +57,5 @@ class DDP(Parallelism):
             yield
         if reducer is not None:
             reducer.finish()
-        if last and self._replicas is not None:
-            reduce_expert_grads(model, 1 / self.data_world_size, self._replicas)
+        if last and self._experts_are_alone:
+            scale_expert_grads(model, 1 / self.data_world_size)

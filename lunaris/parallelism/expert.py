@@ -48,21 +48,14 @@ def shard_experts(model: nn.Module, mesh: DeviceMesh, compile: bool) -> None:
 
 
 @torch.no_grad()
-def reduce_expert_grads(
-    model: nn.Module, factor: float, replicas: dist.ProcessGroup | None = None
-) -> None:
-    """Sum the gradients of sharded experts over `replicas`, then scale them, in place.
+def scale_expert_grads(model: nn.Module, factor: float) -> None:
+    """Multiply the gradients of sharded experts by `factor`, in place.
 
     The gradient of an expert sums over the tokens of all processes of its group, other gradients
     over those of one process; `factor` turns such sums into the average over the data ranks.
-    replicas: the processes that have the same experts; None where the sum is taken already.
     """
     found = [p.grad for m in modules_with(model, Role.EXPERT) for p in m.parameters()]
     grads = [grad.to_local() for grad in found if isinstance(grad, DTensor)]
-    if replicas is not None:
-        pending = [dist.all_reduce(grad, group=replicas, async_op=True) for grad in grads]
-        for work in pending:
-            work.wait()
     if grads:
         torch._foreach_mul_(grads, factor)
 

@@ -17,7 +17,7 @@ from lunaris.distributed import session
 from lunaris.distributed.mesh import Mesh
 from lunaris.model.roles import Role, modules_with, parameters_in
 from lunaris.parallelism.base import Parallelism, unwrap
-from lunaris.parallelism.expert import reduce_expert_grads, shard_experts
+from lunaris.parallelism.expert import scale_expert_grads, shard_experts
 from lunaris.precision import Precision
 
 
@@ -105,7 +105,7 @@ class FSDP(Parallelism):
         if self._replicated and self.data_world_size > 1:
             _average([p.grad for p in self._replicated if p.grad is not None], self.data_world_size)
         if self.mesh.expert > 1:
-            reduce_expert_grads(model, 1 / self.mesh.expert)
+            scale_expert_grads(model, 1 / self.mesh.expert)
 
 
 class HSDP(FSDP):
