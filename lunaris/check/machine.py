@@ -10,6 +10,7 @@ from importlib import metadata
 from pathlib import Path
 
 from lunaris.check.item import FAIL, OK, Item
+from lunaris.check.temporary import temporary_item
 from lunaris.config.schema.root import Config
 from lunaris.errors import UserError
 from lunaris.metrics.devices import this_machine, visible_gpus
@@ -23,7 +24,9 @@ _GB = 1e9
 
 def machine_items(cfg: Config) -> list[Item]:
     """Return what can be seen before any process starts."""
-    return [_software(), _cores(cfg), _memory(cfg), _files(), _disk(cfg)]
+    return [
+        _software(), _cores(cfg), _memory(cfg), _files(), _disk(cfg), temporary_item(cfg)
+    ]  # fmt: skip
 
 
 def _software() -> Item:

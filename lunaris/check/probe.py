@@ -31,6 +31,8 @@ from lunaris.runs.run_dir import RunDir
 
 ITEMS = "items.json"
 MODULE = "lunaris.check.probe"
+# Of a GPU's memory, below which something else holds some; this process's own context is small.
+_FREE_SHARE = 0.9
 
 
 def main(path: Path) -> int:
@@ -112,13 +114,20 @@ def _device(cfg: Config) -> Item:
         f"{made.name}, compute capability {capability}, {free / 1e9:.1f} of {total / 1e9:.1f} GB "
         f"free, CUDA {torch.version.cuda}, NCCL {nccl}"
     )
-    figures = {"name": made.name, "capability": capability, "free_gb": free / 1e9}
+    figures = {
+        "name": made.name, "capability": capability, "free_gb": free / 1e9, "total_gb": total / 1e9
+    }  # fmt: skip
     better: tuple[str, ...] = ()
+    if free < _FREE_SHARE * total:
+        better = (
+            f"nvidia-smi: it names what holds {(total - free) / 1e9:.1f} GB of this GPU; end that, "
+            "or choose others by CUDA_VISIBLE_DEVICES",
+        )
     bf16 = torch.cuda.is_bf16_supported(including_emulation=False)
     if cfg.trainer.precision == "fp32" and bf16:
-        better = ("trainer.precision=bf16: this GPU computes it several times as fast as fp32",)
+        better += ("trainer.precision=bf16: this GPU computes it several times as fast as fp32",)
     if cfg.trainer.precision == "bf16" and not bf16:
-        better = ("trainer.precision=fp16: this GPU only emulates bf16",)
+        better += ("trainer.precision=fp16: this GPU only emulates bf16",)
     return Item("device", OK, text, figures, better)
 
 

@@ -13,8 +13,10 @@ from typing import Any
 from lunaris.check.item import FAIL, OK, Item, skipped
 from lunaris.check.stage import Ended, run_module
 from lunaris.config.schema.root import Config
+from lunaris.config.schema.trainer import AUTO
 from lunaris.metrics.records import read_rows
 from lunaris.runs.create import create
+from lunaris.runs.run_dir import RunDir
 
 STEPS, HALF = 6, 3
 # The first steps allocate and compile.
@@ -119,11 +121,20 @@ class ShortRuns:
 
     @property
     def _tolerance(self) -> float:
-        return _TOLERANCE[self._cfg.trainer.precision]
+        return _TOLERANCE[self._precision]
+
+    @property
+    def _precision(self) -> str:
+        """The precision that the first run has, decided by its devices where the config says so."""
+        given = self._cfg.trainer.precision
+        if given != AUTO:
+            return given
+        chosen: str = RunDir(self._folder / "whole").read_config().trainer.precision
+        return chosen
 
     def _on_gpu(self) -> bool:
         # The line may be broken between any two words.
-        return f"{self._cfg.trainer.precision} on cuda" in " ".join(self._log("whole").split())
+        return f"{self._precision} on cuda" in " ".join(self._log("whole").split())
 
     def _log(self, name: str) -> str:
         log = self._folder / name / "logs" / "rank_0.log"

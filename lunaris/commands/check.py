@@ -149,7 +149,6 @@ def _configs(flags: Flags) -> tuple[Config, Config]:
             f"launch: {processes} processes, but this machine has {gpus} GPU{'s' * (gpus > 1)}; "
             "each process takes one"
         )
-    cfg.trainer.precision = cfg.trainer.likely_precision(gpu=gpus > 0)
     vocab_size, _ = corpus(cfg)
     # It pauses, so that the schedule is that of the whole run.
     trainer = replace(

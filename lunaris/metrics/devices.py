@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -58,31 +59,48 @@ def find_device(name: str) -> Device | None:
 class Machine:
     """This machine. gpus: the names of its GPUs; gpu_memory: bytes of one; memory: of the host.
 
-    available: bytes of the host's memory that a new process can take.
+    available: bytes of the host's memory that a new process can take. bf16: whether every GPU
+    computes it; True where that is not known.
     """
 
     gpus: list[str]
     gpu_memory: int
     memory: int
     available: int
+    bf16: bool = True
 
 
 def this_machine() -> Machine:
     """Look at this machine without torch: nvidia-smi, where there is one, and /proc."""
-    names: list[str] = []
-    gpu_memory = 0
-    if shutil.which("nvidia-smi"):
-        query = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
-        try:
-            done = subprocess.run(query, capture_output=True, text=True, timeout=10)
-            rows = [line.rsplit(",", 1) for line in done.stdout.splitlines() if "," in line]
-            names = [row[0].strip() for row in rows]
-            gpu_memory = min((int(row[1]) * 2**20 for row in rows), default=0)
-        except (OSError, ValueError, subprocess.TimeoutExpired):
-            names = []  # It is there and does not work: no GPU that training could use.
+    rows = [line.rsplit(",", 1) for line in _asked("name,memory.total") if "," in line]
+    try:
+        gpu_memory = min((int(row[1]) * 2**20 for row in rows), default=0)
+    except ValueError:
+        rows, gpu_memory = [], 0
+    # Asked for alone: a driver that does not know it refuses the entire question.
+    bf16 = _compute_bf16(_asked("compute_cap")) if rows else True
     page = os.sysconf("SC_PAGE_SIZE")
     total = page * os.sysconf("SC_PHYS_PAGES")
-    return Machine(names, gpu_memory, total, _available() or page * os.sysconf("SC_AVPHYS_PAGES"))
+    available = _available() or page * os.sysconf("SC_AVPHYS_PAGES")
+    return Machine([row[0].strip() for row in rows], gpu_memory, total, available, bf16)
+
+
+def _asked(fields: str) -> list[str]:
+    """Return what nvidia-smi says of each GPU, [] where it is absent or does not work."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return []  # It is there and does not work: no GPU that training could use.
+    return done.stdout.splitlines()
+
+
+def _compute_bf16(capabilities: list[str]) -> bool:
+    """Return whether GPUs of these compute capabilities have products in bf16: 8.0 and above."""
+    numbers = [text.strip() for text in capabilities if re.fullmatch(r"\s*\d+\.\d+\s*", text)]
+    return all(float(number) >= 8 for number in numbers)
 
 
 def visible_gpus() -> list[str]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 from lunaris.config.schema.launch import LocalLaunchConfig, SlurmLaunchConfig
 from lunaris.config.schema.root import Config
+from lunaris.config.schema.trainer import AUTO
 from lunaris.errors import UserError
 from lunaris.metrics.devices import Device, find_device, this_machine
 from lunaris.planning.plan import Plan, fitting, host_request, make_plan
@@ -103,6 +104,8 @@ def memory_warning(cfg: Config) -> str | None:
     if available is None:
         return None
     device = find_device(this_machine().gpus[0]) if gpu else None
+    if gpu and cfg.trainer.precision == AUTO and not this_machine().bf16:
+        cfg = replace(cfg, trainer=replace(cfg.trainer, precision="fp32"))
     try:
         plan = make_plan(cfg, gpu=gpu, device=device)
     except UserError:

@@ -10,31 +10,25 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from torch import Tensor
 
-from lunaris.check import kernels, machine, runs, stage
+from lunaris.check import machine, runs, stage
 from lunaris.check.communication import _fitting
 from lunaris.check.drill import hang_drill
 from lunaris.check.item import FAIL, OK, SKIP, Item
-from lunaris.check.kernels import kernel_looks
 from lunaris.check.machine import machine_items
 from lunaris.check.runs import ShortRuns
 from lunaris.metrics.devices import Machine
-from lunaris.moe import experts
-from lunaris.moe.experts import Product
+from lunaris.runs.create import create
 
 
 def by_name(items: list[Item]) -> dict[str, Item]:
     return {item.name: item for item in items}
-
-
-def kernel_items(cfg: Any) -> list[Item]:
-    return [look() for look in kernel_looks(cfg).values()]
 
 
 class Usage(NamedTuple):
@@ -45,7 +39,7 @@ class Usage(NamedTuple):
 
 def test_this_machine_is_ready_for_a_tiny_run(tiny: Callable[..., Any]) -> None:
     found = by_name(machine_items(tiny()))
-    assert set(found) == {"software", "cores", "memory", "open files", "disk"}
+    assert set(found) == {"software", "cores", "memory", "open files", "disk", "temporary"}
     assert {item.state for item in found.values()} == {OK}
     assert found["software"].figures["torch"] == torch.__version__
     assert "checkpoint takes" in found["disk"].text
@@ -82,60 +76,6 @@ def test_an_item_survives_json_and_fits_its_line() -> None:
     assert Item("experts", OK, "", {"difference": float("inf")}).as_dict()["figures"] == {
         "difference": None
     }
-
-
-def test_the_kernels_of_this_device_are_right(tiny: Callable[..., Any]) -> None:
-    found = by_name(kernel_items(tiny()))
-    assert {item.state for item in found.values()} == {OK}
-    assert found["experts"].figures["grouped_difference"] <= 2e-2
-    assert found["experts"].figures["padded_difference"] <= 2e-2
-    assert found["experts"].text.endswith("takes one product an expert (float32 on cpu)")
-    assert {"math_s", "flash_s"} <= found["attention"].figures.keys()
-
-
-@pytest.mark.parametrize("fault", ["values", "not finite, at the third time", "raises"])
-@pytest.mark.parametrize("kind", [Product.GROUPED, Product.PADDED], ids=lambda p: p.name)
-def test_a_wrong_product_of_experts_fails_where_it_is_taken(
-    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, kind: Product, fault: str
-) -> None:
-    name = f"{kind.name.lower()}_product"
-    real, calls = getattr(experts, name), []
-
-    def wrong(*args: Any) -> Tensor:
-        calls.append(1)
-        if fault == "raises":
-            raise RuntimeError("no kernel\nsecond line")
-        out = real(*args)
-        if fault == "values":
-            return out * 1.1
-        return out * float("nan") if len(calls) == 3 else out
-
-    monkeypatch.setattr(experts, name, wrong)
-    monkeypatch.setattr(experts, "product_for", lambda *args: kind)
-    item = by_name(kernel_items(tiny("trainer.precision=bf16")))["experts"]
-    assert item.state == FAIL and item.figures["product"] == kind.name.lower()
-    if fault == "raises":
-        assert f"{kind.value} (taken by this run) fails: no kernel" in item.text
-    # Where the run takes another, or has no experts, nothing rests on it.
-    for taken, overrides in ((Product.LOOP, []), (kind, ["moe=none"])):
-        calls.clear()
-        monkeypatch.setattr(experts, "product_for", lambda *args, p=taken: p)
-        item = by_name(kernel_items(tiny("trainer.precision=bf16", *overrides)))["experts"]
-        assert item.state == OK and "taken by this run" not in item.text
-
-
-def test_a_wrong_kernel_of_attention_fails(
-    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real, calls = kernels._attended, []
-
-    def attended(*args: Tensor) -> Tensor:
-        calls.append(1)
-        return real(*args) + (len(calls) == 1)
-
-    monkeypatch.setattr(kernels, "_attended", attended)
-    item = by_name(kernel_items(tiny()))["attention"]
-    assert (item.state, "flash differs from math" in item.text) == (FAIL, True)
 
 
 @pytest.mark.parametrize(("world", "expected"), [
@@ -227,6 +167,29 @@ def test_a_compiler_that_fails_counts_where_the_config_compiles(
     short.train()
     item = short.compiled()
     assert (item.state, item.text) == (state, "InductorError: no g++")
+
+
+def test_the_tolerance_is_that_of_the_precision_that_the_run_took(
+    tiny: Callable[..., Any], tmp_path: Path
+) -> None:
+    """A GPU without bf16 takes fp32, whatever a recent one would take."""
+    cfg, near = tiny("trainer.precision=auto"), rows()
+    near[4]["train/loss"] = 2.02  # Within what bf16 may differ by.
+    for chosen, state in (("bf16", OK), ("fp32", FAIL)):
+        log = f"{chosen} on cuda\nresumed    after step 3\n"
+        script = [(rows(), 0, log), (rows()[:3], 0), (near, 0, log)]
+        short = Scripted(cfg, tmp_path / chosen, *script)
+        create(
+            replace(
+                cfg,
+                out_dir=str(tmp_path / chosen / "whole"),
+                trainer=replace(cfg.trainer, precision=chosen),
+            ),
+            "lunaris check",
+            [],
+        )
+        short.train()
+        assert short.resumed().state == state
 
 
 GPU = "training   6 steps = 384 tokens, fp32 on\n           cuda\nresumed    after step 3\n"

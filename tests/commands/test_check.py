@@ -17,9 +17,9 @@ TINY = [
     "trainer.device=cpu", "data=synthetic", "data.vocab_size=64", "data.n_tokens=20000",
 ]  # fmt: skip
 NAMES = [
-    "software", "cores", "memory", "open files", "disk", "device", "product", "experts",
-    "attention", "all-reduce", "agreement", "meshes", "training", "resume", "hang drill",
-    "compilation",
+    "software", "cores", "memory", "open files", "disk", "temporary", "device", "product",
+    "experts", "attention", "ranges", "all-reduce", "agreement", "meshes", "training", "resume",
+    "hang drill", "compilation",
 ]  # fmt: skip
 
 

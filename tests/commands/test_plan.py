@@ -149,6 +149,14 @@ def test_training_warns_of_too_little_memory(monkeypatch: pytest.MonkeyPatch) ->
     assert report.memory_warning(small) is None
     machine(["NVIDIA H100 80GB HBM3"], 2 << 30, 100 << 30)
     assert "this machine has" in (report.memory_warning(small) or "")
+    # GPUs without bf16 train in fp32, which takes more.
+    needed = {}
+    for bf16 in (True, False):
+        old = Machine(["Tesla T4"], 1 << 20, 2 << 30, 1 << 30, bf16)
+        monkeypatch.setattr(report, "this_machine", lambda old=old: old)
+        needed[bf16] = report.memory_warning(small)
+    fp32 = compose([*_DATA, "trainer.precision=fp32"])
+    assert needed[True] != needed[False] == report.memory_warning(fp32)
     slurm = compose([*_DATA, "launch=slurm", "launch.mem_gb=0.2", "launch.tasks_per_node=1"])
     assert "launch.mem_gb=0.2 gives it" in (report.memory_warning(slurm) or "")
 
