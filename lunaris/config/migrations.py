@@ -124,6 +124,14 @@ def _keep_masks(tree: dict[str, Any]) -> None:
             attention.setdefault("ranges", "masked")
 
 
+def _keep_newton_schulz(tree: dict[str, Any]) -> None:
+    """Keep the only iteration that Muon had in version 6, and its number of steps."""
+    optimizer = tree.get("optimizer")
+    if isinstance(optimizer, dict) and optimizer.get("_target_") == "lunaris.optim.muon.build_muon":
+        optimizer.setdefault("orthogonalization", "newton_schulz")
+        optimizer.setdefault("ns_steps", 5)
+
+
 def migrate_identity(identity: dict[str, Any], version: int) -> None:
     """Bring what a sweep's manifest says of a point (dotted keys) to today's version, in place."""
     key = "moe.expert_hidden_multiplier"
@@ -161,8 +169,9 @@ MIGRATIONS = (
     Rewritten(5, _keep_masks),
     default_changed(6, "trainer.max_steps", 300),
     default_changed(6, "trainer.batch_size", 16),
+    Rewritten(7, _keep_newton_schulz),
 )
-VERSION = 6
+VERSION = 7
 
 
 def migrate(tree: dict[str, Any]) -> dict[str, Any]:

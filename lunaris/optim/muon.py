@@ -6,107 +6,173 @@ learning rate and weight decay is that of arXiv 2502.16982, section 2.2.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.adamw import adamw
 
-from lunaris.optim.groups import parameter_groups
+from lunaris.model.layers import local_part
+from lunaris.optim.groups import by_layout, parameter_groups
+from lunaris.optim.matrix_exchange import map_matrices, part_of
+from lunaris.optim.orthogonal import orthogonalize
 
-# The quintic polynomial that moves all singular values in (0, 1] towards 1 (Muon's post).
-_A, _B, _C = 3.4445, -4.7750, 2.0315
-
-
-def orthogonalize(matrices: Tensor, steps: int) -> Tensor:
-    """Return the nearest semi-orthogonal matrices, approximately, by Newton-Schulz iteration.
-
-    matrices: [..., rows, columns], any float dtype; computed in bfloat16 on CUDA and in float32
-    elsewhere; returned in float32. The leading dimensions are a batch (stacked experts).
-    """
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
-    tall = x.size(-2) > x.size(-1)
-    if tall:
-        x = x.mT
-    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        gram = x @ x.mT
-        x = _A * x + (_B * gram + _C * gram @ gram) @ x
-    return (x.mT if tall else x).float()
+# Elements that are exchanged at once, and on a GPU orthogonalized at once, where few large products
+# are faster than many small ones; a CPU takes one parameter at a time, which stays in its cache.
+_AT_ONCE = 1 << 25
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum orthogonalised per matrix; groups with `adamw=True` step by AdamW instead.
+    """Momentum orthogonalised per matrix; groups with `adamw=True` step by torch's fused AdamW.
 
     The update of a [rows, columns] matrix is scaled by 0.2 · sqrt(max(rows, columns)), which
-    gives it the root mean square of an AdamW update. A sharded (DTensor) momentum is gathered for
-    the iteration and its result sharded again, so the numbers do not depend on the sharding.
+    gives it the root mean square of an AdamW update. A matrix that is sharded (DTensor) is computed
+    by one of its processes, so the numbers do not depend on the sharding.
 
     Where `found_inf` ([] float32 on the device, as torch's gradient scaler sets it) is 1, a step
-    changes no bit of weights and state, without waiting for the device.
+    changes no bit of weights and state, without waiting for a GPU.
     """
 
     _step_supports_amp_scaling = True
     found_inf: Tensor | None = None
 
+    def __init__(self, groups: list[dict[str, Any]], defaults: dict[str, Any], method: str) -> None:
+        """method: of `orthogonalize`; no value of a group, as older checkpoints lack it there."""
+        super().__init__(groups, defaults)
+        self._method = method
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Take one step on every parameter that has a gradient; closures are not supported."""
         for group in self.param_groups:
-            update = self._adamw if group["adamw"] else self._muon
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    update(parameter, group, self._skip(parameter))
+            begin = _moments if group["adamw"] else _momentum
+            params = [p for p in group["params"] if p.grad is not None]
+            for parameter in params:
+                if not self.state[parameter]:
+                    self.state[parameter].update(begin(parameter))
+            for alike in by_layout(params):
+                states = [self.state[p] for p in alike]
+                if group["adamw"]:
+                    _adamw(alike, states, group, self.found_inf)
+                else:
+                    _muon(alike, states, group, self.found_inf, self._method)
 
-    def _skip(self, parameter: nn.Parameter) -> Tensor:
-        """Return whether the step is skipped ([] bool), on the device of `parameter`."""
-        if self.found_inf is None:
-            return torch.zeros((), dtype=torch.bool, device=parameter.device)
-        return self.found_inf.to(parameter.device, non_blocking=True).bool()
 
-    def _muon(self, parameter: nn.Parameter, group: dict[str, Any], skip: Tensor) -> None:
-        state = self.state[parameter]
-        if not state:
-            state["momentum"] = torch.zeros_like(parameter)
-        momentum = state["momentum"]
-        assert parameter.grad is not None
+def _momentum(parameter: nn.Parameter) -> dict[str, Tensor]:
+    return {"momentum": torch.zeros_like(parameter)}
+
+
+def _moments(parameter: nn.Parameter) -> dict[str, Tensor]:
+    return {
+        "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+        "exp_avg": torch.zeros_like(parameter),
+        "exp_avg_sq": torch.zeros_like(parameter),
+    }
+
+
+def _adamw(
+    params: list[nn.Parameter],
+    states: list[dict[str, Tensor]],
+    group: dict[str, Any],
+    found_inf: Tensor | None,
+) -> None:
+    beta1, beta2 = group["betas"]
+    adamw(
+        params,  # type: ignore[arg-type]
+        [p.grad for p in params if p.grad is not None],
+        [state["exp_avg"] for state in states],
+        [state["exp_avg_sq"] for state in states],
+        [],
+        [state["step"] for state in states],
+        fused=True,
+        found_inf=found_inf,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def _muon(
+    params: list[nn.Parameter],
+    states: list[dict[str, Tensor]],
+    group: dict[str, Any],
+    found_inf: Tensor | None,
+    method: str,
+) -> None:
+    if found_inf is not None and _on_host(found_inf):
+        if found_inf:
+            return
+        found_inf = None
+    at_once = _AT_ONCE if params[0].is_cuda else 0
+    function = partial(orthogonalize, steps=group["ns_steps"], method=method)
+    for some in _buckets(params, _AT_ONCE if isinstance(params[0], DTensor) else at_once):
+        momenta = [local_part(states[i]["momentum"]) for i in some]
+        parts = [
+            part_of(params[i], _nesterov(params[i], momentum, group["momentum"], found_inf))
+            for i, momentum in zip(some, momenta, strict=True)
+        ]
+        updates = map_matrices(function, parts, at_once)
+        for i, update in zip(some, updates, strict=True):
+            _apply(params[i], update, group, found_inf)
+
+
+def _on_host(value: Tensor) -> bool:
+    """Return whether reading `value` waits for no other device."""
+    return value.device.type == "cpu"
+
+
+def _nesterov(
+    parameter: nn.Parameter, momentum: Tensor, beta: float, found_inf: Tensor | None
+) -> Tensor:
+    """Update the momentum in place and return the gradient to orthogonalize, both local."""
+    assert parameter.grad is not None
+    grad = local_part(parameter.grad)
+    if found_inf is not None:
         # Its own momentum as the gradient leaves the momentum as it is.
-        grad = torch.where(skip, momentum, parameter.grad)
-        momentum.lerp_(grad, 1 - group["momentum"])
-        nesterov = grad.lerp(momentum, group["momentum"])
-        full = nesterov.full_tensor() if isinstance(nesterov, DTensor) else nesterov
-        update = orthogonalize(full, group["ns_steps"])
-        scale = 0.2 * max(full.shape[-2:]) ** 0.5
-        if isinstance(nesterov, DTensor):
-            # All processes have the same full update, so each takes its shard without an exchange.
-            update = distribute_tensor(
-                update, nesterov.device_mesh, nesterov.placements, src_data_rank=None
-            )
-        parameter.mul_(torch.where(skip, 1.0, 1 - group["lr"] * group["weight_decay"]))
-        # A negative factor makes it -0.0, which changes no bit of what it is added to.
-        parameter.add_(torch.where(skip, 0.0, update), alpha=-group["lr"] * scale)
+        grad = torch.where(found_inf.bool(), momentum, grad)
+    momentum.lerp_(grad, 1 - beta)
+    return grad.lerp(momentum, beta)
 
-    def _adamw(self, parameter: nn.Parameter, group: dict[str, Any], skip: Tensor) -> None:
-        state = self.state[parameter]
-        if not state:
-            device = parameter.device
-            state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        beta1, beta2 = group["betas"]
-        grad, mean, square = parameter.grad, state["exp_avg"], state["exp_avg_sq"]
-        assert grad is not None
-        state["step"] += ~skip
-        # At least 1: the first step of all may be skipped.
-        step = state["step"].clamp(min=1).double()
-        mean.lerp_(torch.where(skip, mean, grad), 1 - beta1)
-        grad = torch.where(skip, 0.0, grad)
-        square.mul_(torch.where(skip, 1.0, beta2)).addcmul_(grad, grad, value=1 - beta2)
-        parameter.mul_(torch.where(skip, 1.0, 1 - group["lr"] * group["weight_decay"]))
-        denominator = (square / (1 - beta2**step)).sqrt_().add_(group["eps"])
-        update = (mean * (-group["lr"] / (1 - beta1**step))).div_(denominator)
-        parameter.add_(torch.where(skip, -0.0, update))
+
+def _apply(
+    parameter: nn.Parameter, update: Tensor, group: dict[str, Any], found_inf: Tensor | None
+) -> None:
+    decay = 1 - group["lr"] * group["weight_decay"]
+    rate = -0.2 * group["lr"] * max(parameter.shape[-2:]) ** 0.5
+    weight = local_part(parameter)
+    if found_inf is None:
+        weight.mul_(decay).add_(update, alpha=rate)
+    else:
+        skip = found_inf.bool()
+        weight.mul_(torch.where(skip, 1.0, decay))
+        # A negative factor makes it -0.0, which changes no bit of what it is added to.
+        weight.add_(torch.where(skip, 0.0, update), alpha=rate)
+
+
+def _buckets(params: list[nn.Parameter], at_once: int) -> Iterator[list[int]]:
+    """Yield the indices of parameters whose local parts have about `at_once` elements in all.
+
+    The same in every process, also where the parts are not equal.
+    """
+    some: list[int] = []
+    room = 0
+    for i, parameter in enumerate(params):
+        shards = parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
+        size = parameter.numel() // shards
+        if some and size > room:
+            yield some
+            some = []
+        room = (room if some else at_once) - size
+        some.append(i)
+    if some:
+        yield some
 
 
 def build_muon(
@@ -117,6 +183,7 @@ def build_muon(
     betas: Sequence[float],
     eps: float,
     momentum: float,
+    orthogonalization: str,
     ns_steps: int,
     router_lr_scale: float = 1.0,
 ) -> torch.optim.Optimizer:
@@ -129,4 +196,4 @@ def build_muon(
         group | {"adamw": name != "matrices"} for name, group in found.items() if group["params"]
     ]
     defaults = {"betas": tuple(betas), "eps": eps, "momentum": momentum, "ns_steps": ns_steps}
-    return Muon(groups, defaults)
+    return Muon(groups, defaults, orthogonalization)

@@ -35,6 +35,8 @@ from lunaris.planning.sizes import expert_blocks, local_experts
 _LOGITS, _LOGITS_GPU = 1 << 22, 1 << 26
 # As in `lunaris.parallelism.reducer`.
 _BUCKET = 25 << 20
+# As in `lunaris.optim.muon`, elements.
+_MUON = 1 << 25
 # What a GPU holds besides tensors: the CUDA context, cuBLAS's workspaces, NCCL's buffers.
 GPU_RESERVE = 2 << 30
 
@@ -78,7 +80,7 @@ def memory_of(
     inside = _backward_bytes(cfg, gpu, padded)
     if cfg.trainer.activation_checkpointing != "none":
         inside += block_bytes(cfg, parameters, gpu=gpu, sharded=layout.sharded, padded=padded)
-    instants = _instants(cfg, parameters, layout, saved, logits, inside)
+    instants = _instants(cfg, parameters, layout, saved, logits, inside, gpu)
     instant, (held, temporary) = max(instants.items(), key=lambda item: sum(item[1]))
     return Memory(
         weights=weights,
@@ -117,6 +119,7 @@ def _instants(
     saved: Saved,
     logits: int,
     inside: int,
+    gpu: bool,
 ) -> dict[str, tuple[int, int]]:
     """Return the fullest instants: what is held besides weights and optimizer, and temporaries.
 
@@ -144,7 +147,7 @@ def _instants(
         fullest = max(fullest, kept + (all_gradients if accumulated else later))
         kept -= own
     found["the backward of a block"] = (fullest + gathered, temporary)
-    found["the optimizer's step"] = (all_gradients, _step_bytes(cfg, parameters, layout))
+    found["the optimizer's step"] = (all_gradients, _step_bytes(cfg, parameters, layout, gpu))
     return found
 
 
@@ -180,13 +183,18 @@ def _stacked_bytes(cfg: Config) -> int:
     return 4 * cfg.moe.n_experts * cfg.model.d_model * columns
 
 
-def _step_bytes(cfg: Config, parameters: list[Parameter], layout: Layout) -> int:
-    """Return the temporaries of an optimizer's step: Muon's gather and iterate one matrix."""
+def _step_bytes(cfg: Config, parameters: list[Parameter], layout: Layout, gpu: bool) -> int:
+    """Return the temporaries of an optimizer's step: what Muon orthogonalizes, and its results.
+
+    Those are of one parameter on a CPU. Shards are sent, received and put together, both ways.
+    """
     if not isinstance(cfg.optimizer, MuonConfig):
         return 0
-    matrices = [p for p in parameters if p.kind in (Kind.MATRIX, Kind.EXPERT)]
-    experts = layout.mesh.expert if layout.sharded else 1
-    return max(16 * p.numel // (experts if p.kind is Kind.EXPERT else 1) for p in matrices)
+    parts = [layout.local(p) for p in parameters if p.kind in (Kind.MATRIX, Kind.EXPERT)]
+    largest = max(parts)
+    bucket = min(sum(parts), _MUON + largest) if gpu or layout.sharded else largest
+    copies = 7 if layout.sharded else 2
+    return 4 * copies * bucket + 12 * (bucket if gpu else largest)
 
 
 def _gathered(parameters: list[Parameter], layout: Layout) -> int:

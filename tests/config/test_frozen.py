@@ -84,6 +84,20 @@ def test_checkpointing_that_was_on_or_off_has_a_name(
     assert read_config(path).trainer.activation_checkpointing == now
 
 
+def test_muon_keeps_the_iteration_of_version_6(tmp_path: Path) -> None:
+    cfg = compose(["optimizer=muon", "data=synthetic"])
+    tree: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(cfg).decode()))
+    del tree["optimizer"]["orthogonalization"]
+    path = tmp_path / "config.yaml"
+    for steps, found in ((None, 5), (8, 8)):
+        tree["optimizer"].pop("ns_steps", None)
+        if steps is not None:
+            tree["optimizer"]["ns_steps"] = steps
+        path.write_text(OmegaConf.to_yaml(tree | {"config_version": 6}))
+        optimizer = read_config(path).optimizer
+        assert (optimizer.orthogonalization, optimizer.ns_steps) == ("newton_schulz", found)
+
+
 def test_migrations_rename_remove_and_keep_old_defaults(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -5,11 +5,14 @@ import torch
 from torch import Tensor, nn
 
 from lunaris.model.roles import Role
+from lunaris.optim import muon
 from lunaris.optim.adamw import build_adamw
 from lunaris.optim.groups import parameter_groups, set_learning_rate
-from lunaris.optim.muon import build_muon, orthogonalize
+from lunaris.optim.muon import build_muon
+from lunaris.optim.orthogonal import METHODS
 
 ADAM = {"learning_rate": 0.01, "weight_decay": 0.1, "betas": [0.9, 0.95], "eps": 1e-8}
+MUON = ADAM | {"momentum": 0.9, "orthogonalization": "newton_schulz", "ns_steps": 5}
 
 
 class Toy(nn.Module):
@@ -48,9 +51,7 @@ def test_each_parameter_has_one_role() -> None:
     }
 
 
-@pytest.mark.parametrize(
-    "build", [build_adamw, lambda m, **k: build_muon(m, momentum=0.9, ns_steps=5, **k)]
-)
+@pytest.mark.parametrize("build", [build_adamw, lambda m, **k: build_muon(m, **MUON | k)])
 def test_stacked_experts_decay_norms_do_not_and_the_router_keeps_its_scale(build) -> None:
     model = Toy()
     optimizer = build(model, **ADAM, router_lr_scale=0.5)
@@ -67,7 +68,7 @@ def test_muon_steps_its_adamw_groups_as_torch_does() -> None:
     torch.manual_seed(0)
     ours, theirs = Toy(), Toy()
     theirs.load_state_dict(ours.state_dict())
-    a = build_muon(ours, momentum=0.9, ns_steps=5, **ADAM)
+    a = build_muon(ours, **MUON)
     b = build_adamw(theirs, **ADAM)
     for _ in range(5):
         for model, optimizer in ((ours, a), (theirs, b)):
@@ -79,46 +80,44 @@ def test_muon_steps_its_adamw_groups_as_torch_does() -> None:
     assert not torch.allclose(ours.b.weight, theirs.b.weight)
 
 
-def test_orthogonalize_pulls_every_singular_value_near_one() -> None:
-    torch.manual_seed(0)
-    stacked = torch.randn(3, 8, 5) @ torch.diag(torch.tensor([3.0, 2.0, 1.0, 0.5, 0.3]))
-    result = orthogonalize(stacked, steps=8)
-    values = torch.linalg.svdvals(result)
-    assert values.min() > 0.6 and values.max() < 1.3
-    for one, alone in zip(result, stacked, strict=True):
-        torch.testing.assert_close(one, orthogonalize(alone, steps=8))
-
-
-def reference_muon(weight: Tensor, grads: list[Tensor], rate: float, decay: float) -> Tensor:
+def reference_muon(
+    weight: Tensor, grads: list[Tensor], rate: float, decay: float, method: str, steps: int
+) -> Tensor:
     """Return a matrix after Muon steps in float64, written as its papers do.
 
-    Newton-Schulz keeps the singular vectors, so it is a polynomial of the singular values.
+    The iteration keeps the singular vectors, so it is a polynomial of the singular values.
     """
     weight, momentum = weight.double(), torch.zeros_like(weight, dtype=torch.float64)
     for grad in grads:
         momentum = 0.9 * momentum + 0.1 * grad
         u, values, v = torch.linalg.svd(0.1 * grad + 0.9 * momentum, full_matrices=False)
-        values = values / values.norm(dim=-1, keepdim=True)
-        for _ in range(5):
-            values = 3.4445 * values - 4.7750 * values**3 + 2.0315 * values**5
+        if method == "newton_schulz":
+            values = values / values.norm(dim=-1, keepdim=True)
+            polynomials = [(3.4445, -4.7750, 2.0315)] * steps
+        else:
+            values = values / values.norm(p=4, dim=-1, keepdim=True) / 1.01
+            polynomials = METHODS[method][:steps]
+        for a, b, c in polynomials:
+            values = a * values + b * values**3 + c * values**5
         update = u @ torch.diag_embed(values) @ v
         scale = 0.2 * max(weight.shape[-2:]) ** 0.5
         weight = weight - rate * decay * weight - rate * scale * update
     return weight
 
 
+@pytest.mark.parametrize("method, steps", [("newton_schulz", 5), ("polar_express", 3)])
 @pytest.mark.parametrize("name", ["b.weight", "c"])
-def test_muon_steps_matrices_by_its_formula(name: str) -> None:
+def test_muon_steps_matrices_by_its_formula(name: str, method: str, steps: int) -> None:
     torch.manual_seed(0)
     model = Toy()
     parameter = model.get_parameter(name)
     begin = parameter.detach().clone()
     grads = [torch.randn(begin.shape, dtype=torch.float64) for _ in range(3)]
-    optimizer = build_muon(model, momentum=0.9, ns_steps=5, **ADAM)
+    optimizer = build_muon(model, **MUON | {"orthogonalization": method, "ns_steps": steps})
     for grad in grads:
         parameter.grad = grad.float()
         optimizer.step()
-    want = reference_muon(begin, grads, rate=0.01, decay=0.1)
+    want = reference_muon(begin, grads, 0.01, 0.1, method, steps)
     torch.testing.assert_close(
         parameter - begin, want - begin, check_dtype=False, rtol=1e-3, atol=1e-6
     )
@@ -131,7 +130,37 @@ def test_muons_update_is_as_large_as_adamws(shape: tuple[int, ...]) -> None:
     model = nn.Module()
     model.weight = nn.Parameter(torch.zeros(shape))
     model.parameter_roles = lambda: {"weight": Role.MATRIX}
-    optimizer = build_muon(model, momentum=0.9, ns_steps=5, **ADAM | {"learning_rate": 1.0})
+    optimizer = build_muon(model, **MUON | {"learning_rate": 1.0})
     model.weight.grad = torch.randn(shape)
     optimizer.step()
     assert 0.16 < model.weight.square().mean().sqrt().item() < 0.24
+
+
+@pytest.mark.parametrize("on_host", [True, False], ids=["read", "on the device"])
+def test_muon_skips_a_step_without_changing_a_bit(
+    on_host: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A GPU's step is decided by `where`, which must be the same step too."""
+    torch.manual_seed(0)
+    models = [Toy(), Toy()]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizers = [build_muon(model, **MUON) for model in models]
+    for step in range(4):
+        for model, optimizer in zip(models, optimizers, strict=True):
+            model.loss().backward()
+            skipping = model is models[1]
+            monkeypatch.setattr(muon, "_on_host", lambda value, here=on_host: here)
+            optimizer.found_inf = torch.tensor(0.0) if skipping else None
+            optimizer.step()
+            optimizer.zero_grad()
+        for parameter in models[1].parameters():
+            parameter.grad = torch.full_like(parameter, torch.nan)
+        optimizers[1].found_inf = torch.tensor(1.0)
+        optimizers[1].step()
+        optimizers[1].zero_grad()
+        for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+            assert torch.equal(one, other), step
+    states = [optimizer.state_dict()["state"] for optimizer in optimizers]
+    for i in states[0]:
+        for name in states[0][i]:
+            assert torch.equal(states[0][i][name], states[1][i][name]), name

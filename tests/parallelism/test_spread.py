@@ -93,7 +93,11 @@ MODELS = {
         "attention.sinks=true",
         "attention.output_gate=true",
     ],
+    # Matrices and experts, whole and sharded, that one process of a group orthogonalizes.
+    "muon": ["moe=switch", "moe.n_experts=4", "optimizer=muon"],
 }
+# The first polynomial of Muon magnifies small singular values, and so roundings, eightfold.
+TOLERANCES = {"muon": 1e-5}
 
 
 @dataclass(frozen=True)
@@ -140,7 +144,7 @@ SETUPS = [
 
 
 # Where the models in FEW are trained: each way to shard their parameters, once a size.
-FEW = ("window", "mla", "masked", "multi_token")
+FEW = ("window", "mla", "masked", "multi_token", "muon")
 FEW_SETUPS = [
     Setup(1, "fsdp"),
     Setup(2, "ddp", 2),
@@ -324,16 +328,19 @@ def resumed(
     return folder
 
 
-def assert_same_curve(expected: list[dict[str, Any]], found: list[dict[str, Any]]) -> None:
+def assert_same_curve(
+    model: str, expected: list[dict[str, Any]], found: list[dict[str, Any]]
+) -> None:
     """Assert that two runs' steps, losses, gradient norms and expert loads agree."""
+    tolerance = TOLERANCES.get(model, TOLERANCE)
     assert [row["step"] for row in expected] == [row["step"] for row in found]
     for a, b in zip(expected, found, strict=True):
         for key in a:
             if key.endswith("_loss") or key in ("train/grad_norm", "val/loss"):
-                assert b[key] == pytest.approx(a[key], rel=TOLERANCE), (key, a["step"])
+                assert b[key] == pytest.approx(a[key], rel=tolerance), (key, a["step"])
         for key in [key for key in a if key.startswith("moe/")]:
             # A mean over tokens in float32; all else counts tokens.
-            rel = TOLERANCE if key.endswith("/confidence") else 0
+            rel = tolerance if key.endswith("/confidence") else 0
             assert b[key] == pytest.approx(a[key], rel=rel, abs=0), (key, a["step"])
 
 
@@ -343,7 +350,7 @@ def test_numbers_do_not_depend_on_the_parallelism(
 ) -> None:
     expected, found = rows(trained(model, SINGLE)), rows(trained(model, setup))
     assert len(expected) == STEPS
-    assert_same_curve(expected, found)
+    assert_same_curve(model, expected, found)
 
 
 @pytest.mark.parametrize("setup", SETUPS, ids=str)
@@ -371,7 +378,7 @@ def test_resumes_under_any_other(
     under: Setup,
 ) -> None:
     expected, found = rows(trained(model, SINGLE)), rows(resumed(model, saved, under))
-    assert_same_curve(expected[SAVED_AT:], found)
+    assert_same_curve(model, expected[SAVED_AT:], found)
     hashes = json.loads((trained(model, SINGLE) / "hashes.json").read_text())
     at = resumed(model, saved, under) / "hashes.json"
     assert json.loads(at.read_text()) == hashes[SAVED_AT:]

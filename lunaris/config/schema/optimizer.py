@@ -48,5 +48,7 @@ class MuonConfig(AdamWConfig):
     _target_: str = "lunaris.optim.muon.build_muon"
     # Of the matrices that Muon updates.
     momentum: float = changeable(0.95, low=0.0, high=0.9999)
-    # Newton-Schulz iterations of an update.
-    ns_steps: int = changeable(5, low=1)
+    # Of the momentum: by the best polynomial of each iteration (arXiv 2505.16932), or by one.
+    orthogonalization: str = changeable("polar_express", allowed=("polar_express", "newton_schulz"))
+    # Iterations of an update; newton_schulz needs about 5.
+    ns_steps: int = changeable(3, low=1)
