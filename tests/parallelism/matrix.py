@@ -1,14 +1,17 @@
-"""One process of a group that trains several runs, one after the other: `matrix.py PLAN`.
+"""Trains runs in groups of processes, one group after the other: `matrix.py PLAN`.
 
-PLAN is a JSON list of folders, each with a run's config.yaml. Each run goes through the real
-build and loop. Rank 0 leaves `hashes.json` (one hash a global batch) and `weights.json` (one
-hash a rank, of its weights and optimizer state) next to the run's own files.
+PLAN is a JSON list of groups: `processes`, `port`, and `folders`, each with a run's config.yaml.
+The runs of a group are trained one after the other, each through the real build and loop. Rank 0
+leaves `hashes.json` (one hash a global batch) and `weights.json` (one hash a rank, of its weights
+and optimizer state) next to the run's own files.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import multiprocessing
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -63,6 +66,14 @@ def train_one(folder: Path) -> None:
     with StopSignal() as stop:
         run = build(run_dir.read_config(), run_dir, stop)
         loader, run.loader = run.loader, Recorded(run.loader)  # type: ignore[assignment]
+        save = run.checkpoints.save
+
+        def save_unless_done(*args: Any, **keys: Any) -> None:
+            # No test reads the checkpoint of the last step, and there are many runs.
+            if run.state.step < run.cfg.trainer.max_steps:
+                save(*args, **keys)
+
+        run.checkpoints.save = save_unless_done  # type: ignore[method-assign]
         try:
             train(run)
         finally:
@@ -89,12 +100,38 @@ def check_overflow_is_agreed() -> None:
     assert scaler.get_scale() == 2.0**14
 
 
-def main() -> None:
-    """Train every run of the plan in one process group."""
+def work(rank: int, processes: int, port: int, folders: list[str]) -> None:
+    """Be one process of a group and train its runs."""
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(processes),
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": str(port),
+    }
     with session.join("cpu", 120.0):
         check_overflow_is_agreed()
-        for folder in json.loads(Path(sys.argv[1]).read_text()):
+        for folder in folders:
             train_one(Path(folder))
+
+
+def main() -> None:
+    """Train the groups of the plan; exit with 1 after the first that fails."""
+    # Forks of this process, which has imported torch: importing it takes a process as long as a
+    # few runs.
+    forks = multiprocessing.get_context("fork")
+    for group in json.loads(Path(sys.argv[1]).read_text()):
+        processes = group["processes"]
+        started = [
+            forks.Process(target=work, args=(rank, processes, group["port"], group["folders"]))
+            for rank in range(processes)
+        ]
+        for process in started:
+            process.start()
+        for process in started:
+            process.join()
+        if any(process.exitcode for process in started):
+            sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """A run's numbers depend neither on the parallelism nor on a stop in between.
 
-Real runs, each in the real loop. One group of processes of each size trains all runs of that size
-(`matrix.py`), since starting a group takes longer than training.
+Real runs, each in the real loop. One group of processes of each size trains all runs of that size,
+and all groups are forks of one process (`matrix.py`), since starting takes longer than training.
 
 The tolerance: a distributed run adds the same float32 numbers in another order, so a loss or a
 norm differs by a few units in the last place (1.2e-7), which the next steps add to. Ten steps stay
@@ -15,10 +15,12 @@ import json
 import os
 import random
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -247,38 +249,31 @@ def rows(folder: Path) -> list[dict]:
     return [row for row in found if row["step"] > 0]
 
 
-def train_group(folders: list[Path], processes: int, log: Path) -> None:
-    """Train the runs in `folders` one after the other in one group of processes."""
-    plan = log.with_suffix(".json")
-    plan.write_text(json.dumps([str(folder) for folder in folders]))
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    shared = os.environ | {
-        "WORLD_SIZE": str(processes),
-        "MASTER_ADDR": "localhost",
-        "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
-        "PYTHONWARNINGS": "error",
-    }
-    command = [sys.executable, str(Path(__file__).with_name("matrix.py")), str(plan)]
+def train_groups(groups: dict[int, list[Path]], log: Path) -> None:
+    """Train the runs in folders, by their number of processes, in one group of each number."""
+    plan = []
+    for processes, folders in groups.items():
+        with socket.socket() as free:
+            free.bind(("localhost", 0))
+            port = free.getsockname()[1]
+        plan.append({"processes": processes, "port": port, "folders": [*map(str, folders)]})
+    at = log.with_suffix(".json")
+    at.write_text(json.dumps(plan))
     with log.open("w") as out:
-        workers = [
-            subprocess.Popen(
-                command,
-                env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=out,
-                stderr=out,
-            )
-            for rank in range(processes)
-        ]
+        started = subprocess.Popen(
+            [sys.executable, str(Path(__file__).with_name("matrix.py")), str(at)],
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error"},
+            stdout=out,
+            stderr=out,
+            start_new_session=True,
+        )
         try:
-            codes = [worker.wait(timeout=800) for worker in workers]
+            code = started.wait(timeout=1500)
         finally:
-            for worker in workers:
-                worker.kill()
-                worker.wait()
-    assert codes == [0] * processes, log.read_text()[-6000:]
+            with suppress(ProcessLookupError):  # It has ended, and its forks with it.
+                os.killpg(started.pid, signal.SIGKILL)
+            started.wait()
+    assert code == 0, log.read_text()[-6000:]
 
 
 def by_size(setups: list[Setup]) -> dict[int, list[Setup]]:
@@ -295,15 +290,17 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Setup], 
     def folder(model: str, setup: Setup) -> Path:
         return root / f"{model}-{setup}"
 
-    for processes, setups in by_size([SINGLE, *SETUPS]).items():
-        wanted = {case.values for case in CASES} | {(model, SINGLE) for model in MODELS}
-        folders = [
+    wanted = {case.values for case in CASES} | {(model, SINGLE) for model in MODELS}
+    groups = {
+        processes: [
             write_run(folder(model, setup), model, setup, root / "chat")
             for setup in setups
             for model in MODELS
             if (model, setup) in wanted
         ]
-        train_group(folders, processes, root / f"group{processes}.log")
+        for processes, setups in by_size([SINGLE, *SETUPS]).items()
+    }
+    train_groups(groups, root / "groups.log")
     return folder
 
 
@@ -319,12 +316,14 @@ def resumed(
         return root / f"{model}-{saved}-{under}"
 
     name = f"checkpoints/step_{SAVED_AT:08d}"
+    groups: dict[int, list[Path]] = {}
     for processes, setups in by_size(RESUMED).items():
-        folders = []
+        groups[processes] = []
         for model, saved, under in [pair for pair in PAIRS if pair[2] in setups]:
-            folders.append(write_run(folder(model, saved, under), model, under, chat))
-            shutil.copytree(trained(model, saved) / name, folders[-1] / name)
-        train_group(folders, processes, root / f"group{processes}.log")
+            written = write_run(folder(model, saved, under), model, under, chat)
+            shutil.copytree(trained(model, saved) / name, written / name)
+            groups[processes].append(written)
+    train_groups(groups, root / "groups.log")
     return folder
 
 
