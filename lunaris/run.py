@@ -107,8 +107,8 @@ def build(cfg: Config, run_dir: RunDir, stop: StopSignal) -> Run:
             seed=cfg.seed if cfg.init_from is None and not saved else None,
             compile=cfg.trainer.compile_model,
         )
-    scale = getattr(cfg.moe, "router_lr_scale", 1.0)
-    optimizer = build_optimizer(cfg.optimizer, model, router_lr_scale=scale)
+    scale, width = getattr(cfg.moe, "router_lr_scale", 1.0), cfg.model.width_factors().width
+    optimizer = build_optimizer(cfg.optimizer, model, router_lr_scale=scale, width_multiplier=width)
     settings = settings_of(optimizer)
     state = checkpoints.load_newest(model, optimizer, saved)
     start = None

@@ -36,6 +36,7 @@ def describe(run: Run) -> str:
         labelled("run", str(run.dir.path)),
         labelled("model", f"{count.total:,} parameters, {count.active:,} active a token"),
         *_twin(unwrap(run.model)),
+        *_parametrization(run),
         labelled(
             "batch",
             f"{run.global_batch:,} sequences of {seq_len:,} = {tokens:,} tokens a step",
@@ -78,6 +79,23 @@ def _twin(model: Transformer) -> list[str]:
     count = model.count_parameters()
     dense = count.total + of_layers
     return [labelled("", f"{count.active / dense:.2f} of its dense twin's {dense:,} (moe=none)")]
+
+
+def _parametrization(run: Run) -> list[str]:
+    """Return a line on what the width of the model changes, unless nothing."""
+    model = run.cfg.model
+    if model.parametrization == "standard":
+        return []
+    factors = model.width_factors()
+    rates = {f"{group['peak_lr']:.3g}" for group in run.optimizer.param_groups}
+    return [
+        labelled(
+            "mup",
+            f"{factors.width:g} times the base width of {model.mup_base_width:,}; logits times "
+            f"{factors.logits:.3g}, attention scores times {factors.scores:.3g}; learning rates "
+            f"{', '.join(sorted(rates, key=float))}",
+        )
+    ]
 
 
 def _size(module: nn.Module) -> int:

@@ -171,6 +171,7 @@ def _check_attention(cfg: Config) -> None:
     model = cfg.model
     if not isinstance(cfg.attention, MLAConfig):
         return
+    _check_latent_widths(cfg, cfg.attention)
     wanted = {"norm": "pre", "n_kv_heads": model.n_heads}
     wrong = [
         f"model.{key}={getattr(model, key)}" for key in wanted if getattr(model, key) != wanted[key]
@@ -181,6 +182,20 @@ def _check_attention(cfg: Config) -> None:
             "and every head has its own keys and values; write "
             f"model.norm=pre model.n_kv_heads={model.n_heads}"
         )
+
+
+def _check_latent_widths(cfg: Config, attention: MLAConfig) -> None:
+    """Check that the widths of latent attention grow with the model, as mup's rates assume."""
+    if cfg.model.parametrization == "standard":
+        return
+    widths = {f"attention.{name}": value for name, value in attention.widths().items()}
+    widths["model.mup_base_head_width"] = cfg.model.mup_base_head_width
+    for name, value in widths.items():
+        if value is not None:
+            raise UserError(
+                f"{name}={value}: must be null with attention=mla and model.parametrization=mup, "
+                "whose rates assume that the widths of latent attention grow with model.d_model"
+            )
 
 
 def _check_moe(cfg: Config) -> None:

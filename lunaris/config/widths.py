@@ -13,6 +13,33 @@ from typing import NamedTuple
 GATED = {"swiglu": True, "geglu": True, "relu2": False}
 
 
+class WidthFactors(NamedTuple):
+    """What a parametrization makes of a model's width.
+
+    width: the model's over that of its base model. logits: the factor of the logits. scores: that
+    of attention's scores. All are 1 in the standard parametrization, and at the base width.
+    """
+
+    width: float = 1.0
+    logits: float = 1.0
+    scores: float = 1.0
+
+
+def width_factors(
+    parametrization: str, d_model: int, n_heads: int, base_width: int, base_head_width: int | None
+) -> WidthFactors:
+    """Return the factors of a parametrization: `standard` or `mup` (arXiv 2203.03466, table 8).
+
+    base_head_width: the width of a head of the base model; None: it has as many heads. Scores fall
+    by 1/d of the head width d instead of 1/√d, relative to the base model.
+    """
+    if parametrization == "standard":
+        return WidthFactors()
+    width = d_model / base_width
+    heads = width if base_head_width is None else d_model / n_heads / base_head_width
+    return WidthFactors(width, 1 / width, 1 / math.sqrt(heads))
+
+
 def first_columns(gated: bool, hidden: int) -> int:
     """Return how many columns a feed-forward's first matrix has: 2H with a gate, else H."""
     return 2 * hidden if gated else hidden

@@ -68,7 +68,11 @@ def _check_parts(cfg: Config) -> None:
     model = bare_model(cfg, cfg.model.vocab_size or _ANY_VOCABULARY)
     for key, target in custom.items():
         if key == "optimizer":
-            _try_step(target, build_optimizer(cfg.optimizer, model, router_lr_scale=1.0))
+            width = cfg.model.width_factors().width
+            optimizer = build_optimizer(
+                cfg.optimizer, model, router_lr_scale=1.0, width_multiplier=width
+            )
+            _try_step(target, optimizer)
         elif key == "schedule":
             instantiate_component(key, cfg.schedule, max_steps=cfg.trainer.max_steps)
         else:

@@ -71,11 +71,13 @@ def _attention(settings: Settings, layer: int) -> Iterator[Weight]:
     """Yield the projections; these classes rotate neighbouring pairs, where ours are half-split."""
     assert settings.mla is not None
     widths, n_heads = settings.latent, settings.cfg.model.n_heads
+    scores = settings.cfg.model.width_factors().scores
     name, source = f"model.layers.{layer}.self_attn", f"blocks.{layer}.attention"
 
     def queries(matrix: Tensor) -> Tensor:
         heads = matrix.unflatten(0, (n_heads, widths.nope + widths.rope))
-        return _neighbours(heads, widths.rope).flatten(0, 1)
+        rows = _neighbours(heads, widths.rope).flatten(0, 1)
+        return rows if scores == 1 else rows * scores
 
     def latents(matrix: Tensor) -> Tensor:
         return _neighbours(matrix[None], widths.rope)[0]
@@ -84,7 +86,9 @@ def _attention(settings: Settings, layer: int) -> Iterator[Weight]:
         yield Weight(f"{name}.q_a_proj.weight", f"{source}.q_a.weight")
         yield Weight(f"{name}.q_a_layernorm.weight", f"{source}.q_norm.weight")
     last = "q_b_proj" if settings.mla.q_lora_rank else "q_proj"
-    yield Weight(f"{name}.{last}.weight", f"{source}.q_b.weight", queries)
+    # A product with a factor is not rounded again in a folder of another dtype.
+    exact = scores != 1
+    yield Weight(f"{name}.{last}.weight", f"{source}.q_b.weight", queries, float32=exact)
     yield Weight(f"{name}.kv_a_proj_with_mqa.weight", f"{source}.kv_a.weight", latents)
     yield Weight(f"{name}.kv_a_layernorm.weight", f"{source}.kv_norm.weight")
     yield Weight(f"{name}.kv_b_proj.weight", f"{source}.kv_b.weight")

@@ -38,10 +38,21 @@ def rows(start: int, end: int | None = None) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor[start:end]
 
 
+def times(factor: float, name: str, source: str) -> Weight:
+    """Return the weights of a norm, with the factor of its output multiplied into them.
+
+    A product with a factor is not rounded again in a folder of another dtype.
+    """
+    if factor == 1:
+        return Weight(name, source)
+    return Weight(name, source, lambda tensor: tensor * factor, float32=True)
+
+
 def outer(settings: Settings) -> Iterator[Weight]:
     """Yield the embedding, the last norm and an untied head."""
     yield Weight("model.embed_tokens.weight", "embedding.weight")
-    yield Weight("model.norm.weight", "norm.weight")
+    logits = settings.cfg.model.width_factors().logits
+    yield times(logits, "model.norm.weight", "norm.weight")
     if not settings.cfg.model.tie_embeddings:
         yield Weight("lm_head.weight", "head.weight")
 
@@ -64,7 +75,8 @@ def grouped_query(settings: Settings, layer: int) -> Iterator[Weight]:
     yield Weight(f"{name}.k_proj.weight", f"{source}.qkv.weight", rows(queries, queries + keys))
     yield Weight(f"{name}.v_proj.weight", f"{source}.qkv.weight", rows(queries + keys))
     yield Weight(f"{name}.o_proj.weight", f"{source}.out.weight")
-    yield Weight(f"{name}.q_norm.weight", f"{source}.q_norm.weight")
+    scores = settings.cfg.model.width_factors().scores
+    yield times(scores, f"{name}.q_norm.weight", f"{source}.q_norm.weight")
     yield Weight(f"{name}.k_norm.weight", f"{source}.k_norm.weight")
 
 

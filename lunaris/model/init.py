@@ -18,16 +18,23 @@ STD = 0.02
 
 @torch.no_grad()
 def init_weights(
-    model: nn.Module, seed: int, n_layers: int, *, without: Collection[str] = ()
+    model: nn.Module,
+    seed: int,
+    n_layers: int,
+    *,
+    width: float = 1.0,
+    without: Collection[str] = (),
 ) -> None:
     """Draw the parameters of `model` by their roles, in place, and reset every buffer.
 
-    without: names of parameters that are left as they are, because they are read from a file.
+    width: `WidthFactors.width`. without: names of parameters that are left as they are, because
+    they are read from a file.
 
     Norms are 1, biases 0; everything else is normal with standard deviation 0.02, or
-    0.02/√(2·n_layers) where it writes to the residual stream. The numbers depend on the seed and
-    the parameter's name, not on the device or the sharding. One matrix is drawn at a time, on the
-    CPU; a process draws none of which it holds no part, also of stacked experts.
+    0.02/√(2·n_layers) where it writes to the residual stream, over `width_divisor`. The numbers
+    depend on the seed and the parameter's name, not on the device or the sharding. One matrix is
+    drawn at a time, on the CPU; a process draws none of which it holds no part, also of stacked
+    experts.
     """
     roles = parameter_roles(model)
     for name, parameter in model.named_parameters():
@@ -36,9 +43,23 @@ def init_weights(
         if roles[name] & (Role.NORM | Role.BIAS):
             local_part(parameter).fill_(1.0 if Role.NORM in roles[name] else 0.0)
             continue
-        residual = Role.RESIDUAL_OUTPUT in roles[name]
-        fill_normal(parameter, STD / math.sqrt(2 * n_layers) if residual else STD, seed, name)
+        std = STD / width_divisor(roles[name], width)
+        if Role.RESIDUAL_OUTPUT in roles[name]:
+            std = std / math.sqrt(2 * n_layers)
+        fill_normal(parameter, std, seed, name)
     reset_buffers(model)
+
+
+def width_divisor(role: Role, width: float) -> float:
+    """Return what the standard deviation of initial weights is divided by at a relative width.
+
+    Matrices within the blocks, experts too: √width, so that their variance falls with the number of
+    their inputs. Routers, whose outputs do not grow in number, as the output weights of arXiv
+    2203.03466 (table 3) and 2508.09752: width. Embeddings: 1.
+    """
+    if role & Role.ROUTER:
+        return width
+    return math.sqrt(width) if role & (Role.MATRIX | Role.EXPERT) else 1.0
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from lunaris.config.widths import WidthFactors, width_factors
 from lunaris.model.activation import Activation
 from lunaris.model.roles import Role
 
@@ -31,20 +32,39 @@ class ModelShape:
     multiple_of: int
     norm: str
     activation: str = "swiglu"
+    parametrization: str = "standard"
+    mup_base_width: int = 128
+    mup_base_head_width: int | None = None
+
+    @property
+    def factors(self) -> WidthFactors:
+        """What the parametrization makes of the width."""
+        return width_factors(
+            self.parametrization,
+            self.d_model,
+            self.n_heads,
+            self.mup_base_width,
+            self.mup_base_head_width,
+        )
 
 
 class RMSNorm(nn.Module):
     """Root-mean-square norm over the last dimension (arXiv 1910.07467), computed in float32."""
 
-    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+    def __init__(self, dim: int, eps: float = 1e-6, *, factor: float = 1.0) -> None:
+        """factor: multiplies the output; it is not trained."""
         super().__init__()
         self.dim = dim
         self.eps = eps
+        self.factor = factor
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [..., dim] in the dtype of x."""
-        return F.rms_norm(x.float(), (self.dim,), self.weight.float(), self.eps).type_as(x)
+        weight = self.weight.float()
+        if self.factor != 1:
+            weight = weight * self.factor
+        return F.rms_norm(x.float(), (self.dim,), weight, self.eps).type_as(x)
 
     def parameter_roles(self) -> dict[str, Role]:
         return {"weight": Role.NORM}

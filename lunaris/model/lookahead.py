@@ -32,7 +32,7 @@ class Predictor(nn.Module):
         self.embedding_norm = RMSNorm(shape.d_model)
         self.project = nn.Linear(2 * shape.d_model, shape.d_model, bias=False)
         self.block = block
-        self.norm = RMSNorm(shape.d_model)
+        self.norm = RMSNorm(shape.d_model, factor=shape.factors.logits)
         self.run: Run = keep_all
 
     @property

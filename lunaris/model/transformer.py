@@ -97,7 +97,8 @@ class Transformer(nn.Module):
             Block(attention(layer, shape), feed_forward(layer, shape), shape)
             for layer in range(shape.n_layers)
         )
-        self.norm = RMSNorm(shape.d_model)
+        # Whatever multiplies the states by the vocabulary gets the logits' factor with them.
+        self.norm = RMSNorm(shape.d_model, factor=shape.factors.logits)
         self.predictors = nn.ModuleList(predictors)
         self.head = None if tie_embeddings else nn.Linear(shape.d_model, vocab_size, bias=False)
         run = run_of(activation_checkpointing, draws=shape.dropout > 0)
@@ -242,7 +243,8 @@ class Transformer(nn.Module):
 
         The numbers are the same wherever it runs.
         """
-        init_weights(self, seed, self.shape.n_layers, without=without)
+        width = self.shape.factors.width
+        init_weights(self, seed, self.shape.n_layers, width=width, without=without)
 
     def parameter_roles(self) -> dict[str, Role]:
         """Return the roles of the embedding and of an untied head."""

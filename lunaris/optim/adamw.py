@@ -18,12 +18,14 @@ def build_adamw(
     betas: Sequence[float],
     eps: float,
     router_lr_scale: float = 1.0,
+    width_multiplier: float = 1.0,
 ) -> torch.optim.Optimizer:
     """Return AdamW (arXiv 1711.05101) over the parameters of `model`.
 
     Its groups are those of `parameter_groups`.
     """
-    found = parameter_groups(model, learning_rate, weight_decay, router_lr_scale)
+    rates = (learning_rate, weight_decay, router_lr_scale, width_multiplier)
+    found = parameter_groups(model, *rates)
     groups = [
         group | {"params": params}
         for group in found.values()

@@ -19,25 +19,38 @@ from lunaris.errors import UserError
 from lunaris.optim.groups import by_layout, parameter_groups
 
 _ALIASES = {"learning_rate": "lr"}
+# Of torch: their updates do not grow with the gradient, as the rates of mup assume.
+_LIKE_ADAM = ("Adam", "AdamW", "Adamax", "NAdam", "RAdam")
 
 
 def build_optimizer(
-    component: OptimizerConfig, model: nn.Module, *, router_lr_scale: float
+    component: OptimizerConfig,
+    model: nn.Module,
+    *,
+    router_lr_scale: float,
+    width_multiplier: float = 1.0,
 ) -> torch.optim.Optimizer:
     """Return the optimizer that a config names, over the parameters of `model`.
 
-    A factory takes `model`, and `router_lr_scale` if it likes. A class that takes `params` instead
-    gets the groups of `parameter_groups`: norms do not decay, routers learn at `router_lr_scale`
-    times the rate. `learning_rate` is passed as `lr` where that is the parameter's name, and a
-    group's `peak_lr` is its `lr` where the factory sets none. Raises UserError for a class that is
-    called otherwise or refuses a value.
+    A factory takes `model`, and, if it likes, `router_lr_scale` and `width_multiplier`
+    (`WidthFactors.width`), which must otherwise be 1. A class that takes `params` instead gets the
+    groups of `parameter_groups`: norms do not decay, routers learn at `router_lr_scale` times the
+    rate, and the rates follow the width as Adam's do. `learning_rate` is passed as `lr` where that
+    is the parameter's name, and a group's `peak_lr` is its `lr` where the factory sets none. Raises
+    UserError for a class that is called otherwise or refuses a value.
     """
     made = locate_class("optimizer", component)
     taken = parameters_of(made) or {"model": None, "router_lr_scale": None}
     arguments = arguments_of("optimizer", component, made, _ALIASES)
     said = f"optimizer._target_={component._target_}"
     if "model" in taken:
-        inputs: dict[str, Any] = {"model": model, "router_lr_scale": router_lr_scale}
+        inputs: dict[str, Any] = {
+            "model": model,
+            "router_lr_scale": router_lr_scale,
+            "width_multiplier": width_multiplier,
+        }
+        if "width_multiplier" not in taken:
+            _require_standard(width_multiplier, f"{component._target_} does not take it")
         if "router_lr_scale" not in taken and router_lr_scale != 1:
             raise UserError(
                 f"moe.router_lr_scale={router_lr_scale}: {component._target_} does not take "
@@ -48,8 +61,12 @@ def build_optimizer(
         rate = arguments.get("lr", arguments.get("learning_rate", taken.get("lr")))
         if not isinstance(rate, int | float):
             raise UserError(f"{said}: needs a learning rate, `optimizer.learning_rate` or `.lr`")
+        module, _, name = component._target_.rpartition(".")
+        if module.startswith("torch.optim") and name not in _LIKE_ADAM:
+            rule = f"mup has no rule for {component._target_}, only for {', '.join(_LIKE_ADAM)}"
+            _require_standard(width_multiplier, rule)
         decay = arguments.get("weight_decay")
-        arguments["params"] = _groups(model, rate, decay, router_lr_scale)
+        arguments["params"] = _groups(model, rate, decay, router_lr_scale, width_multiplier)
     else:
         raise UserError(f"{said}: takes neither `model` nor `params`; it takes {', '.join(taken)}")
     try:
@@ -69,12 +86,26 @@ def build_optimizer(
     return optimizer
 
 
+def _require_standard(width_multiplier: float, reason: str) -> None:
+    """Raise UserError where the rates follow the width and an optimizer cannot follow."""
+    if width_multiplier != 1:
+        raise UserError(
+            f"model.parametrization=mup: the optimizer needs width_multiplier={width_multiplier:g} "
+            f"(model.d_model / model.mup_base_width), and {reason}; choose optimizer=adamw or muon"
+        )
+
+
 def _groups(
-    model: nn.Module, rate: float, decay: float | None, router_lr_scale: float
+    model: nn.Module,
+    rate: float,
+    decay: float | None,
+    router_lr_scale: float,
+    width_multiplier: float,
 ) -> list[dict[str, Any]]:
     """Return parameter groups; decay: None leaves it to the class."""
     groups = []
-    for group in parameter_groups(model, rate, decay or 0.0, router_lr_scale).values():
+    rates = (rate, decay or 0.0, router_lr_scale, width_multiplier)
+    for group in parameter_groups(model, *rates).values():
         if decay is None:
             del group["weight_decay"]
         groups += [group | {"params": params} for params in by_layout(group["params"])]

@@ -12,21 +12,35 @@ from lunaris.model.roles import Role, parameters_in
 
 
 def parameter_groups(
-    model: nn.Module, learning_rate: float, weight_decay: float, router_lr_scale: float
+    model: nn.Module,
+    learning_rate: float,
+    weight_decay: float,
+    router_lr_scale: float,
+    width_multiplier: float = 1.0,
+    *,
+    orthogonal: bool = False,
 ) -> dict[str, dict[str, Any]]:
     """Return an optimizer's groups of the trainable parameters, each parameter once.
 
     `matrices` (of the blocks, stacked experts among them), `embeddings` (and an untied head) and
     `routers` decay, `norms` (and biases) do not. Routers learn at `router_lr_scale` times the rate.
     `peak_lr` is a group's rate before the schedule. Raises UserError for a parameter without role.
+
+    width_multiplier: `WidthFactors.width`. The rates of matrices and routers are divided by it, as
+    Adam's updates need (arXiv 2203.03466, table 8). orthogonal: the updates of matrices have equal
+    singular values and, at any width, the same root mean square: their rate is divided by its root
+    instead (the spectral condition of arXiv 2310.17813). The decay of these groups is multiplied by
+    as much, so that a step shrinks weights by the same share at any width (arXiv 2510.19093).
     """
+    inner = width_multiplier**0.5 if orthogonal else width_multiplier
     groups = {}
-    for name, role, decay, rate in (
-        ("matrices", Role.MATRIX | Role.EXPERT, weight_decay, learning_rate),
-        ("embeddings", Role.EMBEDDING, weight_decay, learning_rate),
-        ("norms", Role.NORM | Role.BIAS, 0.0, learning_rate),
-        ("routers", Role.ROUTER, weight_decay, learning_rate * router_lr_scale),
+    for name, role, base_decay, base_rate, divisor in (
+        ("matrices", Role.MATRIX | Role.EXPERT, weight_decay, learning_rate, inner),
+        ("embeddings", Role.EMBEDDING, weight_decay, learning_rate, 1.0),
+        ("norms", Role.NORM | Role.BIAS, 0.0, learning_rate, 1.0),
+        ("routers", Role.ROUTER, weight_decay, learning_rate * router_lr_scale, width_multiplier),
     ):
+        rate, decay = base_rate / divisor, base_decay * divisor
         params = [p for p in parameters_in(model, role) if p.requires_grad]
         groups[name] = {"params": params, "weight_decay": decay, "lr": rate, "peak_lr": rate}
     return groups

@@ -186,12 +186,14 @@ def build_muon(
     orthogonalization: str,
     ns_steps: int,
     router_lr_scale: float = 1.0,
+    width_multiplier: float = 1.0,
 ) -> torch.optim.Optimizer:
     """Return Muon over the matrices and stacked experts of `model`, AdamW over the rest.
 
     Its groups are those of `parameter_groups`.
     """
-    found = parameter_groups(model, learning_rate, weight_decay, router_lr_scale)
+    rates = (learning_rate, weight_decay, router_lr_scale, width_multiplier)
+    found = parameter_groups(model, *rates, orthogonal=True)
     groups = [
         group | {"adamw": name != "matrices"} for name, group in found.items() if group["params"]
     ]

@@ -24,7 +24,7 @@ from lunaris.config.schema.attention import MLAConfig, SlidingWindowConfig
 from lunaris.config.schema.model import ModelConfig
 from lunaris.config.schema.moe import MoEConfig, SigmoidRouterConfig
 from lunaris.config.schema.root import Config
-from lunaris.config.widths import latent_widths
+from lunaris.config.widths import WidthFactors, latent_widths
 from lunaris.errors import UserError, did_you_mean
 from lunaris.model.init import copy_to_shard, fill_experts
 from lunaris.warm_start.fit import Shapes
@@ -154,6 +154,8 @@ class HuggingFaceFolder:
              model.rope_theta),
             ("rope_type", rope.get("rope_type"), "the type", "default"),
             ("rope_interleave", found.get("rope_interleave"), "its place", True),
+            ("the parametrization", "standard", "model.parametrization",
+             "standard" if model.width_factors() == WidthFactors() else model.parametrization),
         ]  # fmt: skip
         if not isinstance(cfg.attention, MLAConfig):
             here: list[Any] = [None] * model.n_layers

@@ -13,7 +13,8 @@ from torch import Tensor
 from lunaris.config.schema.moe import MoEConfig, SigmoidRouterConfig
 from lunaris.config.schema.root import Config
 from lunaris.errors import UserError
-from lunaris.model.init import STD, copy_to_shard, fill_experts, seeded_normal
+from lunaris.model.init import STD, copy_to_shard, fill_experts, seeded_normal, width_divisor
+from lunaris.model.roles import Role
 from lunaris.warm_start.fit import DENSE, EXPERTS, ROUTER, SHARED, Fit, Shapes
 
 
@@ -25,6 +26,7 @@ class Recipe:
     factor: of the down projection. inexact: why the first forward differs from that of the dense
     model, or "". noise: standard deviation of what is added, relative to that of the weights. drop:
     share of each expert's hidden units that are drawn again (Drop-Upcycling, arXiv 2502.19261).
+    router_std: standard deviation of a fresh router's weights.
     """
 
     parts: int
@@ -33,6 +35,7 @@ class Recipe:
     noise: float
     drop: float
     seed: int
+    router_std: float
 
 
 def recipe_of(cfg: Config, found: Fit, model: Shapes, source: Shapes) -> Recipe | None:
@@ -71,7 +74,10 @@ def recipe_of(cfg: Config, found: Fit, model: Shapes, source: Shapes) -> Recipe 
         inexact = f"init_from_noise={cfg.init_from_noise} changes the experts"
     if cfg.init_from_drop:
         inexact = f"init_from_drop={cfg.init_from_drop} draws a part of the experts again"
-    return Recipe(parts, factor, inexact, cfg.init_from_noise, cfg.init_from_drop, cfg.seed)
+    router_std = STD / width_divisor(Role.ROUTER, cfg.model.width_factors().width)
+    return Recipe(
+        parts, factor, inexact, cfg.init_from_noise, cfg.init_from_drop, cfg.seed, router_std
+    )
 
 
 def _factor(moe: MoEConfig, parts: int) -> tuple[float, str]:
@@ -132,7 +138,7 @@ def fill_layer(
 def _fill_router(name: str, targets: dict[str, Tensor], recipe: Recipe) -> None:
     """Repeat the fresh rows within each group of experts, so that a group is chosen as one."""
     if recipe.parts > 1 and name in targets:
-        fresh = seeded_normal(tuple(targets[name].shape), STD, recipe.seed, name)
+        fresh = seeded_normal(tuple(targets[name].shape), recipe.router_std, recipe.seed, name)
         group = torch.arange(len(fresh)) // recipe.parts * recipe.parts
         copy_to_shard(targets[name], fresh[group])
 

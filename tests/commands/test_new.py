@@ -9,9 +9,13 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import torch
 
 from lunaris.__main__ import main
+from lunaris.config.compose import Source, compose
 from lunaris.config.keys import groups
+from lunaris.optim.build import build_optimizer
+from lunaris.run import bare_model
 from lunaris.scaffold.skeleton import kinds, skeleton
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -54,6 +58,39 @@ def test_the_skeleton_of_each_kind_passes_its_own_test_in_which_it_trains(
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert Path("runs/two/metrics.jsonl").is_file()
+
+
+def test_skeletons_follow_the_width_by_their_roles_and_an_optimizer_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kinds = ("attention", "router", "objective", "optimizer")
+    for kind in kinds:
+        assert main(["new", kind, f"mup_{kind}", "--to", "parts"]) == 0
+    monkeypatch.syspath_prepend(str(Path("parts").absolute()))
+    keys = [
+        "attention=mup_attention", "moe=top2", "moe/router=mup_router", "objective=mup_objective",
+        "model.d_model=64", "model.parametrization=mup", "model.mup_base_width=16",
+    ]  # fmt: skip
+    cfg = compose(keys, source=Source(dir="parts/conf"))
+    model = bare_model(cfg, 500).to_empty(device="cpu")
+    model.init_weights(0)
+    block = model.blocks[0]
+    assert abs(block.attention.mix.weight.std().item() / (0.02 / 2 / 8**0.5) - 1) < 0.05
+    assert abs(block.feed_forward.router.gate.weight.std().item() / (0.02 / 4) - 1) < 0.1
+    optimizer = build_optimizer(cfg.optimizer, model, router_lr_scale=1.0, width_multiplier=4.0)
+    rates = {id(p): g["peak_lr"] for g in optimizer.param_groups for p in g["params"]}
+    learned = [block.attention.mix.weight, block.feed_forward.router.gate.weight]
+    assert [rates[id(p)] for p in learned] == [cfg.optimizer.learning_rate / 4] * 2
+    # The objective's head gets the states with the factor of the logits.
+    found = {}
+    model(torch.arange(8)[None], head=lambda hidden, weight: found.setdefault("of", {"x": hidden}))
+    assert abs(found["of"]["x"].square().mean().sqrt().item() - 1 / 4) < 0.01
+    capsys.readouterr()
+    command = ["train", "--config-dir", "parts/conf", "optimizer=mup_optimizer", "data=synthetic"]
+    assert main([*command, "name=x", *keys[-3:]]) == 2
+    said = capsys.readouterr().err
+    assert "needs width_multiplier=4" in said and "build_mup_optimizer does not take it" in said
+    assert not Path("runs").exists()
 
 
 def test_a_skeleton_is_clean_code(tmp_path: Path) -> None:

@@ -117,6 +117,19 @@ TABLE: list[tuple[str, str]] = [
     ("model.activation=swigl", "allowed are swiglu, geglu, relu2; did you mean swiglu?"),
     ("model.activation=3", "model.activation=3: allowed are swiglu, geglu, relu2"),
     ("model.norm=post", "model.norm=post: allowed are qk_reorder, pre"),
+    ("model.parametrization=mu", "allowed are standard, mup; did you mean mup?"),
+    ("model.mup_base_width=0", "model.mup_base_width=0: must be at least 1"),
+    ("model.mup_base_head_width=0", "model.mup_base_head_width=0: must be at least 1"),
+    (
+        "model.parametrization=mup attention=mla model.norm=pre model.n_kv_heads=4 "
+        "attention.kv_lora_rank=64",
+        "attention.kv_lora_rank=64: must be null with attention=mla and model.parametrization=mup",
+    ),
+    (
+        "model.parametrization=mup attention=mla model.norm=pre model.n_kv_heads=4 "
+        "model.mup_base_head_width=32",
+        "model.mup_base_head_width=32: must be null with attention=mla",
+    ),
     ("attention.sinks=2", "attention.sinks=2: must be true or false"),
     ("attention.output_gate=null", "attention.output_gate=null: must be true or false"),
     ("attention.sink=true", "attention.sink: no such key; did you mean attention.sinks?"),

@@ -22,6 +22,8 @@ from lunaris.runs.run_dir import RunDir
 PRE = ["model.norm=pre", "optimizer.learning_rate=3e-2", "model.max_seq_len=48"]
 WINDOW = ["attention=sliding_window", "attention.window=5"]
 MLA = ["attention=mla", "model.n_kv_heads=2"]
+# Of a width 2.67 times the base's, which no folder knows of.
+MUP = ["model.parametrization=mup", "model.mup_base_width=6"]
 FINE = ["moe=fine_grained", "moe.bias_update_rate=0.05", "moe.n_experts=8"]
 # The architecture, and the keys of a run that exports to it.
 KINDS = {
@@ -37,6 +39,9 @@ KINDS = {
     "two_shared": ("Dots1", [*FINE, "moe.n_shared_experts=2", "moe.router.route_scale=2.5"]),
     "no_shared": ("Dots1", [*FINE, "moe.n_shared_experts=0", *WINDOW, "attention.full_every=2"]),
     "groups": ("Dots1", [*FINE, "moe.router.n_groups=4", "moe.router.topk_groups=2"]),
+    "mup_dense": ("Qwen3", ["moe=none", *MUP, "model.tie_embeddings=false"]),
+    "mup_fine": ("Dots1", [*FINE, *MUP]),
+    "mup_mla": ("DeepseekV3", ["moe=none", *MLA, *MUP]),
     "mla_dense": ("DeepseekV3", ["moe=none", *MLA]),
     "mla_sigmoid": ("DeepseekV3", [*FINE, *MLA, "attention.q_lora_rank=8"]),
     "mla_softmax": ("DeepseekV2", ["moe=switch", "moe.n_shared_experts=1", *MLA]),
@@ -47,6 +52,7 @@ OWN_KINDS = {
     "reorder_dense": ["moe=none", REORDER, "model.tie_embeddings=false"],
     "reorder_window": ["moe=top2", REORDER, *WINDOW, "attention.full_every=2"],
     "reorder_sigmoid": [*FINE, REORDER, "moe.first_dense_layers=1"],
+    "mup_reorder": ["moe=top2", REORDER, *MUP],
     "softmax_bias": ["moe=top2", "moe.balancing=bias", "moe.bias_update_rate=0.05"],
     "softmax_shared": ["moe=switch", "moe.n_shared_experts=1"],
 }
@@ -137,6 +143,14 @@ def test_weights_in_bfloat16_are_those_of_the_run_rounded(
     # Computed in bfloat16; a router may choose another expert for a token.
     near = (found - expected).abs().amax(dim=-1) <= 0.06 * expected.abs().max()
     assert near.float().mean() > 0.9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["mup_dense", "mup_mla"])
+def test_factors_of_mup_pass_the_check_in_bfloat16(
+    kind: str, tiny: Callable[..., Any], run_here: Callable[[Any], RunDir]
+) -> None:
+    exported(tiny, run_here, KINDS[kind][1], "--dtype", "bf16")
 
 
 @pytest.mark.slow

@@ -101,6 +101,42 @@ def test_a_router_rate_that_a_factory_does_not_take_is_refused(tiny: Callable[..
         build_optimizer(cfg.optimizer, bare_model(cfg, 64), router_lr_scale=0.5)
 
 
+WIDE = ["model.parametrization=mup", "model.mup_base_width=4"]
+
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize(
+    ("target", "reason"),
+    [
+        ("mine_optim.plain", "mine_optim.plain does not take it"),
+        ("torch.optim.SGD", "mup has no rule for torch.optim.SGD, only for Adam, AdamW, "),
+    ],
+)
+def test_an_optimizer_that_cannot_follow_the_width_is_refused(
+    target: str, reason: str, tiny: Callable[..., Any]
+) -> None:
+    cfg = tiny(f"optimizer._target_={target}", *WIDE)
+    width = cfg.model.width_factors().width
+    with pytest.raises(UserError, match="model.parametrization=mup: .*width_multiplier=4 ") as e:
+        build_optimizer(
+            cfg.optimizer, bare_model(cfg, 64), router_lr_scale=1.0, width_multiplier=width
+        )
+    assert reason in str(e.value)
+    build_optimizer(cfg.optimizer, bare_model(cfg, 64), router_lr_scale=1.0)
+
+
+@pytest.mark.usefixtures("mine")
+@pytest.mark.parametrize("target", ["torch.optim.NAdam", "mine_optim.of_groups"])
+def test_a_class_that_takes_groups_gets_the_rates_of_the_width(
+    target: str, tiny: Callable[..., Any]
+) -> None:
+    cfg = tiny(f"optimizer._target_={target}", *WIDE)
+    groups = build_optimizer(
+        cfg.optimizer, bare_model(cfg, 64), router_lr_scale=1.0, width_multiplier=4.0
+    ).param_groups
+    assert [g["peak_lr"] for g in groups] == [3e-3 / 4, 3e-3, 3e-3, 3e-3 / 4]
+
+
 @pytest.mark.slow
 def test_sgd_resumes_bit_for_bit(tiny: Callable[..., Any], run_here: Callable[..., Any]) -> None:
     keys = ["optimizer._target_=torch.optim.SGD", "+optimizer.momentum=0.9", "schedule=cosine"]
@@ -125,6 +161,7 @@ BAD = [
     ("mine_optim.plain", ["optimizer.weight_decay=0.3"], "unexpected keyword argument 'weight_"),
     ("torch.optim.SGD", ["+optimizer.momentun=0.9"], "unexpected keyword argument 'momentun'"),
     ("torch.optim.SGD", ["+optimizer.momentum=-1"], "Invalid momentum value: -1"),
+    ("torch.optim.SGD", WIDE, "choose optimizer=adamw or muon"),
     ("torch.optim.LBFGS", [], "LBFGS doesn't support per-parameter options"),
 ]
 
@@ -137,5 +174,5 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(
     command = ["train", "data=synthetic", f"optimizer._target_={target}", *keys, "name=x"]
     assert main(command) == 2
     error = capsys.readouterr().err
-    assert f"optimizer._target_={target}: " in error and message in error
+    assert target in error and message in error
     assert not RunDir("runs/x").path.exists()

@@ -64,6 +64,25 @@ def test_stacked_experts_decay_norms_do_not_and_the_router_keeps_its_scale(build
         assert by_parameter[id(model.d.weight)]["lr"] == pytest.approx(0.005 * multiplier)
 
 
+@pytest.mark.parametrize(
+    ("build", "matrices"),
+    [(build_adamw, 4.0), (lambda m, **k: build_muon(m, **MUON | k), 2.0)],
+)
+def test_rates_fall_with_the_width_and_the_share_that_decays_stays(build, matrices: float) -> None:
+    model = Toy()
+    optimizer = build(model, **ADAM, router_lr_scale=0.5, width_multiplier=4.0)
+    by_parameter = {id(p): g for g in optimizer.param_groups for p in g["params"]}
+    for parameter, rate, decay in (
+        (model.a.weight, 0.01, 0.1),
+        (model.b.weight, 0.01 / matrices, 0.1 * matrices),
+        (model.c, 0.01 / matrices, 0.1 * matrices),
+        (model.d.weight, 0.005 / 4, 0.1 * 4),
+        (model.e, 0.01, 0.0),
+    ):
+        group = by_parameter[id(parameter)]
+        assert (group["peak_lr"], group["weight_decay"]) == (rate, decay)
+
+
 def test_muon_steps_its_adamw_groups_as_torch_does() -> None:
     torch.manual_seed(0)
     ours, theirs = Toy(), Toy()

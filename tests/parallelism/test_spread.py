@@ -62,7 +62,7 @@ MODELS = {
         "moe=top2",
         "moe.n_experts=4",
     ],
-    # A sigmoid router with groups, a sequence loss and a bias.
+    # A sigmoid router with groups, a sequence loss and a bias; mup at twice its base width.
     "shared_bias": [
         "moe=fine_grained",
         "moe.n_experts=8",
@@ -72,6 +72,8 @@ MODELS = {
         "moe.router.route_scale=1.5",
         "moe.router.sequence_loss_weight=0.01",
         "model.activation=relu2",
+        "model.parametrization=mup",
+        "model.mup_base_width=8",
     ],
     # Balanced within each sequence.
     "window": [

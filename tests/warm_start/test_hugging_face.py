@@ -170,6 +170,10 @@ def test_bad_folders_write_nothing(
         ),
         (["init_from=theta"], "rope_theta=1.0 there, model.rope_theta=10000.0 here"),
         (["init_from=hf", "model.norm=qk_reorder"], "q_norm.weight: (8,) there, (16,) here"),
+        (
+            ["init_from=hf", "model.parametrization=mup", "model.mup_base_width=8"],
+            "the parametrization=standard there, model.parametrization=mup here",
+        ),
         (["init_from=hf", "model.n_heads=1"], "blocks.0.attention.qkv.weight: (32, 16) there"),
         (["init_from=cut"], "model-00002-of-00002.safetensors is damaged: "),
         (["init_from=no_header"], "model-00001-of-00002.safetensors is damaged: its header has an"),

@@ -153,6 +153,10 @@ def test_experts_are_copies_of_parts_and_dropped_units_are_drawn_again(
     half, _ = load_trained(dropped.read_config(), dropped, None)
     changed = (half.blocks[1].feed_forward.experts.down - moe.experts.down).abs().amax(-1) > 1e-6
     assert changed.sum(-1).tolist() == [12] * 8 and not (changed[0] == changed[2]).all()
+    mup = ["model.parametrization=mup", "model.mup_base_width=4"]
+    wide, _ = load_trained(tiny(*words, *mup), run_here(tiny(*words, *mup, name="mup")), None)
+    router = wide.blocks[1].feed_forward.router.weight
+    torch.testing.assert_close(router, moe.router.weight / 4)
 
 
 @pytest.mark.parametrize(

@@ -73,3 +73,13 @@ class MLAConfig(AttentionConfig):
                 f"attention.qk_rope_head_dim={self.qk_rope_head_dim}: must be even for rotary "
                 "embeddings"
             )
+
+    def widths(self) -> dict[str, int | None]:
+        """Return the keys of the widths and their values."""
+        return {
+            "q_lora_rank": self.q_lora_rank,
+            "kv_lora_rank": self.kv_lora_rank,
+            "qk_nope_head_dim": self.qk_nope_head_dim,
+            "qk_rope_head_dim": self.qk_rope_head_dim,
+            "v_head_dim": self.v_head_dim,
+        }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lunaris.config.schema.base import Schema, changeable, key
+from lunaris.config.widths import WidthFactors, width_factors
 from lunaris.errors import UserError
 
 
@@ -41,6 +42,13 @@ class ModelConfig(Schema):
     # Where norms stand: qk_reorder normalises each sublayer's output, queries and keys; pre its
     # input.
     norm: str = key("qk_reorder", allowed=("qk_reorder", "pre"))
+    # mup: initial weights and learning rates follow the width, so that a rate that is good at one
+    # width is good at others (docs/scaling.md).
+    parametrization: str = key("standard", allowed=("standard", "mup"))
+    # Of mup: a model of this width is as in the standard parametrization.
+    mup_base_width: int = key(128, low=1, at_most=2**20)
+    # Of mup: the width of a head there; null: the model of the base width has as many heads.
+    mup_base_head_width: int | None = key(None, low=1, at_most=2**20)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -57,3 +65,13 @@ class ModelConfig(Schema):
             raise UserError(
                 f"model.n_kv_heads={self.n_kv_heads}: must divide model.n_heads={self.n_heads}"
             )
+
+    def width_factors(self) -> WidthFactors:
+        """Return what the parametrization makes of the width."""
+        return width_factors(
+            self.parametrization,
+            self.d_model,
+            self.n_heads,
+            self.mup_base_width,
+            self.mup_base_head_width,
+        )

@@ -108,7 +108,8 @@ class GroupedQueryAttention(Attention):
         self.qkv = nn.Linear(shape.d_model, sum(self.widths), bias=False)
         self.out = nn.Linear(shape.d_model, shape.d_model, bias=False)
         per_head = shape.norm == "pre"
-        self.q_norm = RMSNorm(self.head_dim if per_head else self.widths[0])
+        normed = self.head_dim if per_head else self.widths[0]
+        self.q_norm = RMSNorm(normed, factor=shape.factors.scores)
         self.k_norm = RMSNorm(self.head_dim if per_head else self.widths[1])
         self.gate = OutputGate(shape.d_model, shape.n_heads) if output_gate else None
         self.sinks = nn.Parameter(torch.empty(shape.n_heads)) if sinks else None

@@ -6,6 +6,8 @@ N part of queries and keys without positions, R rotary part, V value; C latent.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -96,6 +98,7 @@ class MultiHeadLatentAttention(Attention):
         self.masked = masked
         self.nope, self.rope, self.value = qk_nope_head_dim, qk_rope_head_dim, v_head_dim
         self.latent = kv_lora_rank
+        self.scale = shape.factors.scores / math.sqrt(self.nope + self.rope)
         # Of more new positions the products of `_absorbed` outweigh what `_expanded` computes once.
         once, each = self.latent * (self.nope + self.value), 2 * (self.latent + self.rope)
         self.absorb_up_to = max(1, once // each)
@@ -154,7 +157,9 @@ class MultiHeadLatentAttention(Attention):
         k = torch.cat((k_nope, k_rope), dim=-1).transpose(1, 2)
         dropout = self.shape.dropout if self.training else 0.0
         heads = (q, k, v.transpose(1, 2), prepared.mask)
-        return attend(*heads, first=prepared.first, sinks=self.sinks, dropout=dropout)
+        return attend(
+            *heads, first=prepared.first, scale=self.scale, sinks=self.sinks, dropout=dropout
+        )
 
     def _absorbed(
         self, q_nope: Tensor, q_rope: Tensor, seen: Tensor, prepared: RotaryInputs
@@ -168,10 +173,9 @@ class MultiHeadLatentAttention(Attention):
         to_keys, to_values = weights.split([self.nope, self.value], dim=1)
         q = torch.einsum("blhn,hnc->blhc", q_nope, to_keys)
         q = torch.cat((q, q_rope), dim=-1).transpose(1, 2)
-        scale = (self.nope + self.rope) ** -0.5
         # The rotary columns of the values are computed in vain: a slice would be copied every time.
         heads = (q, seen[:, None], seen[:, None], prepared.mask)
-        y = attend(*heads, first=prepared.first, scale=scale, sinks=self.sinks)
+        y = attend(*heads, first=prepared.first, scale=self.scale, sinks=self.sinks)
         return torch.einsum("bhlc,hvc->bhlv", y[..., : self.latent], to_values)
 
     def new_cache(
