@@ -1,93 +1,40 @@
 """What the processes of a check look at: `python -m lunaris.check.probe DIR`.
 
-DIR is a folder with the frozen config. Rank 0 writes what was found to `items.json` in it.
+DIR is a folder with the frozen config, into which the items are written.
 """
 
 from __future__ import annotations
 
-import os
 import platform
 import sys
-from collections.abc import Callable
-from dataclasses import replace
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from lunaris.atomic_files import write_json
 from lunaris.check.communication import communication_looks
+from lunaris.check.group import Looks, look_in_processes
 from lunaris.check.item import FAIL, OK, Item
 from lunaris.check.kernels import kernel_looks
 from lunaris.check.machine import usable_gpus
 from lunaris.config.schema.root import Config
 from lunaris.distributed import collectives, preflight, session
-from lunaris.distributed.heartbeat import record_failure
-from lunaris.errors import EXPECTED
-from lunaris.launch.local import threads_each
 from lunaris.precision import Precision
-from lunaris.runs.run_dir import RunDir
 
-ITEMS = "items.json"
 MODULE = "lunaris.check.probe"
 # Of a GPU's memory, below which something else holds some; this process's own context is small.
 _FREE_SHARE = 0.9
 
 
-def main(path: Path) -> int:
-    """Look, as one of the processes, or start them; return the exit code."""
-    cfg: Config = RunDir(path).read_config()
-    processes = cfg.launch.world_size()
-    if "RANK" not in os.environ and processes > 1:
-        from lunaris.launch.elastic import run_group
-
-        os.environ.setdefault("OMP_NUM_THREADS", str(threads_each(processes)))
-        return run_group(path, processes, 0, cfg.launch.collective_timeout_s, module=MODULE)
-    try:
-        with session.join(cfg.trainer.device, cfg.launch.collective_timeout_s):
-            look(cfg, path / ITEMS)
-            collectives.barrier()
-    except EXPECTED as error:
-        print(f"error: {error}", file=sys.stderr)
-        record_failure(error)
-        return error.exit_code
-    return 0
-
-
-def look(cfg: Config, file: Path) -> None:
-    """Look at one thing after another; every process of an open session calls this.
-
-    Rank 0 writes what was found after each, and before it what it looks at, so that a crash or a
-    hang loses nothing else.
-    """
-    looks: dict[str, Callable[[], Item]] = {
+def looks(cfg: Config, path: Path, stack: ExitStack) -> Looks:
+    """Return what every process looks at, by the name of its item."""
+    return {
         "device": partial(_device, cfg),
         "product": _product,
         **kernel_looks(cfg),
         **communication_looks(),
     }
-    found: list[dict[str, Any]] = []
-    for name, at in looks.items():
-        if session.rank() == 0:
-            write_json(file, {"items": found, "doing": name})
-        try:
-            item = at()
-        except RuntimeError as error:  # That of a broken device.
-            item = Item(name, FAIL, str(error).splitlines()[0])
-        found.append(_of_all(item).as_dict())
-    if session.rank() == 0:
-        write_json(file, {"items": found, "doing": None})
-
-
-def _of_all(item: Item) -> Item:
-    """Return the item of the first rank where it failed, with its number, or that of rank 0."""
-    items = collectives.gather_objects(item)
-    failed = [(rank, each) for rank, each in enumerate(items) if each.state == FAIL]
-    if not failed:
-        return items[0]
-    rank, first = failed[0]
-    return replace(first, text=f"rank {rank}: {first.text}") if len(items) > 1 else first
 
 
 def _device(cfg: Config) -> Item:
@@ -155,4 +102,4 @@ def _product() -> Item:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1])))
+    sys.exit(look_in_processes(Path(sys.argv[1]), MODULE, looks))

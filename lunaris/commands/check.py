@@ -44,8 +44,8 @@ _EXAMPLES = [
 ]
 
 _SECONDS = 300.0
-# What looking at device, kernels and network may take; a hang of a collective takes all of it.
-_PROBE_S = 100.0
+# What looking at device, kernels and network, or at steps, may take; a hang takes all of it.
+_LOOKING_S = 100.0
 
 
 def main(argv: list[str]) -> int:
@@ -195,9 +195,14 @@ def _look(cfg: Config, short: Config, folder: Path, until: float) -> Iterator[It
         (
             "device",
             "looking at devices, kernels and network",
-            lambda: _probe(short, folder, left_s()),
+            lambda: _items_of("probe", short, folder, left_s()),
         ),
         ("training", "training some steps", runs.train),
+        (
+            "waits",
+            "looking at single steps",
+            lambda: _items_of("steps", short, folder, left_s()),
+        ),
         ("resume", "stopping and resuming", runs.resumed),
         ("hang drill", "letting a process hang", lambda: hang_drill(short, folder, left_s())),
         ("compilation", "compiling", runs.compiled),
@@ -211,17 +216,18 @@ def _look(cfg: Config, short: Config, folder: Path, until: float) -> Iterator[It
         yield from found if isinstance(found, list) else [found]
 
 
-def _probe(cfg: Config, folder: Path, left_s: float) -> list[Item]:
-    """Return what processes of the run's number found."""
+def _items_of(name: str, cfg: Config, folder: Path, left_s: float) -> list[Item]:
+    """Return what processes of the run's number find that run `lunaris.check.NAME`."""
     from lunaris.atomic_files import read_json
+    from lunaris.check.group import ITEMS
     from lunaris.check.item import FAIL, Item
     from lunaris.check.stage import run_module
     from lunaris.runs.create import create
 
-    path = folder / "probe"
-    create(replace(cfg, name="probe", out_dir=str(path)), "lunaris check", [])
-    ended = run_module("lunaris.check.probe", path, min(left_s, _PROBE_S))
-    written = read_json(path / "items.json")
+    path = folder / name
+    create(replace(cfg, name=name, out_dir=str(path)), "lunaris check", [])
+    ended = run_module(f"lunaris.check.{name}", path, min(left_s, _LOOKING_S))
+    written = read_json(path / ITEMS)
     found = [Item.from_dict(each) for each in written.get("items", [])]
     if ended.code != 0:
         # Of what hangs or crashes, nothing else is known.

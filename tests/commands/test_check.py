@@ -18,8 +18,8 @@ TINY = [
 ]  # fmt: skip
 NAMES = [
     "software", "cores", "memory", "open files", "disk", "temporary", "device", "product",
-    "experts", "attention", "ranges", "all-reduce", "agreement", "meshes", "training", "resume",
-    "hang drill", "compilation",
+    "experts", "attention", "ranges", "all-reduce", "agreement", "meshes", "training", "waits",
+    "resume", "hang drill", "compilation",
 ]  # fmt: skip
 
 
@@ -38,7 +38,7 @@ def test_two_processes_are_ready_and_leave_nothing_behind(
     items = {item["name"]: item for item in found["items"]}
     assert list(items) == NAMES and found["ok"]
     left_out = {name for name, item in items.items() if item["state"] == "skip"}
-    assert left_out == {"compilation"}
+    assert left_out == {"waits", "compilation"}
     assert items["training"]["figures"]["tokens_per_s"] > 0
     assert "equal bit for bit" in items["resume"]["text"]
     assert "rank 1, stopped in a step, was named" in items["hang drill"]["text"]
@@ -84,9 +84,9 @@ def test_more_processes_than_gpus_are_refused_at_once(
 def test_without_time_what_is_left_is_skipped(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["check", *TINY, "--seconds", "0.001"]) == 0
     printed = capsys.readouterr().out
-    for name in ("device", "training", "resume", "hang drill", "compilation"):
+    for name in ("device", "training", "waits", "resume", "hang drill", "compilation"):
         assert f"skip  {name:<12} no time is left; give --seconds" in printed
-    assert printed.rstrip().endswith("nothing failed, 5 skipped")
+    assert printed.rstrip().endswith("nothing failed, 6 skipped")
 
 
 @pytest.mark.parametrize(

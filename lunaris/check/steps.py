@@ -1,0 +1,54 @@
+"""What single steps of a run show: `python -m lunaris.check.steps DIR`.
+
+DIR is a folder with the frozen config, into which the items are written.
+"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from lunaris.check.group import Looks, look_in_processes
+from lunaris.check.waits import host_waits
+from lunaris.config.schema.root import Config
+from lunaris.distributed.signals import StopSignal
+from lunaris.run import build
+from lunaris.runs.run_dir import RunDir
+from lunaris.train import Run, report_skips, sequences_of_step, train_step
+
+MODULE = "lunaris.check.steps"
+# Steps that come first: they allocate memory, and kernels are chosen in them.
+_WARM = 2
+
+
+class Steps:
+    """Takes steps of a run as `lunaris.train.train` does, without logging and saving."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self._batches = run, iter(run.loader)
+
+    def take(self) -> None:
+        """Take the next step."""
+        run = self.run
+        train_step(run, next(self._batches))
+        run.state.step += 1
+        run.state.sequences = sequences_of_step(run)[1] + 1
+        report_skips(run, lag=1)
+        run.parallelism.agree(False)
+
+
+def looks(cfg: Config, path: Path, stack: ExitStack) -> Looks:
+    """Build the run and take its first steps; return what every process looks at then."""
+    run = build(cfg, RunDir(path), StopSignal())
+    stack.callback(run.loader.close)
+    stack.callback(run.logger.finish)
+    steps = Steps(run)
+    for _ in range(_WARM):
+        steps.take()
+    return {"waits": partial(host_waits, run.cfg, steps.take)}
+
+
+if __name__ == "__main__":
+    sys.exit(look_in_processes(Path(sys.argv[1]), MODULE, looks))
