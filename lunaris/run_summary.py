@@ -30,7 +30,6 @@ def describe(run: Run) -> str:
     count = unwrap(run.model).count_parameters()
     trainer = run.cfg.trainer
     seq_len = run.cfg.model.max_seq_len
-    world = run.parallelism.data_world_size
     micro_steps, tokens = trainer.gradient_accumulation_steps, run.global_batch * seq_len
     lines = [
         labelled("run", str(run.dir.path)),
@@ -42,7 +41,7 @@ def describe(run: Run) -> str:
             f"{run.global_batch:,} sequences of {seq_len:,} = {tokens:,} tokens a step",
         ),
         labelled(
-            "", f"{trainer.batch_size} a process × {micro_steps} micro-steps × {world} processes"
+            "", f"{trainer.batch_size} a process × {micro_steps} micro-steps × {_processes(run)}"
         ),
         labelled(
             "training",
@@ -66,6 +65,13 @@ def describe(run: Run) -> str:
     if run.state.step:
         lines.append(labelled("resumed", f"after step {run.state.step:,}"))
     return "\n".join(lines)
+
+
+def _processes(run: Run) -> str:
+    """Return the number of processes with data of their own, and what joins several."""
+    count = run.parallelism.data_world_size
+    joined = type(run.parallelism).__name__.lower() if run.parallelism.world_size > 1 else ""
+    return f"{count} processes" + (f" ({joined})" if joined else "")
 
 
 def _twin(model: Transformer) -> list[str]:

@@ -36,7 +36,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("runs", "scaffold"),
     ("distributed",),
     ("config",),
-    ("errors", "console", "atomic_files", "torch_internals", "conf"),
+    ("errors", "console", "atomic_files", "torch_internals", "conf", "devices"),
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # The folders of shards are inspected when a config is checked, without torch.
@@ -193,7 +193,7 @@ def test_what_training_reads_imports_nothing_of_the_preparation() -> None:
 
 TORCH_FREE = (
     *("config/", "commands/", "runs/", "planning/", "report/", "continuation/", "launch/sweep/"),
-    *("errors.py", "__main__.py", "api.py", "metrics/devices.py"),
+    *("errors.py", "__main__.py", "api.py", "devices.py"),
 )
 
 

@@ -58,7 +58,7 @@ class SweepRequest:
         task = [_text(o) for o in self.parsed if not o.is_hydra_override()]
         given = {o.key_or_group: o.value() for o in self.parsed if not o.is_sweep_override()}
         name = str(given.get("name") or sweep_name(task, swept))
-        composer = Composer(self.source)
+        composer = Composer(self.source, of_sweep=True)
         asked = given.get("hydra.sweep.dir") or given.get("out_dir")
         folder = str(asked or composer.defaults.keys.get("out_dir") or f"sweeps/{name}")
         folder = folder.replace("${name}", name)

@@ -6,8 +6,8 @@ import os
 from collections import Counter
 
 from lunaris.config.schema.root import Config
+from lunaris.devices import visible_gpus
 from lunaris.launch.local import threads_each
-from lunaris.metrics.devices import visible_gpus
 
 
 class Places:

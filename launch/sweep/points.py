@@ -7,6 +7,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -88,7 +89,7 @@ class Sweep:
     dir: Path
     command: str
     shared: set[str]
-    composer: Composer = field(default_factory=Composer)
+    composer: Composer = field(default_factory=partial(Composer, of_sweep=True))
     outcomes: list[Outcome] = field(default_factory=list)
     warned: set[str] = field(default_factory=set)
     zipped: Sequence[str] = ()

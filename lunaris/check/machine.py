@@ -12,8 +12,8 @@ from pathlib import Path
 from lunaris.check.item import FAIL, OK, Item
 from lunaris.check.temporary import temporary_item
 from lunaris.config.schema.root import Config
+from lunaris.devices import this_machine, visible_gpus
 from lunaris.errors import UserError
-from lunaris.metrics.devices import this_machine, visible_gpus
 from lunaris.planning.plan import make_plan
 from lunaris.planning.report import memory_warning
 

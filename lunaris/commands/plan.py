@@ -13,7 +13,7 @@ from lunaris.errors import UserError, did_you_mean
 
 if TYPE_CHECKING:
     from lunaris.config.cli import Flags
-    from lunaris.metrics.devices import Device
+    from lunaris.devices import Device
     from lunaris.planning.plan import Plan
 
 _WHAT = """\
@@ -79,7 +79,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _device(name: str | None) -> Device | None:
     """Return the device of that name, or this machine's GPU; None for a machine without one."""
-    from lunaris.metrics.devices import DEVICES, find_device, this_machine
+    from lunaris.devices import DEVICES, find_device, this_machine
 
     if name is None:
         gpus = this_machine().gpus

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lunaris.config.cli import Flags, parse_flags
-from lunaris.config.compose import Composer, Source, compose
+from lunaris.config.compose import Composer, Source
 from lunaris.config.frozen import to_tree
 from lunaris.config.identity import differing, identity
 from lunaris.config.schema.root import Config
@@ -259,7 +259,8 @@ def _resume_sweep(
     source = Source(dir=args.config_dir)
     flags = parse_flags(shlex.split(manifest.command)[2:])
     check_overrides(flags.overrides, folder)
-    sweep = Sweep(folder, manifest.command, set(flags.overrides), Composer(flags.source))
+    composer = Composer(flags.source, of_sweep=True)
+    sweep = Sweep(folder, manifest.command, set(flags.overrides), composer)
     rows = [row for row in manifest.points if row.name in chosen]
     points, plans = [], []
     checked: dict[str, Data] = {}
@@ -293,7 +294,7 @@ def _point(
         _check_data(cfg, path, checked)
     else:
         check_overrides(row.overrides, folder)
-        cfg = compose(row.overrides, source=flags.source)
+        cfg = Composer(flags.source, of_sweep=True).compose(row.overrides)
         # The manifest also says where its options are read from.
         check_tree(to_tree(cfg), folder)
         cfg.name, cfg.out_dir = row.name, str(path)

@@ -59,6 +59,8 @@ def main(argv: list[str]) -> int:
     if os.environ.get("RANK", "0") == "0":
         for line in composer.defaults_lines([flags.overrides]):
             print(line, file=sys.stderr)
+        if composer.decided is not None:
+            print(composer.decided, file=sys.stderr)
         for text in overruled(composer, [flags.overrides]):
             print(f"warning: {text}", file=sys.stderr)
     with composed_with(composer.record(flags.overrides)):

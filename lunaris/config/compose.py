@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from lunaris.config.decide import decide_processes
 from lunaris.config.defaults import Defaults, read_defaults, user_folder
 from lunaris.config.hydra_internals import compose_options
 from lunaris.config.keys import CONFIG_MODULE, flat, folders, groups, schema_keys, split_key
@@ -73,10 +74,17 @@ class Composer:
     Each further point of a sweep then takes milliseconds instead of a tenth of a second.
     """
 
-    def __init__(self, source: Source | None = None, *, with_defaults: bool = True) -> None:
-        """with_defaults: whether the `defaults.yaml` of the person or the site counts."""
+    def __init__(
+        self, source: Source | None = None, *, with_defaults: bool = True, of_sweep: bool = False
+    ) -> None:
+        """with_defaults: whether the `defaults.yaml` of the person or the site counts.
+
+        of_sweep: whether the command lines are points of a sweep, each with a GPU of its own.
+        """
         self.source = source or Source()
-        self._with_defaults = with_defaults
+        self._with_defaults, self._of_sweep = with_defaults, of_sweep
+        # Of the last config: the line of `decide_processes`.
+        self.decided: str | None = None
         self._bases: dict[tuple[str, ...], _Base] = {}
 
     @cached_property
@@ -127,7 +135,10 @@ class Composer:
         tree = self.compose_raw(overrides)
         finish(tree, overrides)
         try:
-            return checked(tree, check_data=check_data)
+            cfg = typed(tree)
+            self.decided = decide_processes(cfg, of_sweep=self._of_sweep)
+            validate(cfg, check_data=check_data)
+            return cfg
         except UserError as error:
             words = re.split(r"[^\w.]+", str(error))
             if named := [key for key in self.applied(overrides) if key in words]:
@@ -212,13 +223,19 @@ def compose(
 
 def checked(tree: DictConfig, *, check_data: bool = True) -> Config:
     """Return the checked config of a composed tree, which has a name. Raises UserError."""
+    cfg = typed(tree)
+    decide_processes(cfg)
+    validate(cfg, check_data=check_data)
+    return cfg
+
+
+def typed(tree: DictConfig) -> Config:
+    """Return the config of a composed tree, without the checks across groups. Raises UserError."""
     if tree.get("name") is None:
         finish(tree, [])
     give_schemas(tree)
     check_values(tree)
-    cfg = to_config(tree)
-    validate(cfg, check_data=check_data)
-    return cfg
+    return to_config(tree)
 
 
 def finish(cfg: DictConfig, overrides: list[str]) -> None:

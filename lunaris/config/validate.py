@@ -253,7 +253,8 @@ def _check_parallelism(cfg: Config) -> None:
     world, said, parallelism = world_size(cfg), _world_in_words(cfg), cfg.parallelism
     if isinstance(parallelism, SingleConfig) and world > 1:
         raise UserError(
-            f"parallelism=single: one process, but {said}; choose parallelism=ddp, fsdp or hsdp"
+            f"parallelism=single: one process, but {said}; choose parallelism=auto, ddp, fsdp or "
+            "hsdp"
         )
     if isinstance(parallelism, DDPConfig):
         _check_expert_parallel(cfg, parallelism.expert_parallel, world, said)

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 
 import torch
 
-from lunaris.metrics.devices import find_device
+from lunaris.devices import find_device
 
 
 def peak_flops(device: torch.device) -> float | None:

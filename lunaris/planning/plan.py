@@ -11,8 +11,8 @@ from lunaris.config.schema.launch import SlurmLaunchConfig
 from lunaris.config.schema.moe import MoEConfig, NoMoEConfig
 from lunaris.config.schema.parallelism import FSDPConfig
 from lunaris.config.schema.root import Config
+from lunaris.devices import Device
 from lunaris.errors import UserError
-from lunaris.metrics.devices import Device
 from lunaris.planning.costs import Traffic, checkpoint_bytes, traffic
 from lunaris.planning.memory import GPU_RESERVE, Memory, memory_of
 from lunaris.planning.parameters import active_parameters, flops_per_token, model_parameters

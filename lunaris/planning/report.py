@@ -8,8 +8,8 @@ from typing import Any
 from lunaris.config.schema.launch import LocalLaunchConfig, SlurmLaunchConfig
 from lunaris.config.schema.root import Config
 from lunaris.config.schema.trainer import AUTO
+from lunaris.devices import Device, find_device, this_machine
 from lunaris.errors import UserError
-from lunaris.metrics.devices import Device, find_device, this_machine
 from lunaris.planning.plan import Plan, fitting, host_request, make_plan
 
 # What saving is assumed to write, in bytes a second and process group: one network disk.

@@ -23,7 +23,7 @@ from lunaris.check.drill import hang_drill
 from lunaris.check.item import FAIL, OK, SKIP, Item
 from lunaris.check.machine import machine_items
 from lunaris.check.runs import ShortRuns
-from lunaris.metrics.devices import Machine
+from lunaris.devices import Machine
 from lunaris.runs.create import create
 
 

@@ -9,8 +9,8 @@ import pytest
 
 from lunaris.commands import plan as command
 from lunaris.config.compose import compose
+from lunaris.devices import Machine, find_device
 from lunaris.errors import UserError
-from lunaris.metrics.devices import Machine, find_device
 from lunaris.planning import report
 from lunaris.planning.plan import fitting, make_plan
 

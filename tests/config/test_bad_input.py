@@ -227,8 +227,14 @@ TABLE: list[tuple[str, str]] = [
     ("schedule=wsd schedule.warmup_steps=590", "must leave room for the 120 steps of decay"),
     ("model.vocab_size=100", "model.vocab_size=100: must be at least data.vocab_size=2048"),
     ("data=synthetic data.n_tokens=100", "model.max_seq_len=256: one sequence needs 257 tokens"),
-    ("launch.processes=2", "parallelism=single: one process, but launch.processes=2"),
-    ("launch=slurm launch.nodes=2", "one process, but launch.nodes=2 × 1 processes = 2"),
+    ("parallelism=single launch.processes=2", "parallelism=single: one process, but launch.proc"),
+    ("launch.processes=0", "launch.processes=0: must be a whole number of at least 1, or auto"),
+    ("launch.processes=atuo", "launch.processes=atuo: must be a whole number of at least 1"),
+    ("launch.processes=true", "launch.processes=True: must be a whole number"),
+    (
+        "launch=slurm launch.nodes=2 parallelism=single",
+        "one process, but launch.nodes=2 × 1 processes = 2",
+    ),
     (
         "parallelism=ddp launch.processes=3 parallelism.expert_parallel=2",
         "parallelism.expert_parallel=2: must divide the world: launch.processes=3",
@@ -285,5 +291,5 @@ def test_world_comes_from_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="one process, but torchrun started 2 processes"):
-        compose([])
-    assert compose(["parallelism=ddp"]).launch.processes == 1
+        compose(["parallelism=single"])
+    assert compose(["parallelism=ddp"]).launch.processes == 2

@@ -23,9 +23,12 @@ SMALL = [
     "trainer.log_interval=1", "trainer.eval_interval=4", "trainer.eval_steps=2",
     "trainer.device=cpu", "optimizer.learning_rate=3e-2", "schedule.warmup_steps=1",
 ]  # fmt: skip
-# Options that train elsewhere: on SLURM, on text that is prepared first, or on the text of the
-# Python that runs the tests, whose losses differ from one version to the next.
-ELSEWHERE = {"launch=slurm", "data=text", "data=hf", "data=shards", "data=stdlib"}
+# Options that train elsewhere: on SLURM, as the option that they become, on text that is prepared
+# first, or on the text of the Python that runs the tests, whose losses differ from one version to
+# the next.
+ELSEWHERE = {
+    "launch=slurm", "parallelism=auto", "data=text", "data=hf", "data=shards", "data=stdlib",
+}  # fmt: skip
 NOT_OPTIONS = {"experiment", "hydra"}
 # Values of a key that choose other code, as an option does.
 VALUES = [

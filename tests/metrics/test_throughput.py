@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lunaris.metrics import devices
+from lunaris import devices
 from lunaris.metrics.throughput import Meter, named_peak_flops, peak_flops
 
 

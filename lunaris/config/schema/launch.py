@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lunaris.config.schema.base import Component, key
+from lunaris.config.schema.trainer import AUTO
 from lunaris.errors import UserError, did_you_mean
 
 # The types of `sbatch --dependency`.
@@ -49,12 +50,21 @@ class LocalLaunchConfig(LaunchConfig):
     """This machine."""
 
     _target_: str = "lunaris.launch.local.Local"
-    # Processes, one a GPU where there are GPUs.
-    processes: int = key(1, low=1)
+    # Processes: a number, or auto, which launch=local sets: one on each GPU of this machine, and 1
+    # without GPUs and in a point of a sweep. A run that is continued keeps its number.
+    processes: Any = 1
     # Times that the group is started again after a process failed.
     max_restarts: int = key(0, low=0)
     # Points of a sweep that run at a time; null: as many as there are GPUs for, or 1.
     points_at_once: int | None = key(None, low=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        given = self.processes
+        if given != AUTO and (type(given) is not int or given < 1):
+            raise UserError(
+                f"launch.processes={given}: must be a whole number of at least 1, or {AUTO}"
+            )
 
 
 @dataclass

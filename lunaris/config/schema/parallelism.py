@@ -15,6 +15,13 @@ class ParallelismConfig(Component):
 
 
 @dataclass
+class AutoConfig(ParallelismConfig):
+    """`single` with one process, `ddp` with several (`lunaris.config.decide`)."""
+
+    _target_: str = "lunaris.config.schema.parallelism.AutoConfig"
+
+
+@dataclass
 class SingleConfig(ParallelismConfig):
     """One process."""
 

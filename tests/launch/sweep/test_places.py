@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
+from lunaris import devices
 from lunaris.config.schema.launch import LocalLaunchConfig
 from lunaris.config.schema.root import Config
 from lunaris.launch.local import threads_each
 from lunaris.launch.sweep.places import Places
-from lunaris.metrics import devices
 
 
 def config(device: str | None = None, **launch: int) -> Config:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lunaris.metrics import devices
+from lunaris import devices
 
 
 def install(folder: Path, monkeypatch: pytest.MonkeyPatch, gpus: str, capability: str) -> None:
