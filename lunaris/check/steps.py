@@ -10,10 +10,15 @@ from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
+import torch
+
+from lunaris.check.exposed import exposed_communication
 from lunaris.check.group import Looks, look_in_processes
+from lunaris.check.micro_batch import largest_micro_batch
 from lunaris.check.waits import host_waits
 from lunaris.config.schema.root import Config
 from lunaris.distributed.signals import StopSignal
+from lunaris.objective.base import Batch
 from lunaris.run import build
 from lunaris.runs.run_dir import RunDir
 from lunaris.train import Run, report_skips, sequences_of_step, train_step
@@ -29,14 +34,35 @@ class Steps:
     def __init__(self, run: Run) -> None:
         self.run, self._batches = run, iter(run.loader)
 
+    def next_batch(self) -> Batch:
+        """Return the micro-steps of a process's part of the next global batch."""
+        return next(self._batches)
+
     def take(self) -> None:
         """Take the next step."""
         run = self.run
-        train_step(run, next(self._batches))
+        train_step(run, self.next_batch())
         run.state.step += 1
         run.state.sequences = sequences_of_step(run)[1] + 1
         report_skips(run, lag=1)
         run.parallelism.agree(False)
+
+    def fits(self, sequences: int) -> bool:
+        """Take a step of one micro-step with so many sequences; return whether memory is enough."""
+        batch = {name: part[0] for name, part in self.next_batch().items()}
+        repeated = torch.arange(sequences) % len(batch["tokens"])
+        larger = {name: part[repeated.to(part.device)][None] for name, part in batch.items()}
+        try:
+            train_step(self.run, larger)
+        except torch.OutOfMemoryError:
+            fitted = False
+        else:
+            fitted = True
+        # The error has gone, and with it the graph that held the memory.
+        self.run.optimizer.zero_grad()
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+        return fitted
 
 
 def looks(cfg: Config, path: Path, stack: ExitStack) -> Looks:
@@ -47,7 +73,12 @@ def looks(cfg: Config, path: Path, stack: ExitStack) -> Looks:
     steps = Steps(run)
     for _ in range(_WARM):
         steps.take()
-    return {"waits": partial(host_waits, run.cfg, steps.take)}
+    return {
+        "waits": partial(host_waits, run.cfg, steps.take),
+        "exposed": partial(exposed_communication, run, steps.next_batch),
+        # The last one: where it fails, memory may be full.
+        "micro-batch": partial(largest_micro_batch, run.cfg, steps.fits),
+    }
 
 
 if __name__ == "__main__":

@@ -82,5 +82,8 @@ def test_steps_are_looked_at_after_the_run_is_built(
     assert look_in_processes(path, MODULE, looks) == 0
     found = json.loads((path / ITEMS).read_text())
     assert found["doing"] is None
-    (item,) = found["items"]
-    assert (item["name"], item["state"]) == ("waits", SKIP) and "needs a GPU" in item["text"]
+    items = {item["name"]: item for item in found["items"]}
+    assert list(items) == ["waits", "exposed", "micro-batch"]
+    assert {item["state"] for item in items.values()} == {SKIP}
+    assert "needs a GPU" in items["waits"]["text"] and "needs a GPU" in items["micro-batch"]["text"]
+    assert "one process exchanges nothing" in items["exposed"]["text"]

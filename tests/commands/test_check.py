@@ -19,7 +19,7 @@ TINY = [
 NAMES = [
     "software", "cores", "memory", "open files", "disk", "temporary", "device", "product",
     "experts", "attention", "ranges", "all-reduce", "agreement", "meshes", "training", "waits",
-    "resume", "hang drill", "compilation",
+    "exposed", "micro-batch", "resume", "hang drill", "compilation",
 ]  # fmt: skip
 
 
@@ -38,7 +38,8 @@ def test_two_processes_are_ready_and_leave_nothing_behind(
     items = {item["name"]: item for item in found["items"]}
     assert list(items) == NAMES and found["ok"]
     left_out = {name for name, item in items.items() if item["state"] == "skip"}
-    assert left_out == {"waits", "compilation"}
+    assert left_out == {"waits", "micro-batch", "compilation"}
+    assert 0 <= items["exposed"]["figures"]["share"] < 1
     assert items["training"]["figures"]["tokens_per_s"] > 0
     assert "equal bit for bit" in items["resume"]["text"]
     assert "rank 1, stopped in a step, was named" in items["hang drill"]["text"]
