@@ -39,7 +39,7 @@ flags of its own:
   --seconds N    end after so long; what is left is skipped (default: 300)"""
 
 _EXAMPLES = [
-    ("lunaris check", "one process, the default config"),
+    ("lunaris check", "the default config: a process on each GPU, or one"),
     ("lunaris check parallelism=fsdp launch.processes=8 model=base", "eight GPUs of this machine"),
 ]
 
