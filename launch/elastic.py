@@ -132,7 +132,7 @@ class _Agent(ElasticAgent):
             local_addr="localhost",
         )
         super().__init__(spec, DefaultLogsSpecs(log_dir=errors), exit_barrier_timeout=10)
-        self._path = path
+        self._path, self._processes = path, processes
         self._signals = 0
         self._grace_s = min(_GRACE_S, timeout_s / 8)
 
@@ -161,5 +161,5 @@ class _Agent(ElasticAgent):
         self._signals += 1
         again = number == signal.SIGINT and self._signals > 1
         if number == signal.SIGINT and not again:
-            Thread(target=say, args=(saving(signal.SIGINT),), daemon=True).start()
+            Thread(target=say, args=(saving(signal.SIGINT, self._processes),), daemon=True).start()
         self.send(signal.SIGKILL if again else signal.SIGTERM)

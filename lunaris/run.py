@@ -61,7 +61,7 @@ def execute(cfg: Config, path: str | Path) -> RunResult:
     """
     run_dir = RunDir(path)
     with ExitStack() as stack:
-        stop = stack.enter_context(StopSignal(announce=say))
+        stop = stack.enter_context(StopSignal(announce=say, processes=session.world_size()))
         stack.enter_context(session.join(cfg.trainer.device, cfg.launch.collective_timeout_s))
         stack.enter_context(supervise(cfg, run_dir))
         run = build(cfg, run_dir, stop)

@@ -68,7 +68,7 @@ class StepStats:
 
     losses: each [] mean over the global batch; weights: their factors in the loss that is
     minimised; grad_norm: [] before clipping; load, dropped, confidence: of each routed layer, as in
-    `ModelOutput`.
+    `ModelOutput`; votes: [] how many processes had been told to stop.
     """
 
     losses: dict[str, Tensor]
@@ -77,6 +77,7 @@ class StepStats:
     load: Tensor
     dropped: Tensor
     confidence: Tensor
+    votes: Tensor
 
     def loss(self) -> Tensor:
         """Return the loss that is minimised, [] float64."""
@@ -103,7 +104,7 @@ def train(run: Run) -> None:
         run.logger.tick(state.step)
 
         last = state.step == trainer.max_steps
-        stop = run.parallelism.agree(run.stop.received is not None)
+        stop = run.parallelism.agree(run.stop.received is not None, stats.votes)
         row: Row = {}
         if last or state.step % trainer.log_interval == 0:
             row |= step_row(run, stats)
@@ -160,13 +161,13 @@ def train_step(run: Run, batch: Batch) -> StepStats:
                 loss = out.total
             run.precision.scaler.scale(loss).backward()
         values = {f"{name}_loss": loss.value for name, loss in out.losses.items()}
-        for name in ("load", "dropped", "confidence"):
-            values[name] = getattr(out, name)
+        values |= {name: getattr(out, name) for name in ("load", "dropped", "confidence")}
         for name, value in values.items():
             totals[name] = totals.get(name, 0) + value.detach().double()
     run.precision.scaler.unscale_(run.optimizer)
     grad_norm = clip_grad_norm(run.model.parameters(), run.cfg.trainer.grad_clip)
-    totals = sum_named(run.parallelism, totals | {"grad_norm": grad_norm.double()})
+    told = run.parallelism.vote(run.stop.received is not None)
+    totals = sum_named(run.parallelism, totals | {"grad_norm": grad_norm.double(), "votes": told})
     world = run.parallelism.data_world_size
     stats = StepStats(
         {name: totals[f"{name}_loss"] / world for name in out.losses},
@@ -175,6 +176,7 @@ def train_step(run: Run, batch: Batch) -> StepStats:
         totals["load"],
         totals["dropped"],
         totals["confidence"] / (micro_steps * world),
+        totals["votes"],
     )
     at = StepRange(run.state.step + 1, *sequences_of_step(run))
     loss = stats.loss()
@@ -239,10 +241,8 @@ def step_row(run: Run, stats: StepStats) -> Row:
     }
     if run.precision.scaler.is_enabled():
         row["train/loss_scale"] = run.precision.scaler.get_scale()
-    row |= moe_row(unwrap(run.model), stats)
-    row |= run.meter.row()
-    peak_gb = peak_memory_gb(run.parallelism.device)
-    row["perf/peak_memory_gb"] = run.parallelism.gather(peak_gb)
+    row |= moe_row(unwrap(run.model), stats) | run.meter.row()
+    row["perf/peak_memory_gb"] = run.parallelism.gather(peak_memory_gb(run.parallelism.device))
     write_progress(run)
     return row
 

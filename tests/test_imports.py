@@ -36,7 +36,7 @@ LAYERS: list[tuple[str, ...]] = [
     ("runs", "scaffold"),
     ("distributed",),
     ("config",),
-    ("errors", "console", "atomic_files", "torch_internals", "conf", "devices"),
+    ("errors", "console", "atomic_files", "late", "torch_internals", "conf", "devices"),
 ]
 RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
 # The folders of shards are inspected when a config is checked, without torch.

@@ -56,12 +56,12 @@ def _seconds_of(tensor: torch.Tensor) -> float:
 
 
 def _agreement() -> Item:
-    """Time what every step waits for: whether any process has been told to stop."""
+    """Time how the hosts agree, as they do before each batch of an evaluation."""
     collectives.barrier()
     began = time.perf_counter()
     told = [collectives.any_rank(session.rank() == i % 2) for i in range(_AGREEMENTS)]
     seconds = (time.perf_counter() - began) / _AGREEMENTS
-    text = f"{_shown(seconds)}, once a step"
+    text = f"{_shown(seconds)}, once a batch of an evaluation"
     state = OK if all(told) and not collectives.any_rank(False) else FAIL
     return Item("agreement", state, text, {"seconds": seconds})
 

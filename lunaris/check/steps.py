@@ -41,11 +41,11 @@ class Steps:
     def take(self) -> None:
         """Take the next step."""
         run = self.run
-        train_step(run, self.next_batch())
+        stats = train_step(run, self.next_batch())
         run.state.step += 1
         run.state.sequences = sequences_of_step(run)[1] + 1
         report_skips(run, lag=1)
-        run.parallelism.agree(False)
+        run.parallelism.agree(False, stats.votes)
 
     def fits(self, sequences: int) -> bool:
         """Take a step of one micro-step with so many sequences; return whether memory is enough."""

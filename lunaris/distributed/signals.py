@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop: recorded when they arrive, obeyed at the next step or batch."""
+"""Signals that ask a run to stop: recorded when they arrive, obeyed soon after a step or batch."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ class _Leave(BaseException):
     """Raised by the handler within `at_once`: no `except Exception` on its way may swallow it."""
 
 
-def saving(received: signal.Signals) -> str:
-    """Return what a run does at its first signal, in words."""
+def saving(received: signal.Signals, processes: int = 1) -> str:
+    """Return what a run of so many processes does at its first signal, in words."""
+    soon = "after this step" if processes == 1 else "within two steps"
     if received is signal.SIGINT:
-        return "saving after this step; again to stop at once"
-    return f"{received.name}: saving after this step"
+        return f"saving {soon}; again to stop at once"
+    return f"{received.name}: saving {soon}"
 
 
 class StopSignal:
@@ -48,9 +49,13 @@ class StopSignal:
     is done, and a process that one of them killed would look as if it had failed.
     """
 
-    def __init__(self, announce: Callable[[str], None] | None = None) -> None:
-        """announce: is called with words for the person when the first signal arrives."""
+    def __init__(self, announce: Callable[[str], None] | None = None, processes: int = 1) -> None:
+        """announce: is called with words for the person when the first signal arrives.
+
+        processes: of the run, which must agree before they save.
+        """
         self.received: signal.Signals | None = None
+        self._processes = processes
         self._announce = announce
         self._before: dict[signal.Signals, object] = {}
         # What goes on where a signal ends the process at once, or None.
@@ -101,7 +106,8 @@ class StopSignal:
         self._obey()
         if first and self._announce is not None:
             # A thread, because this handler may have interrupted a write to the same stream.
-            Thread(target=self._announce, args=(saving(self.received),), daemon=True).start()
+            words = saving(self.received, self._processes)
+            Thread(target=self._announce, args=(words,), daemon=True).start()
 
     def _obey(self) -> None:
         if self._phase is not None and self.received is not None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lunaris.errors import RunFailed
+from lunaris.late import Late
 from lunaris.torch_internals import takes_found_inf
 
 _TAKEN, _SPIKE, _NOT_FINITE = 0, 1, 2
@@ -76,7 +77,7 @@ class StepGuard:
         # [2, W] float64: the losses and gradient norms of the last steps, NaN where unknown.
         self._window = torch.full((2, window), torch.nan, dtype=torch.float64, device=device)
         self._run = run
-        self._pending: deque[tuple[StepRange, _Late]] = deque()
+        self._pending: deque[tuple[StepRange, Late]] = deque()
 
     @torch.no_grad()
     def judge(self, at: StepRange, loss: Tensor, grad_norm: Tensor) -> Tensor:
@@ -95,7 +96,7 @@ class StepGuard:
         outlier = (values > mean + self._threshold * spread) & (2 * count >= self._window.size(1))
         code = torch.where(finite, outlier.any().long() * _SPIKE, _NOT_FINITE)
         self._window[:, at.step % self._window.size(1)] = values.where(finite, torch.nan)
-        self._pending.append((at, _Late(code)))
+        self._pending.append((at, Late(code)))
         return (code >= self._skip_from).float()
 
     def settle(self, lag: int = 0) -> Iterator[Event]:
@@ -169,18 +170,3 @@ def restore_where(skip: Tensor, values: Iterable[Tensor], saved: Iterable[Tensor
     """Set each of `values` back to its saved copy, in place, where `skip` ([] float32) is 1."""
     for value, before in zip(values, saved, strict=True):
         value.copy_(torch.where(skip.bool(), before, value))
-
-
-class _Late:
-    """A number on the device that the host reads later without waiting for what follows it."""
-
-    def __init__(self, value: Tensor) -> None:
-        self._value = value.to("cpu", non_blocking=True)  # into pinned memory
-        self._copied = torch.cuda.Event() if value.is_cuda else None
-        if self._copied is not None:
-            self._copied.record()
-
-    def read(self) -> int:
-        if self._copied is not None:
-            self._copied.synchronize()
-        return int(self._value)

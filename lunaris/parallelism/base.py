@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from lunaris.distributed import collectives, session
 from lunaris.distributed.mesh import Mesh
+from lunaris.late import Late
 from lunaris.model.init import reset_buffers
 from lunaris.precision import Precision
 
@@ -40,6 +41,7 @@ class Parallelism:
         self.data_rank = self.mesh.data_rank(rank)
         self.data_world_size = self.mesh.data_world_size
         self.is_writer = rank == 0
+        self._votes: Late | None = None
 
     def wrap(
         self, model: nn.Module, *, precision: Precision, seed: int | None, compile: bool
@@ -80,12 +82,30 @@ class Parallelism:
             dist.all_reduce(values)
         return values
 
-    def agree(self, flag: bool) -> bool:
-        """Return whether `flag` is true in any process; all call this once, after each step."""
+    def vote(self, flag: bool) -> Tensor:
+        """Return `flag` of this process as [] float64 on the device, to be summed with metrics."""
+        # `full` fills it on the device; a tensor of a Python number would wait for the copy.
+        return torch.full((), float(flag), dtype=torch.float64, device=self.device)
+
+    def agree(self, flag: bool, votes: Tensor) -> bool:
+        """Return whether any process wants to end the run; all call this once, after each step.
+
+        votes: [] on the device, the sum over the processes of the flags of this step, which travels
+        with its metrics. It is read after the next step, so that no step waits for it: all learn
+        at the same step, the second after a process's flag was set at the latest.
+        flag: of this process, which is the answer where there is no other.
+        """
+        if self.world_size == 1:
+            session.end_first_step()
+            return flag
         session.set_phase("the end of a step")
-        result = collectives.any_rank(flag)
-        session.end_first_step()
-        return result
+        before, self._votes = self._votes, Late(votes)
+        if before is None:
+            # Once in a run: the time limit is lowered when every process has done its first step.
+            collectives.barrier()
+            session.end_first_step()
+            return False
+        return before.read() > 0
 
     def gather(self, value: T) -> list[T]:
         """Return every process's (picklable) value, in the order of process ranks."""

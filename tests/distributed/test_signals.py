@@ -30,19 +30,22 @@ def test_a_second_interrupt_does_not_wait() -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "words"),
+    ("number", "processes", "words"),
     [
-        (signal.SIGINT, "saving after this step; again to stop at once"),
-        (signal.SIGTERM, "SIGTERM: saving after this step"),
+        (signal.SIGINT, 1, "saving after this step; again to stop at once"),
+        (signal.SIGTERM, 1, "SIGTERM: saving after this step"),
+        (signal.SIGTERM, 2, "SIGTERM: saving within two steps"),
     ],
 )
-def test_the_first_signal_is_announced_once(number: signal.Signals, words: str) -> None:
+def test_the_first_signal_is_announced_once(
+    number: signal.Signals, processes: int, words: str
+) -> None:
     heard: queue.Queue[str] = queue.Queue()
     with StopSignal(announce=heard.put) as stop:
         with pytest.raises(Stopped), stop.at_once("building"):
             os.kill(os.getpid(), number)
     assert heard.empty()  # It ends at once, which needs no announcement.
-    with StopSignal(announce=heard.put):
+    with StopSignal(announce=heard.put, processes=processes):
         os.kill(os.getpid(), number)
         assert heard.get(timeout=10) == words
         os.kill(os.getpid(), signal.SIGTERM)
