@@ -10,7 +10,9 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from lunaris.config.migrations import VERSION, VERSION_KEY, migrate
+from lunaris.config.schema.parallelism import AutoConfig
 from lunaris.config.schema.root import Config
+from lunaris.config.schema.trainer import AUTO
 from lunaris.config.trust import check_tree
 from lunaris.config.typed import complete_tree, give_schemas, to_config, to_plain
 from lunaris.config.validate import check_values
@@ -58,8 +60,18 @@ def from_tree(tree: Any, path: Path) -> Config:
         cfg = complete_tree(migrate(tree))
         give_schemas(cfg)
         check_values(cfg)
-        return to_config(cfg)
+        read = to_config(cfg)
+        _check_decided(read)
+        return read
     except UserError as error:
         raise UserError(f"{path}: {error}") from error
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def _check_decided(cfg: Config) -> None:
+    """Raise UserError for what `lunaris.config.decide` decides before a file is written."""
+    if getattr(cfg.launch, "processes", None) == AUTO:
+        raise UserError(f"launch.processes={AUTO}: a run's file holds the number of its processes")
+    if isinstance(cfg.parallelism, AutoConfig):
+        raise UserError("parallelism=auto: a run's file names its parallelism: single, ddp, …")

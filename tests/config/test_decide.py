@@ -146,3 +146,29 @@ def test_what_was_chosen_is_printed_and_started(
     gpus(1)
     assert main(["train", *SMALL, "name=y"]) == 0
     assert "launch.processes=auto" not in capsys.readouterr().err and started == [4, 4, 1]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("processes: 4", "processes: auto", "launch.processes=auto: a run's file holds the number"),
+        (
+            "lunaris.parallelism.ddp.DDP",
+            "lunaris.config.schema.parallelism.AutoConfig",
+            "parallelism=auto: a run's file names its parallelism",
+        ),
+    ],
+)
+def test_a_file_that_a_person_has_set_to_auto_is_refused(
+    gpus: Callable[[int], None], tmp_path: Path, capsys: pytest.CaptureFixture[str],
+    old: str, new: str, said: str,
+) -> None:  # fmt: skip
+    create(compose([*DATA, f"out_dir={tmp_path / 'run'}"]), "lunaris train", [])
+    file = tmp_path / "run" / "config.yaml"
+    text = file.read_text()
+    assert old in text
+    lines = text.replace("  expert_parallel: 1\n", "") if "Auto" in new else text
+    file.write_text(lines.replace(old, new))
+    assert main(["resume", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err
+    assert f"{file}: {said}" in " ".join(error.split()) and "Traceback" not in error
