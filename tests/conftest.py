@@ -72,6 +72,8 @@ def tiny(tmp_path: Path) -> Callable[..., Any]:
             own_keys += ["data=synthetic", "data.n_tokens=20000", "data.vocab_size=64"]
         if "moe" not in groups:
             own_keys += ["moe=switch"]
+        if "optimizer" not in groups:
+            own_keys += ["optimizer=adamw"]
         if groups.get("moe") != "none":
             own_keys += ["moe.n_experts=4"]
         return compose(

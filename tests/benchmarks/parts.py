@@ -32,6 +32,7 @@ from lunaris.train import Run, train_step
 # Each is the default command with these overrides.
 PARTS = [
     "seed=1",  # Nothing else: how far a ratio is off.
+    "optimizer=adamw",
     "model.norm=pre",
     "attention=sliding_window attention.window=64",
     "attention=mla model.norm=pre model.n_kv_heads=4",

@@ -14,7 +14,13 @@ from lunaris.errors import UserError
 from lunaris.planning import report
 from lunaris.planning.plan import fitting, make_plan
 
-_DATA = ["moe=switch", "data=synthetic", "data.n_tokens=1000000", "trainer.batch_size=16"]
+_DATA = [
+    "moe=switch",
+    "optimizer=adamw",
+    "data=synthetic",
+    "data.n_tokens=1000000",
+    "trainer.batch_size=16",
+]
 
 
 def planned(capsys: pytest.CaptureFixture[str], *argv: str) -> Any:

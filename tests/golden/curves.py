@@ -24,7 +24,7 @@ SMALL = [
     "model.max_seq_len=32", "model.multiple_of=8", f"trainer.max_steps={STEPS}",
     "trainer.batch_size=8", "trainer.log_interval=1", "trainer.eval_interval=20",
     "trainer.eval_steps=2", "trainer.device=cpu", "trainer.precision=fp32",
-    "optimizer.learning_rate=5e-3", "schedule.warmup_steps=5",
+    "optimizer=adamw", "optimizer.learning_rate=5e-3", "schedule.warmup_steps=5",
 ]  # fmt: skip
 DATA = {
     "synthetic": ["data=synthetic", "data.n_tokens=40000", "data.vocab_size=64"],

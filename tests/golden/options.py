@@ -67,6 +67,8 @@ def overrides(option: str) -> list[str]:
         tiny += ["data.n_tokens=20000", "data.vocab_size=64"]
     if not option.startswith("moe="):
         tiny += ["moe=switch"]
+    if not option.startswith("optimizer="):
+        tiny += ["optimizer=adamw"]
     if option != "moe=none":
         tiny += ["moe.n_experts=4"]
     return [option, *tiny, *MORE.get(option, []), f"name={_name(option)}"]

@@ -45,7 +45,7 @@ MODEL = [
     "model.d_model=32", "model.n_layers=3", "model.n_heads=4", "model.n_kv_heads=2",
     "model.max_seq_len=16", "model.multiple_of=8", "trainer.max_steps=3", "trainer.log_interval=9",
     "trainer.batch_size=2", "trainer.eval_interval=null", "trainer.eval_steps=1",
-    "trainer.device=cpu", "trainer.precision=fp32", "checkpoint.save_interval=9",
+    "trainer.device=cpu", "optimizer=adamw", "trainer.precision=fp32", "checkpoint.save_interval=9",
     f"launch.processes={PROCESSES}",
 ]  # fmt: skip
 COUNTED = 2  # The first step sets up, the last one saves.

@@ -192,6 +192,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 _SYNTHETIC = ["data=synthetic", "data.n_tokens=20000", "data.vocab_size=64"]
 _SMALL = [
+    "optimizer=adamw",
     "model.d_model=16",
     "model.n_layers=2",
     "model.n_heads=2",

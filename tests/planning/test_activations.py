@@ -189,6 +189,7 @@ def test_saved_padded_blocks_are_counted_to_the_byte(
         "moe=top2 trainer.activation_checkpointing=full",
         f"moe=none {SELECTIVE}",
         f"moe=top2 {SELECTIVE}",
+        "moe=top2 optimizer=muon trainer.batch_size=1",
     ],
 )
 def test_the_peak_is_that_of_the_live_tensors(
@@ -198,7 +199,8 @@ def test_the_peak_is_that_of_the_live_tensors(
     from torch.distributed._tools.mem_tracker import MemTracker
 
     monkeypatch.setattr(experts, "product_for", lambda *_: product)
-    cfg = compose(["data=synthetic", "data.vocab_size=4096", "trainer.batch_size=8", *case.split()])
+    keys = ["data=synthetic", "data.vocab_size=4096", "trainer.batch_size=8", "optimizer=adamw"]
+    cfg = compose([*keys, *case.split()])
     model = built(cfg)
     optimizer: Any = instantiate_component(
         "optimizer", cfg.optimizer, model=model, router_lr_scale=1.0

@@ -46,6 +46,8 @@ class MuonConfig(AdamWConfig):
     """Muon for the matrices inside the blocks, AdamW for embeddings, norms and routers."""
 
     _target_: str = "lunaris.optim.muon.build_muon"
+    # At the peak of the schedule.
+    learning_rate: float = changeable(6e-3, above=0)
     # Of the matrices that Muon updates.
     momentum: float = changeable(0.95, low=0.0, high=0.9999)
     # Of the momentum: by the best polynomial of each iteration (arXiv 2505.16932), or by one.
