@@ -196,7 +196,8 @@ class _BothWays:
         self._inputs, self._first = heads.drawn(first.size(1), dtype), first
         self._sinks = heads.logits()
         generator = torch.Generator().manual_seed(1)
-        self._gradient = torch.randn(self._inputs[0].shape, generator=generator).to(self._inputs[0])
+        queries = self._inputs[0]
+        self._gradient = torch.randn(queries.shape, generator=generator).to(queries)
 
     def __call__(self, *, by_mask: bool) -> list[Tensor]:
         """Return the outputs and the gradients of queries, keys and values."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import os
 import sysconfig
 import traceback
 import warnings
@@ -19,8 +21,8 @@ from lunaris.distributed import session
 
 _SAID = "called a synchronizing CUDA operation"
 _PACKAGE = Path(lunaris.__file__).parent
-# Whose frames only pass a call on.
-_PASSING = (str(_PACKAGE / "check"), str(Path(torch.__file__).parent), sysconfig.get_path("stdlib"))
+_TORCH = Path(inspect.getfile(torch)).parent
+_STDLIB = Path(sysconfig.get_path("stdlib"))
 _SHOWN = 5
 
 
@@ -73,13 +75,28 @@ def _waits_of(step: Callable[[], None]) -> Counter[str]:
 def _caller() -> str | None:
     """Return the innermost line of the run's own code, the package's or a custom class's."""
     for frame in reversed(traceback.extract_stack()):
-        if frame.filename.startswith("<") or frame.filename.startswith(_PASSING):
+        if frame.filename.startswith("<") or _passes_on(frame.filename):
             continue
         path = Path(frame.filename)
         if path.is_relative_to(_PACKAGE):
             path = path.relative_to(_PACKAGE.parent)
         return f"{path}:{frame.lineno}"
     return None
+
+
+def _passes_on(filename: str) -> bool:
+    """Return whether a file's frames only pass a call on: the check's, torch's and Python's."""
+    if _within(_PACKAGE, filename):
+        return _within(_PACKAGE / "check", filename)
+    if _within(_TORCH, filename):
+        return True
+    # Of a Python without a virtual environment, the folder for packages is below the library's.
+    packages = (_STDLIB / name for name in ("site-packages", "dist-packages"))
+    return _within(_STDLIB, filename) and not any(_within(each, filename) for each in packages)
+
+
+def _within(folder: Path, filename: str) -> bool:
+    return filename.startswith(f"{folder}{os.sep}")
 
 
 def _advice(cfg: Config, places: list[str]) -> tuple[str, ...]:

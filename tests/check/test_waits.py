@@ -43,7 +43,7 @@ def test_every_wait_is_counted_at_the_line_that_causes_it(
         return tensor
 
     # Called by the package; of this file as of torch the stack says nothing.
-    monkeypatch.setattr(waits, "_PASSING", (*waits._PASSING, __file__))
+    monkeypatch.setattr(waits, "_TORCH", Path(__file__).parent)
     monkeypatch.setattr("lunaris.optim.clip.local_part", local_part)
     weight = nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
@@ -58,6 +58,30 @@ def test_every_wait_is_counted_at_the_line_that_causes_it(
     assert item.figures["waits"] == 2, item
     (place,) = item.figures["places"]
     assert place.startswith("lunaris/optim/clip.py:") and f"{place} (2)" in item.text
+
+
+@pytest.mark.parametrize(
+    ("file", "passes"),
+    [
+        ("site-packages/lunaris/optim/clip.py", False),
+        ("site-packages/lunaris/checkpoint.py", False),
+        ("site-packages/lunaris/check/steps.py", True),
+        ("site-packages/torch/optim/adam.py", True),
+        ("site-packages/torchvision/ops.py", False),
+        ("dist-packages/custom/model.py", False),
+        ("contextlib.py", True),
+    ],
+)
+def test_a_package_below_the_standard_library_is_not_part_of_it(
+    monkeypatch: pytest.MonkeyPatch, file: str, passes: bool
+) -> None:
+    """As where the package is installed into a Python without a virtual environment."""
+    library = Path("/usr/lib/python3.11")
+    monkeypatch.setattr(waits, "_STDLIB", library)
+    monkeypatch.setattr(waits, "_TORCH", library / "site-packages" / "torch")
+    monkeypatch.setattr(waits, "_PACKAGE", library / "site-packages" / "lunaris")
+    assert waits._passes_on(str(library / file)) == passes
+    assert not waits._passes_on("/usr/lib/python3.11x/model.py")
 
 
 def test_waits_of_custom_code_and_of_expert_parallelism_are_advised_on(
