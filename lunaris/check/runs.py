@@ -49,7 +49,7 @@ class ShortRuns:
         """Train a few steps, and say how fast."""
         rows, ended = self._run("whole")
         if ended.code != 0:
-            return _not_ended("training", ended)
+            return not_ended("training", ended)
         row = rows[-1]
         if row["train/loss"] is None:  # As metrics.jsonl has a number that is not finite.
             return Item("training", FAIL, f"the loss is not finite at step {row['step']}")
@@ -67,9 +67,14 @@ class ShortRuns:
             text += ", not compiled"
         return Item("training", OK, f"{text}; loss {row['train/loss']:.4f}", figures)
 
+    @property
+    def trained(self) -> bool:
+        """Whether the run of `train` ended, with a finite loss."""
+        return bool(self._rows)
+
     def compiled(self) -> Item:
         """Train the same steps compiled, and compare losses and speed."""
-        if not self._rows:
+        if not self.trained:
             return skipped("compilation", "needs the training above")
         rows, ended = self._run("compiled", compile_model=True)
         if ended.code != 0:
@@ -96,13 +101,13 @@ class ShortRuns:
 
     def resumed(self) -> Item:
         """Train half of the steps, save, continue in new processes, and compare with the whole."""
-        if not self._rows:
+        if not self.trained:
             return skipped("resume", "needs the training above")
         _, ended = self._run("parts", keep=True, stop_at=HALF)
         if ended.code == 0:
             rows, ended = self._run("parts")
         if ended.code != 0:
-            return _not_ended("resume", ended)
+            return not_ended("resume", ended)
         if not _RESUMED.search(self._log("parts")):
             return Item("resume", FAIL, f"the run did not continue after step {HALF}")
         one, other = _exact(self._rows), _exact(rows)
@@ -155,7 +160,8 @@ class ShortRuns:
         return read_rows(path / "metrics.jsonl"), ended
 
 
-def _not_ended(name: str, ended: Ended) -> Item:
+def not_ended(name: str, ended: Ended) -> Item:
+    """Return the item of processes that time ran out for (skipped) or that failed."""
     if ended.code is None:
         return skipped(name, f"{ended.reason()}; {_NO_TIME}")
     return Item(name, FAIL, ended.reason())

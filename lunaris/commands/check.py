@@ -44,8 +44,9 @@ _EXAMPLES = [
 ]
 
 _SECONDS = 300.0
-# What looking at device, kernels and network, or at steps, may take; a hang takes all of it.
-_LOOKING_S = 100.0
+# Looking at device, kernels and network, or at steps, may take the longer of these; a hang takes
+# all of it. The share is of `--seconds`.
+_LOOKING_S, _LOOKING_SHARE = 100.0, 1 / 3
 
 
 def main(argv: list[str]) -> int:
@@ -189,20 +190,23 @@ def _look(cfg: Config, short: Config, folder: Path, until: float) -> Iterator[It
     def left_s() -> float:
         return max(until - time.monotonic(), 0.0)
 
+    most = max(_LOOKING_S, _LOOKING_SHARE * left_s())
+
+    def at_steps() -> Item | list[Item]:
+        if not runs.trained:
+            return skipped("waits", "needs the training above")
+        return _items_of("steps", short, folder, min(left_s(), most))
+
     yield from machine_items(cfg)
     runs = ShortRuns(short, folder, left_s, compiles=cfg.trainer.compile_model)
     steps: list[tuple[str, str, Callable[[], Item | list[Item]]]] = [
         (
             "device",
             "looking at devices, kernels and network",
-            lambda: _items_of("probe", short, folder, left_s()),
+            lambda: _items_of("probe", short, folder, min(left_s(), most)),
         ),
         ("training", "training some steps", runs.train),
-        (
-            "waits",
-            "looking at single steps",
-            lambda: _items_of("steps", short, folder, left_s()),
-        ),
+        ("waits", "looking at single steps", at_steps),
         ("resume", "stopping and resuming", runs.resumed),
         ("hang drill", "letting a process hang", lambda: hang_drill(short, folder, left_s())),
         ("compilation", "compiling", runs.compiled),
@@ -216,22 +220,26 @@ def _look(cfg: Config, short: Config, folder: Path, until: float) -> Iterator[It
         yield from found if isinstance(found, list) else [found]
 
 
-def _items_of(name: str, cfg: Config, folder: Path, left_s: float) -> list[Item]:
-    """Return what processes of the run's number find that run `lunaris.check.NAME`."""
+def _items_of(name: str, cfg: Config, folder: Path, timeout_s: float) -> list[Item]:
+    """Return what processes of the run's number find that run `lunaris.check.NAME`.
+
+    The last item is what they looked at when they crashed (failed) or time ran out (skipped).
+    """
     from lunaris.atomic_files import read_json
     from lunaris.check.group import ITEMS
-    from lunaris.check.item import FAIL, Item
+    from lunaris.check.item import Item
+    from lunaris.check.runs import not_ended
     from lunaris.check.stage import run_module
     from lunaris.runs.create import create
 
     path = folder / name
     create(replace(cfg, name=name, out_dir=str(path)), "lunaris check", [])
-    ended = run_module(f"lunaris.check.{name}", path, min(left_s, _LOOKING_S))
+    ended = run_module(f"lunaris.check.{name}", path, timeout_s)
     written = read_json(path / ITEMS)
     found = [Item.from_dict(each) for each in written.get("items", [])]
     if ended.code != 0:
-        # Of what hangs or crashes, nothing else is known.
-        found.append(Item(written.get("doing") or "processes", FAIL, ended.reason()))
+        # Nothing else is known of it.
+        found.append(not_ended(written.get("doing") or "processes", ended))
     return found
 
 

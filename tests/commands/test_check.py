@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from lunaris.__main__ import main
+from lunaris.check import stage
 from lunaris.check.item import skipped
 from lunaris.check.runs import ShortRuns
 
@@ -88,6 +89,34 @@ def test_without_time_what_is_left_is_skipped(capsys: pytest.CaptureFixture[str]
     for name in ("device", "training", "waits", "resume", "hang drill", "compilation"):
         assert f"skip  {name:<12} no time is left; give --seconds" in printed
     assert printed.rstrip().endswith("nothing failed, 6 skipped")
+
+
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [
+        (None, "skip  product      did not end within 3 s; give --seconds"),
+        (-9, "fail  product      killed by SIGKILL"),
+    ],
+)
+def test_a_slow_machine_does_not_fail_and_steps_need_the_training(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+    code: int | None, said: str,
+) -> None:  # fmt: skip
+    modules: dict[str, float] = {}
+
+    def run(module: str, path: Path, timeout_s: float) -> stage.Ended:
+        modules[module] = timeout_s
+        (path / "items.json").write_text(json.dumps({"items": [], "doing": "product"}))
+        return stage.Ended(code, 3.0, path / "check.log")
+
+    monkeypatch.setattr(stage, "run_module", run)
+    for name in ("train", "resumed", "compiled"):
+        monkeypatch.setattr(ShortRuns, name, lambda self, name=name: skipped(name, "in this test"))
+    assert main(["check", *TINY, "--seconds", "1200"]) == int(code is not None)
+    printed = capsys.readouterr().out
+    assert said in printed and "skip  waits        needs the training above" in printed
+    # More time is more time for this, too.
+    assert list(modules) == ["lunaris.check.probe"] and 100 < modules["lunaris.check.probe"] <= 400
 
 
 @pytest.mark.parametrize(
