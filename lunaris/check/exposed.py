@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+import torch
 from torch.distributed.fsdp import FSDPModule
 
 from lunaris.check.item import OK, Item, skipped
@@ -13,6 +14,7 @@ from lunaris.check.numbers import wait
 from lunaris.config.schema.parallelism import DDPConfig, FSDPConfig
 from lunaris.config.schema.root import Config
 from lunaris.distributed import collectives, session
+from lunaris.model.roles import Role, parameters_in
 from lunaris.objective.base import Batch
 from lunaris.train import Run
 
@@ -20,6 +22,8 @@ from lunaris.train import Run
 _PAIRS = 5
 # The share of forward and backward from which on a config should exchange less.
 _MUCH = 0.2
+# Of a GPU's memory, that stays free: fragments, and what one block has twice.
+_MARGIN = 0.05
 
 
 def exposed_communication(run: Run, next_batch: Callable[[], Batch]) -> Item:
@@ -30,15 +34,18 @@ def exposed_communication(run: Run, next_batch: Callable[[], Batch]) -> Item:
     """
     if session.world_size() == 1:
         return skipped("exposed", "one process exchanges nothing; give launch.processes=N")
+    lack = _lack_of_memory(run)
+    if lack is not None:
+        return skipped("exposed", lack)
     batch = {name: part[0] for name, part in next_batch().items()}
-    _micro_step_s(run, batch, exchange=False)
+    # With the exchange last: only there fsdp frees the complete gradients of one without.
     pairs = [
-        (_micro_step_s(run, batch, exchange=True), _micro_step_s(run, batch, exchange=False))
-        for _ in range(_PAIRS)
-    ]
+        (_micro_step_s(run, batch, exchange=False), _micro_step_s(run, batch, exchange=True))
+        for _ in range(1 + _PAIRS)
+    ][1:]
     run.optimizer.zero_grad()
-    seconds = statistics.median(with_ for with_, _ in pairs)
-    share = max(0.0, statistics.median(1 - without / with_ for with_, without in pairs))
+    seconds = statistics.median(with_ for _, with_ in pairs)
+    share = max(0.0, statistics.median(1 - without / with_ for without, with_ in pairs))
     # All wait for the slowest: its figure counts, and all processes have the same.
     share = max(collectives.gather_objects(share))
     figures = {"share": share, "forward_and_backward_s": seconds}
@@ -49,6 +56,31 @@ def exposed_communication(run: Run, next_batch: Callable[[], Batch]) -> Item:
     )
     advice = _advice(run.cfg, share) if share > _MUCH else ()
     return Item("exposed", OK, text, figures, advice)
+
+
+def _lack_of_memory(run: Run) -> str | None:
+    """Return why a micro-step without exchange may not fit, the same in all processes, else None.
+
+    fsdp then keeps the gradients of all parameters in each process, in float32.
+    """
+    device = session.device()
+    if device.type != "cuda" or not isinstance(run.model, FSDPModule):
+        return None
+    of_experts = {id(p) for p in parameters_in(run.model, Role.EXPERT)}
+    # Expert parallelism leaves a process a part of the experts.
+    needed = 4 * sum(
+        p.numel() // (run.parallelism.mesh.expert if id(p) in of_experts else 1)
+        for p in run.model.parameters()
+    )
+    free, total = torch.cuda.mem_get_info(device)
+    reserved = torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
+    spare = min(collectives.gather_objects(free + reserved - _MARGIN * total))
+    if needed <= spare:
+        return None
+    return (
+        f"needs {needed / 1e9:.1f} GB for the gradients of the whole model in each process, next "
+        f"to what a step takes; {max(spare, 0.0) / 1e9:.1f} GB of a GPU are free for that"
+    )
 
 
 def _micro_step_s(run: Run, batch: Batch, *, exchange: bool) -> float:

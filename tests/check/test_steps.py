@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 
 from lunaris.check import exposed, micro_batch, steps
 from lunaris.check.exposed import exposed_communication
@@ -58,9 +59,11 @@ def test_larger_micro_steps_are_advised_where_the_global_batch_has_several(
 
 
 @pytest.fixture
-def built(tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """The steps of a run in this process, after the first ones."""
-    cfg, made = tiny(), []
+def built(
+    request: pytest.FixtureRequest, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> Any:
+    """The steps of a run in this process, after the first ones. Its parameter: overrides."""
+    cfg, made = tiny(*getattr(request, "param", ())), []
     create(cfg, "lunaris check", [])
 
     class Kept(Steps):
@@ -110,7 +113,7 @@ def test_what_the_exchange_of_gradients_adds_is_exposed(
     monkeypatch.setattr(exposed, "_micro_step_s", seconds)
     item = exposed_communication(built.run, built.next_batch)
     assert item.state == OK and item.figures["share"] == 0.25
-    assert taken == [False, *[True, False] * 5]
+    assert taken == [False, True] * 6
     for parallelism, said in (
         ("ddp", "trainer.gradient_accumulation_steps=2, "), ("fsdp", "parallelism=ddp where"),
     ):  # fmt: skip
@@ -127,3 +130,61 @@ def test_what_the_exchange_of_gradients_adds_is_exposed(
     batch = {name: part[0] for name, part in built.next_batch().items()}
     assert real(built.run, batch, exchange=True) > 0 and real(built.run, batch, exchange=False) > 0
     assert asked == [True, False]
+
+
+FSDP = ["parallelism=fsdp", "trainer.precision=bf16"]
+
+
+@pytest.mark.parametrize("built", [FSDP], indirect=True)
+def test_complete_gradients_of_a_sharded_model_are_freed(
+    built: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(session, "world_size", lambda: 2)
+    monkeypatch.setattr(exposed, "_PAIRS", 1)
+    params = [
+        param
+        for module in built.run.model.modules() if isinstance(module, FSDPModule)
+        for group in module._get_fsdp_state()._fsdp_param_groups
+        for param in group.fsdp_params
+    ]  # fmt: skip
+
+    def complete() -> list[Any]:
+        each = [(p.unsharded_accumulated_grad, p.unsharded_param.grad) for p in params]
+        return [grad for pair in each for grad in pair if grad is not None]
+
+    kept: list[int] = []
+    real = exposed._micro_step_s
+
+    def seconds(run: Any, batch: Any, *, exchange: bool) -> float:
+        found = real(run, batch, exchange=exchange)
+        kept.append(len(complete()))
+        return found
+
+    monkeypatch.setattr(exposed, "_micro_step_s", seconds)
+    assert exposed_communication(built.run, built.next_batch).state == OK
+    assert kept == [len(params), 0] * 2
+    assert all(p.grad is None for p in built.run.model.parameters())
+
+
+@pytest.mark.parametrize("built", [FSDP], indirect=True)
+def test_complete_gradients_that_do_not_fit_are_not_made(
+    built: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needed = 4 * sum(p.numel() for p in built.run.model.parameters())
+    total = 2 * needed
+    for name, value in (
+        ("mem_get_info", (needed // 2, total)), ("memory_reserved", total),
+        ("max_memory_allocated", total - needed),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    monkeypatch.setattr(exposed, "_micro_step_s", lambda *args, exchange: 1.0)
+    monkeypatch.setattr(session, "world_size", lambda: 2)
+    monkeypatch.setattr(session, "device", lambda: torch.device("cuda", 0))
+    # 1.5 times what is needed, less the margin of 0.1.
+    assert exposed_communication(built.run, built.next_batch).state == OK
+    # Another process has too little.
+    monkeypatch.setattr(collectives, "gather_objects", lambda value: [value, value / 2])
+    item = exposed_communication(built.run, built.next_batch)
+    assert item.state == SKIP and item.text.startswith("needs ")
+    monkeypatch.setattr(built.run, "model", torch.nn.Linear(1, 1))
+    assert exposed_communication(built.run, built.next_batch).state == OK
