@@ -16,6 +16,7 @@ from lunaris.check.item import FAIL, OK, Item
 from lunaris.config.schema.root import Config
 
 _MOUNTS = Path("/proc/mounts")
+_NOEXEC = "mounted without execution (noexec)"
 _NETWORK = re.compile(
     r"nfs\d?|lustre|gpfs|beegfs|cifs|smb3?|ceph|afs|9p|glusterfs|panfs|wekafs|orangefs"
     r"|fuse\.(sshfs|glusterfs|ceph.*|s3fs|gcsfuse|juicefs)"
@@ -25,12 +26,16 @@ _NETWORK = re.compile(
 def temporary_item(cfg: Config) -> Item:
     """Return whether temporary files and the compilers' caches lie where they can be used."""
     wrong, slow, said, figures = [], [], [], {}
+    # Files are written there nevertheless.
+    noexec: tuple[str, ...] = ()
     for variable, folder in _places().items():
         kind = _file_system(folder)
         network = kind is not None and _NETWORK.fullmatch(kind) is not None
         figures[variable] = {"folder": str(folder), "file_system": kind, "network": network}
         said.append(f"{folder} ({kind})" if kind else str(folder))
         fault = _fault(folder)
+        if fault == _NOEXEC and variable == "TMPDIR":
+            fault, noexec = None, (f"{_other('TMPDIR')}executed from: {folder} is {_NOEXEC}",)
         if fault:
             wrong.append(f"{variable}={folder}: {fault}")
         elif network:
@@ -40,15 +45,25 @@ def temporary_item(cfg: Config) -> Item:
         f"other on {figures[name]['file_system']}"
         for name in slow
     )
+    advice += noexec + _ignored(Path(figures["TMPDIR"]["folder"]))
     if not wrong:
         return Item("temporary", OK, ", ".join(dict.fromkeys(said)), figures, advice)
-    mend = tuple(
-        f"export {text.partition('=')[0]}=/FOLDER, one that can be written and executed from"
-        for text in wrong
-    )
+    mend = tuple(f"{_other(text.partition('=')[0])}written and executed from" for text in wrong)
     # Without compilation only FlexAttention on GPUs needs the caches; temporary files all runs do.
     needed = cfg.trainer.compile_model or any(text.startswith("TMPDIR") for text in wrong)
     return Item("temporary", FAIL if needed else OK, "; ".join(wrong), figures, mend + advice)
+
+
+def _other(variable: str) -> str:
+    return f"export {variable}=/FOLDER, one that can be "
+
+
+def _ignored(taken: Path) -> tuple[str, ...]:
+    """Return advice where Python found TMPDIR unfit, and took another folder without a word."""
+    given = os.environ.get("TMPDIR")
+    if not given or os.path.abspath(given) == str(taken.absolute()):
+        return ()
+    return (f"{_other('TMPDIR')}written: {given} cannot, and {taken} is taken instead",)
 
 
 def _places() -> dict[str, Path]:
@@ -60,9 +75,13 @@ def _places() -> dict[str, Path]:
         temporary = Path(tempfile.gettempdir())
     except FileNotFoundError:
         temporary = Path(os.environ.get("TMPDIR", "/tmp"))
-    user = re.sub(r'[\\/:*?"<>|]', "_", getpass.getuser())
+    try:
+        name = getpass.getuser()
+    except (KeyError, OSError):  # No entry for this uid, as in containers; torch names it so, too.
+        name = f"uid_{os.getuid()}"
+    user = re.sub(r'[\\/:*?"<>|]', "_", name)
     inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR", temporary / f"torchinductor_{user}")
-    triton = os.environ.get("TRITON_CACHE_DIR", Path.home() / ".triton" / "cache")
+    triton = os.environ.get("TRITON_CACHE_DIR", os.path.expanduser("~/.triton/cache"))
     return {
         "TMPDIR": temporary,
         "TORCHINDUCTOR_CACHE_DIR": Path(inductor),
@@ -72,7 +91,8 @@ def _places() -> dict[str, Path]:
 
 def _existing(folder: Path) -> Path:
     folder = folder.absolute()
-    while not folder.exists():
+    # Path.exists raises where a folder above may not be searched (Python 3.11).
+    while not os.path.exists(folder):
         folder = folder.parent
     return folder
 
@@ -85,7 +105,7 @@ def _fault(folder: Path) -> str | None:
     if not os.access(found, os.W_OK | os.X_OK):
         return "cannot be written" if found == folder else f"{found} cannot be written"
     if os.statvfs(found).f_flag & getattr(os, "ST_NOEXEC", 0):
-        return "mounted without execution (noexec)"
+        return _NOEXEC
     return None
 
 
