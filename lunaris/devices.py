@@ -6,8 +6,14 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass
+from functools import cache
 from itertools import takewhile
+from threading import Thread
+
+_GPUS = "name,memory.total"
+_ANSWER_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -72,48 +78,79 @@ class Machine:
 
 def this_machine() -> Machine:
     """Look at this machine without torch: nvidia-smi, where there is one, and /proc."""
-    rows = [line.rsplit(",", 1) for line in _asked("name,memory.total") if "," in line]
+    rows = [line.rsplit(",", 1) for line in _asked(_GPUS) or () if "," in line]
     try:
         gpu_memory = min((int(row[1]) * 2**20 for row in rows), default=0)
     except ValueError:
         rows, gpu_memory = [], 0
     # Asked for alone: a driver that does not know it refuses the entire question.
-    bf16 = _compute_bf16(_asked("compute_cap")) if rows else True
+    bf16 = _compute_bf16(_asked("compute_cap") or ()) if rows else True
     page = os.sysconf("SC_PAGE_SIZE")
     total = page * os.sysconf("SC_PHYS_PAGES")
     available = _available() or page * os.sysconf("SC_AVPHYS_PAGES")
     return Machine([row[0].strip() for row in rows], gpu_memory, total, available, bf16)
 
 
-def _asked(fields: str) -> list[str]:
-    """Return what nvidia-smi says of each GPU, [] where it is absent or does not work."""
+@cache
+def _asked(fields: str) -> tuple[str, ...] | None:
+    """Return what nvidia-smi says of each GPU; None where it is absent or does not answer.
+
+    A process asks once. That there is no answer is said on standard error.
+    """
     if not shutil.which("nvidia-smi"):
-        return []
+        return None
     query = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return []  # It is there and does not work: no GPU that training could use.
-    return done.stdout.splitlines()
+        asked = subprocess.Popen(
+            query, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True,
+        )  # fmt: skip
+    except OSError as error:
+        _warn(f"cannot be started: {error.strerror}")
+        return None
+    try:
+        return tuple(asked.communicate(timeout=_ANSWER_S)[0].splitlines())
+    except subprocess.TimeoutExpired:
+        asked.kill()
+        assert asked.stdout is not None
+        asked.stdout.close()
+        # One that waits for a broken driver does not die: nothing may wait for it.
+        Thread(target=asked.wait, daemon=True).start()
+    _warn(f"does not answer within {_ANSWER_S:g} s")
+    return None
 
 
-def _compute_bf16(capabilities: list[str]) -> bool:
+@cache
+def _warn(fault: str) -> None:
+    text = "what it knows of the GPUs is missing; run it to see why"
+    print(f"warning: nvidia-smi {fault}: {text}", file=sys.stderr, flush=True)
+
+
+def _compute_bf16(capabilities: tuple[str, ...]) -> bool:
     """Return whether GPUs of these compute capabilities have products in bf16: 8.0 and above."""
     numbers = [text.strip() for text in capabilities if re.fullmatch(r"\s*\d+\.\d+\s*", text)]
     return all(float(number) >= 8 for number in numbers)
 
 
-def visible_gpus() -> list[str]:
-    """Return the GPUs that a process started here can use, as CUDA_VISIBLE_DEVICES names them.
+def visible_gpus(*, apart: bool = False) -> list[str]:
+    """Return the GPUs that processes started here can use, as CUDA_VISIBLE_DEVICES names them.
 
-    They are those that the variable names, where it is set, else all that nvidia-smi finds.
+    They are those that the variable names, where it is set, else all that nvidia-smi finds. Of
+    parts of GPUs (MIG) a process sees one. apart: each process will be given GPUs of its own by the
+    variable, so that all parts count.
     """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named is None:
         return [str(number) for number in range(len(this_machine().gpus))]
-    # CUDA takes those before the first invalid one; -1 is the usual way to name none.
-    valid = takewhile(lambda text: text not in ("", "-1"), map(str.strip, named.split(",")))
-    return list(dict.fromkeys(valid))
+    # CUDA takes those before the first invalid one; these are the usual ways to name none.
+    none = ("", "-1", "NoDevFiles")
+    valid = takewhile(lambda text: text not in none, map(str.strip, named.split(",")))
+    found = list(dict.fromkeys(valid))
+    # Without an nvidia-smi that answers, how many there are is not known.
+    if all(map(str.isdigit, found)) and _asked(_GPUS) is not None:
+        return found[: len(this_machine().gpus)]
+    parts = [] if apart else [name for name in found if name.startswith("MIG-")]
+    return [name for name in found if name not in parts[1:]]
 
 
 def _available() -> int | None:

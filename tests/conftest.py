@@ -35,6 +35,15 @@ def isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(autouse=True)
+def own_devices() -> None:
+    """Let each test ask its own nvidia-smi, which a process asks once."""
+    from lunaris import devices
+
+    devices._asked.cache_clear()
+    devices._warn.cache_clear()
+
+
+@pytest.fixture(autouse=True)
 def own_logging() -> Iterator[None]:
     """Undo what a test changes of Python's root logger.
 

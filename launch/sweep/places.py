@@ -18,7 +18,7 @@ class Places:
     """
 
     def __init__(self) -> None:
-        self._gpus = visible_gpus()
+        self._gpus = visible_gpus(apart=True)
         # The GPUs of the running points, by their names.
         self._taken: dict[str, list[str]] = {}
 
