@@ -90,6 +90,8 @@ def test_a_folder_that_python_did_not_take_is_named(
 def test_a_user_without_a_name_and_folders_that_may_not_be_searched_are_no_error(
     places: Path, tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    cfg = tiny()
+
     def unknown() -> str:
         raise KeyError("getpwuid(): uid not found")
 
@@ -100,6 +102,6 @@ def test_a_user_without_a_name_and_folders_that_may_not_be_searched_are_no_error
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     # As Path.exists of Python 3.11 does; root, who may run this, may search every folder.
     monkeypatch.setattr(Path, "exists", closed)
-    item = temporary_item(tiny())
+    item = temporary_item(cfg)
     folder = item.figures["TORCHINDUCTOR_CACHE_DIR"]["folder"]
     assert item.state == OK and folder == str(places / f"torchinductor_uid_{os.getuid()}")
