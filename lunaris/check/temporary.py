@@ -28,7 +28,8 @@ def temporary_item(cfg: Config) -> Item:
     wrong, slow, said, figures = [], [], [], {}
     # Files are written there nevertheless.
     noexec: tuple[str, ...] = ()
-    for variable, folder in _places().items():
+    places = _places()
+    for variable, folder in places.items():
         kind = _file_system(folder)
         network = kind is not None and _NETWORK.fullmatch(kind) is not None
         figures[variable] = {"folder": str(folder), "file_system": kind, "network": network}
@@ -45,7 +46,7 @@ def temporary_item(cfg: Config) -> Item:
         f"other on {figures[name]['file_system']}"
         for name in slow
     )
-    advice += noexec + _ignored(Path(figures["TMPDIR"]["folder"]))
+    advice += noexec + _ignored(places["TMPDIR"])
     if not wrong:
         return Item("temporary", OK, ", ".join(dict.fromkeys(said)), figures, advice)
     mend = tuple(f"{_other(text.partition('=')[0])}written and executed from" for text in wrong)
