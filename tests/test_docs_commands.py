@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 
 from lunaris.__main__ import main
+from lunaris.commands import check
 from lunaris.config.compose import compose
 from lunaris.runs.run_dir import RunDir
 
@@ -127,8 +128,9 @@ def test_commands_that_prepare_compose(command: str) -> None:
 CHECK = [words(c)[2:] for b in BLOCKS for c in b.commands if c.startswith("lunaris check")]
 
 
-@pytest.mark.parametrize("overrides", CHECK, ids=" ".join)
-def test_commands_that_check_a_machine_compose(overrides: list[str]) -> None:
+@pytest.mark.parametrize("argv", CHECK, ids=" ".join)
+def test_commands_that_check_a_machine_compose(argv: list[str]) -> None:
+    _, overrides = check._parser().parse_known_args(argv)
     assert compose(overrides, check_data=False).launch.world_size() >= 1
 
 
