@@ -25,6 +25,7 @@ SHAPE = [
     "model.d_model=256", "model.n_layers=4", "model.n_heads=8", "model.n_kv_heads=2",
     "model.max_seq_len=256", "model.ffn_hidden_multiplier=4.5", "trainer.batch_size=8",
     "data=synthetic", "data.vocab_size=4096", "data.n_tokens=400000", "trainer.device=cpu",
+    "optimizer=adamw",
 ]  # fmt: skip
 
 
