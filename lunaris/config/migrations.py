@@ -125,11 +125,12 @@ def _keep_masks(tree: dict[str, Any]) -> None:
 
 
 def _keep_newton_schulz(tree: dict[str, Any]) -> None:
-    """Keep the only iteration that Muon had in version 6, and its number of steps."""
+    """Keep the only iteration that Muon had in version 6, its number of steps and its rate."""
     optimizer = tree.get("optimizer")
     if isinstance(optimizer, dict) and optimizer.get("_target_") == "lunaris.optim.muon.build_muon":
         optimizer.setdefault("orthogonalization", "newton_schulz")
         optimizer.setdefault("ns_steps", 5)
+        optimizer.setdefault("learning_rate", 3e-3)
 
 
 def migrate_identity(identity: dict[str, Any], version: int) -> None:

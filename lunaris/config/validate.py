@@ -42,7 +42,8 @@ METHODS = {
     ),
     "schedule": (("__call__",), "lunaris.optim.schedule.Schedule"),
     "parallelism": (
-        ("wrap", "micro_step", "sum", "agree", "gather"), "lunaris.parallelism.base.Parallelism",
+        ("wrap", "micro_step", "sum", "vote", "agree", "gather"),
+        "lunaris.parallelism.base.Parallelism",
     ),
     "logger": (
         ("start", "tick", "log", "message", "flush", "finish"), "lunaris.metrics.loggers.Logger",

@@ -1,6 +1,6 @@
 """A function of every matrix of parameters, each sharded one computed by one of its processes.
 
-Legend: P processes that share matrices, N matrices [R, C] in all.
+Legend: N matrices [R, C].
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -30,7 +31,8 @@ class Muon(torch.optim.Optimizer):
 
     The update of a [rows, columns] matrix is scaled by 0.2 · sqrt(max(rows, columns)), which
     gives it the root mean square of an AdamW update. A matrix that is sharded (DTensor) is computed
-    by one of its processes, so the numbers do not depend on the sharding.
+    by one of its processes, so the numbers do not depend on the sharding; on a GPU up to the order
+    in which batches of other sizes sum.
 
     Where `found_inf` ([] float32 on the device, as torch's gradient scaler sets it) is 1, a step
     changes no bit of weights and state, without waiting for a GPU.
@@ -164,8 +166,7 @@ def _buckets(params: list[nn.Parameter], at_once: int) -> Iterator[list[int]]:
     some: list[int] = []
     room = 0
     for i, parameter in enumerate(params):
-        shards = parameter.device_mesh.size() if isinstance(parameter, DTensor) else 1
-        size = parameter.numel() // shards
+        size = parameter.numel() // _shards(parameter)
         if some and size > room:
             yield some
             some = []
@@ -173,6 +174,14 @@ def _buckets(params: list[nn.Parameter], at_once: int) -> Iterator[list[int]]:
         some.append(i)
     if some:
         yield some
+
+
+def _shards(parameter: Tensor) -> int:
+    """Return how many parts the elements of a parameter are divided into; replicas are none."""
+    if not isinstance(parameter, DTensor):
+        return 1
+    mesh = parameter.device_mesh
+    return prod(mesh.size(i) for i, p in enumerate(parameter.placements) if not p.is_replicate())
 
 
 def build_muon(

@@ -21,7 +21,8 @@ _POLAR_EXPRESS = (
     (1.875, -1.25, 0.375),
 )
 METHODS = {"newton_schulz": _NEWTON_SCHULZ, "polar_express": _POLAR_EXPRESS}
-# Rounding must not leave a singular value above 1, where the first polynomial is steep.
+# Rounding must not leave a singular value above the range of a polynomial, which is steep there: in
+# bfloat16 (relative error 2^-9) the next ones would carry it off. Of the first range, in any dtype.
 _MARGIN = 1.01
 # Keeps zeros zero; its root is still a normal number.
 _TINY = 1e-30
@@ -30,21 +31,23 @@ _TINY = 1e-30
 def orthogonalize(matrices: Tensor, steps: int, method: str = "polar_express") -> Tensor:
     """Return the nearest semi-orthogonal matrices, approximately, by `steps` iterations.
 
-    matrices: [..., rows, columns], any float dtype; computed in bfloat16 on CUDA and in float32
-    elsewhere; returned in float32. The leading dimensions are a batch (stacked experts). A matrix
-    of zeros stays one.
+    matrices: [..., rows, columns], any float dtype; computed in bfloat16 where a GPU multiplies it
+    and in float32 elsewhere; returned in float32. The leading dimensions are a batch (stacked
+    experts). A matrix of zeros stays one.
 
     method: a key of METHODS. `newton_schulz` divides by the Frobenius norm first, as Muon does;
     `polar_express` by the smaller bound ‖XXᵀ‖^½ of the largest singular value, which costs nothing,
     since the first iteration needs XXᵀ anyhow.
     """
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x = matrices.to(_dtype(matrices.device))
     shape = x.shape
     x = x.reshape(prod(shape[:-2]), *shape[-2:])
     tall = x.size(-2) > x.size(-1)
     rows = METHODS[method]
     for step in range(steps):
         a, b, c = rows[min(step, len(rows) - 1)]
+        if x.dtype == torch.bfloat16 and step < len(rows) - 1:
+            a, b, c = a / _MARGIN, b / _MARGIN**3, c / _MARGIN**5
         gram = torch.bmm(x.mT, x) if tall else torch.bmm(x, x.mT)
         if step == 0:
             bound = _bound(gram, method)
@@ -56,11 +59,19 @@ def orthogonalize(matrices: Tensor, steps: int, method: str = "polar_express") -
     return x.float().reshape(shape)
 
 
+def _dtype(device: torch.device) -> torch.dtype:
+    """Return the dtype of the products: bfloat16 only where it is not emulated."""
+    if device.type != "cuda" or not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float32
+    return torch.bfloat16
+
+
 def _bound(gram: Tensor, method: str) -> Tensor:
     """Return [N, 1, 1], no less than the largest eigenvalue of each of `gram` [N, M, M]."""
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
     if method == "newton_schulz":
-        bound = diagonal.sum(-1)[:, None, None]
+        # As Muon's post divides, which also lets an expert without tokens fade out.
+        bound = (diagonal.sum(-1)[:, None, None].sqrt() + 1e-7).square()
     else:
         # Divided first, since the squares of very small numbers would be zero.
         largest = diagonal.amax(-1)[:, None, None].clamp_min(_TINY)

@@ -33,7 +33,8 @@ RESULTS = HERE / "results" / "transfer.jsonl"
 FIGURE = HERE.parent.parent / "docs" / "transfer.png"
 BASE_WIDTH, HEAD_WIDTH = 64, 32
 COMMON = (
-    "moe=none optimizer=adamw model.n_layers=2 model.max_seq_len=128 data.vocab_size=1024 trainer.batch_size=4 "
+    "moe=none optimizer=adamw model.n_layers=2 model.max_seq_len=128 data.vocab_size=1024 "
+    "trainer.batch_size=4 "
     "trainer.max_steps=100 schedule.warmup_steps=10 trainer.eval_interval=null "
     "trainer.eval_steps=32 trainer.precision=fp32 trainer.device=cpu trainer.log_interval=20 "
     "checkpoint.save_interval=100000"

@@ -69,7 +69,8 @@ def test_skeletons_follow_the_width_by_their_roles_and_an_optimizer_is_refused(
     monkeypatch.syspath_prepend(str(Path("parts").absolute()))
     keys = [
         "attention=mup_attention", "moe=top2", "moe/router=mup_router", "objective=mup_objective",
-        "model.d_model=64", "model.parametrization=mup", "model.mup_base_width=16",
+        "optimizer=adamw", "model.d_model=64", "model.parametrization=mup",
+        "model.mup_base_width=16",
     ]  # fmt: skip
     cfg = compose(keys, source=Source(dir="parts/conf"))
     model = bare_model(cfg, 500).to_empty(device="cpu")

@@ -79,11 +79,18 @@ def test_one_process_trains_where_no_gpu_would_be_used(
     assert chosen() == (2, "DDP")
 
 
-def test_single_with_several_processes_is_refused_by_both_keys(
-    gpus: Callable[[int], None],
+def test_a_parallelism_of_one_process_gets_one(
+    gpus: Callable[[int], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    assert chosen("parallelism=single") == (1, "Single")
+    # One of a person's own may know nothing of other processes.
+    (tmp_path / "mine_alone.py").write_text(
+        "from lunaris.parallelism.single import Single\nclass Alone(Single): pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert chosen("parallelism._target_=mine_alone.Alone") == (1, "Alone")
     with pytest.raises(UserError, match="single: one process, but launch.processes=4; choose par"):
-        chosen("parallelism=single")
+        chosen("parallelism=single", "launch.processes=4")
 
 
 def test_points_of_a_sweep_have_a_gpu_each(gpus: Callable[[int], None], tmp_path: Path) -> None:
@@ -93,6 +100,10 @@ def test_points_of_a_sweep_have_a_gpu_each(gpus: Callable[[int], None], tmp_path
         Composer(of_sweep=True).compose([*DATA, "launch.processes=2"]),
     ]
     assert [cfg.launch.processes for cfg in cfgs] == [1, 2]
+    # A run that has the name of the sweep says nothing of its points.
+    create(compose([*DATA, f"out_dir={tmp_path / 'lr'}"]), "lunaris train", [])
+    point: Any = Composer(of_sweep=True).compose([*DATA, f"out_dir={tmp_path / 'lr'}"])
+    assert point.launch.processes == 1
     assert isinstance(cfgs[0].parallelism, SingleConfig)
     assert isinstance(cfgs[1].parallelism, DDPConfig)
 

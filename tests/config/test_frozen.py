@@ -87,7 +87,7 @@ def test_checkpointing_that_was_on_or_off_has_a_name(
 def test_muon_keeps_the_iteration_of_version_6(tmp_path: Path) -> None:
     cfg = compose(["optimizer=muon", "data=synthetic"])
     tree: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(cfg).decode()))
-    del tree["optimizer"]["orthogonalization"]
+    del tree["optimizer"]["orthogonalization"], tree["optimizer"]["learning_rate"]
     path = tmp_path / "config.yaml"
     for steps, found in ((None, 5), (8, 8)):
         tree["optimizer"].pop("ns_steps", None)
@@ -96,6 +96,7 @@ def test_muon_keeps_the_iteration_of_version_6(tmp_path: Path) -> None:
         path.write_text(OmegaConf.to_yaml(tree | {"config_version": 6}))
         optimizer = read_config(path).optimizer
         assert (optimizer.orthogonalization, optimizer.ns_steps) == ("newton_schulz", found)
+        assert optimizer.learning_rate == 3e-3
 
 
 def test_migrations_rename_remove_and_keep_old_defaults(

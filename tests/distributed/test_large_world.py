@@ -29,6 +29,8 @@ from lunaris.run import bare_model, loader_of
 WORLD, RANK, LOCAL = 1024, 1021, 8
 VOCAB = 1024
 RUN = [
+    # Two moments a parameter; the fake group can not exchange Muon's matrices.
+    "optimizer=adamw",
     *("data=synthetic", f"data.vocab_size={VOCAB}", "data.n_tokens=100000", "moe.n_experts=8"),
     *("model.d_model=1024", "model.n_heads=16", "model.n_kv_heads=16", "model.n_layers=1"),
     *("model.max_seq_len=16", "model.ffn_hidden_multiplier=1", "trainer.batch_size=2"),

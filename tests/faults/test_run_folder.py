@@ -224,7 +224,7 @@ def test_a_missing_config_does_not_let_another_one_in(
     files = {p: p.read_bytes() for p in run_dir.path.rglob("*") if p.is_file()}
     assert main(["train", *keys, "optimizer.learning_rate=1e-4"]) == 2
     err = capsys.readouterr().err
-    assert ("config.yaml: missing" in err) if older else ("learning_rate: 0.003 → 0.0001" in err)
+    assert ("config.yaml: missing" in err) if older else ("learning_rate: 0.006 → 0.0001" in err)
     assert files == {p: p.read_bytes() for p in run_dir.path.rglob("*") if p.is_file()}
     if not older:
         assert main(["resume", "runs/run"]) == 0

@@ -124,7 +124,7 @@ def test_two_workers_write_one_folder(tiny: Callable[..., Any], run_here: Any) -
 def test_torchrun_is_the_same(tiny: Callable[..., Any], run_here: Any, tmp_path: Path) -> None:
     overrides = [
         "data=synthetic", "data.n_tokens=20000", "data.vocab_size=64", "moe=switch",
-        "moe.n_experts=4",
+        "moe.n_experts=4", "optimizer=adamw",
         "model.d_model=16", "model.n_layers=2", "model.n_heads=2", "model.n_kv_heads=1",
         "model.max_seq_len=16", "model.multiple_of=8", "trainer.max_steps=4",
         "trainer.batch_size=2", "trainer.log_interval=1", "trainer.device=cpu",

@@ -171,7 +171,8 @@ BAD = [
 def test_what_does_not_fit_is_refused_before_anything_is_written(
     target: str, keys: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["train", "data=synthetic", f"optimizer._target_={target}", *keys, "name=x"]
+    chosen = ["optimizer=adamw", f"optimizer._target_={target}"]
+    command = ["train", "data=synthetic", *chosen, *keys, "name=x"]
     assert main(command) == 2
     error = capsys.readouterr().err
     assert target in error and message in error

@@ -3,14 +3,19 @@ from __future__ import annotations
 import pytest
 import torch
 
+from lunaris.optim import orthogonal
 from lunaris.optim.orthogonal import METHODS, orthogonalize
 
 
-@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", [(8, 5), (5, 8), (7, 7)], ids=str)
-@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e8])
+@pytest.mark.parametrize(
+    ("method", "scale"),
+    # Newton-Schulz fades out below 1e-7.
+    [("newton_schulz", 1.0), ("newton_schulz", 1e8)]
+    + [("polar_express", scale) for scale in (1e-12, 1.0, 1e8)],
+)
 def test_every_singular_value_comes_near_one(
-    method: str, shape: tuple[int, int], scale: float
+    shape: tuple[int, int], method: str, scale: float
 ) -> None:
     torch.manual_seed(0)
     u, _, v = torch.linalg.svd(torch.randn(3, *shape), full_matrices=False)
@@ -37,6 +42,21 @@ def test_the_polynomials_are_the_minimax_ones_of_what_is_left(steps: int, most: 
     low, high = 1 - x.min().item(), x.max().item() - 1
     assert high == pytest.approx(most, rel=0.1)
     assert low == pytest.approx(high, abs=2e-4)
+
+
+@pytest.mark.parametrize("steps", [3, 5, 8])
+def test_polar_express_stays_in_its_range_in_bfloat16(
+    steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its polynomials are steep above their ranges, and 2^-9 of rounding is enough to get there."""
+    monkeypatch.setattr(orthogonal, "_dtype", lambda device: torch.bfloat16)
+    torch.manual_seed(0)
+    plain = torch.randn(3, 192, 192)
+    u, _, v = torch.linalg.svd(plain[0])
+    uneven = u @ torch.diag(torch.logspace(-4, 0, 192)) @ v
+    for matrix in (*plain, uneven):
+        most = torch.linalg.svdvals(orthogonalize(matrix, steps)).max().item()
+        assert most < (1.55 if steps == 3 else 1.05)
 
 
 @pytest.mark.parametrize("method", METHODS)
