@@ -73,6 +73,8 @@ def worker(rank: int, folder: str) -> None:
     model = Matrices([place(i, value) for i, value in enumerate(drawn(0))])
     found = [p.detach() for p in after_three_steps(model, place)]
     exchanges = len(sent)
+    # Replicas are no parts, else a bucket of many replicas would hold too much.
+    assert [muon._shards(place(i, value)) for i, value in enumerate(drawn(0))] == [3] * 7 + [1]
     # The last process of three has no row of it, and nothing to send.
     few = torch.arange(10.0).reshape(2, 5)
     part = matrix_exchange.part_of(place(2, few), place(2, few).to_local())

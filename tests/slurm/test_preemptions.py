@@ -52,7 +52,10 @@ class Watch:
         self._patch.undo()
 
     def _watch(self) -> None:
-        while not self._ended.wait(1.0):
+        ended = False
+        while not ended:
+            ended = self._ended.wait(1.0)
+            # Also at the end, which would be missed by up to a second.
             (state,) = resolve_states([self._run])
             self.seen.append((time.monotonic(), state.state, state.remark))
 
