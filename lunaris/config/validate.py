@@ -25,7 +25,7 @@ from lunaris.config.schema.data import (
 from lunaris.config.schema.launch import SlurmLaunchConfig
 from lunaris.config.schema.moe import MoEConfig
 from lunaris.config.schema.objective import MultiTokenConfig
-from lunaris.config.schema.parallelism import DDPConfig, HSDPConfig, SingleConfig
+from lunaris.config.schema.parallelism import DDPConfig, FSDPConfig, HSDPConfig, SingleConfig
 from lunaris.config.schema.root import Config
 from lunaris.config.schema.schedule import ConstantConfig, WSDConfig
 from lunaris.errors import UserError, not_installed
@@ -270,6 +270,26 @@ def _check_parallelism(cfg: Config) -> None:
             raise UserError(
                 f"parallelism.expert_parallel={degree}: must divide parallelism.shard_size={size}"
             )
+        world = size
+    if isinstance(parallelism, FSDPConfig) and parallelism.expert_parallel > 1:
+        _check_expert_shards(cfg, parallelism.expert_parallel, world)
+
+
+def _check_expert_shards(cfg: Config, degree: int, replica: int) -> None:
+    """Raise UserError where no width of an expert divides among the processes that share it.
+
+    Its first dimension is that of the experts, which are sharded already. replica: processes that
+    share a model.
+    """
+    if not isinstance(cfg.moe, MoEConfig):
+        return
+    shards, hidden = replica // degree, cfg.moe.expert_width(cfg.model)
+    if cfg.model.d_model % shards and hidden % shards:
+        raise UserError(
+            f"parallelism.expert_parallel={degree}: {shards} processes share each expert, and "
+            f"{shards} divides neither model.d_model={cfg.model.d_model} nor the experts' width of "
+            f"{hidden}"
+        )
 
 
 def _check_expert_parallel(cfg: Config, degree: int, world: int, said: str) -> None:

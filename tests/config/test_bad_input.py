@@ -244,6 +244,16 @@ TABLE: list[tuple[str, str]] = [
         "parallelism.expert_parallel=3: must divide moe.n_experts=8",
     ),
     (
+        "parallelism=fsdp launch.processes=6 parallelism.expert_parallel=2",
+        "parallelism.expert_parallel=2: 3 processes share each expert, and 3 divides neither "
+        "model.d_model=128 nor the experts' width of 176",
+    ),
+    (
+        "parallelism=hsdp launch.processes=12 parallelism.shard_size=6 "
+        "parallelism.expert_parallel=2",
+        "parallelism.expert_parallel=2: 3 processes share each expert, and 3 divides neither",
+    ),
+    (
         "parallelism=ddp launch.processes=2 parallelism.expert_parallel=2 moe=none",
         "parallelism.expert_parallel=2: must be 1 with moe=none",
     ),
