@@ -203,7 +203,8 @@ def _look(cfg: Config, short: Config, folder: Path, until: float) -> Iterator[It
         (
             "device",
             "looking at devices, kernels and network",
-            lambda: _items_of("probe", short, folder, min(left_s(), most)),
+            # The first of all: with its full time it has no excuse.
+            lambda: _items_of("probe", short, folder, min(left_s(), most), left_s() >= most),
         ),
         ("training", "training some steps", runs.train),
         ("waits", "looking at single steps", at_steps),
@@ -220,14 +221,17 @@ def _look(cfg: Config, short: Config, folder: Path, until: float) -> Iterator[It
         yield from found if isinstance(found, list) else [found]
 
 
-def _items_of(name: str, cfg: Config, folder: Path, timeout_s: float) -> list[Item]:
+def _items_of(
+    name: str, cfg: Config, folder: Path, timeout_s: float, hangs: bool = False
+) -> list[Item]:
     """Return what processes of the run's number find that run `lunaris.check.NAME`.
 
-    The last item is what they looked at when they crashed (failed) or time ran out (skipped).
+    The last item is what they looked at when they crashed (failed) or time ran out (skipped, or
+    failed if processes that take so long hang).
     """
     from lunaris.atomic_files import read_json
     from lunaris.check.group import ITEMS
-    from lunaris.check.item import Item
+    from lunaris.check.item import FAIL, Item
     from lunaris.check.runs import not_ended
     from lunaris.check.stage import run_module
     from lunaris.runs.create import create
@@ -239,7 +243,9 @@ def _items_of(name: str, cfg: Config, folder: Path, timeout_s: float) -> list[It
     found = [Item.from_dict(each) for each in written.get("items", [])]
     if ended.code != 0:
         # Nothing else is known of it.
-        found.append(not_ended(written.get("doing") or "processes", ended))
+        doing = written.get("doing") or "processes"
+        hung = hangs and ended.code is None
+        found.append(Item(doing, FAIL, ended.reason()) if hung else not_ended(doing, ended))
     return found
 
 
