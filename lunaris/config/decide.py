@@ -37,8 +37,7 @@ def decide_processes(cfg: Config, *, of_sweep: bool = False) -> str | None:
     were chosen, else None.
     """
     counted = getattr(cfg.launch, "processes", None) == AUTO
-    # A custom class that was chosen over it has a schema that inherits from it.
-    joined = cfg.parallelism._target_ == AutoConfig._target_
+    joined = isinstance(cfg.parallelism, AutoConfig) and cfg.parallelism.left_open()
     if not (counted or joined):
         return None
     # A point's folder is not known yet: `out_dir` is that of a run with the sweep's name.

@@ -73,5 +73,5 @@ def _check_decided(cfg: Config) -> None:
     """Raise UserError for what `lunaris.config.decide` decides before a file is written."""
     if getattr(cfg.launch, "processes", None) == AUTO:
         raise UserError(f"launch.processes={AUTO}: a run's file holds the number of its processes")
-    if isinstance(cfg.parallelism, AutoConfig):
+    if isinstance(cfg.parallelism, AutoConfig) and cfg.parallelism.left_open():
         raise UserError("parallelism=auto: a run's file names its parallelism: single, ddp, …")

@@ -14,6 +14,7 @@ from lunaris.config.change import changed
 from lunaris.config.compose import Composer, compose
 from lunaris.config.frozen import read_config
 from lunaris.config.schema.parallelism import DDPConfig, FSDPConfig, SingleConfig
+from lunaris.config.trust import restricted
 from lunaris.errors import UserError
 from lunaris.launch.local import Local
 from lunaris.launch.sweep.points import Sweep
@@ -88,7 +89,14 @@ def test_a_parallelism_of_one_process_gets_one(
         "from lunaris.parallelism.single import Single\nclass Alone(Single): pass\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert chosen("parallelism._target_=mine_alone.Alone") == (1, "Alone")
+    own = [*DATA, "parallelism._target_=mine_alone.Alone", f"out_dir={tmp_path / 'own'}"]
+    cfg: Any = compose(own)
+    assert (cfg.launch.processes, cfg.parallelism._target_) == (1, "mine_alone.Alone")
+    # Its schema inherits from that of auto, but it is decided.
+    create(cfg, "lunaris train", [])
+    with restricted(["mine_alone"]):
+        read = read_config(tmp_path / "own" / "config.yaml")
+    assert read.parallelism._target_ == "mine_alone.Alone"
     with pytest.raises(UserError, match="single: one process, but launch.processes=4; choose par"):
         chosen("parallelism=single", "launch.processes=4")
 

@@ -20,6 +20,10 @@ class AutoConfig(ParallelismConfig):
 
     _target_: str = "lunaris.config.schema.parallelism.AutoConfig"
 
+    def left_open(self) -> bool:
+        """Return whether it is to be decided; a custom class chosen over it inherits its keys."""
+        return self._target_ == AutoConfig._target_
+
 
 @dataclass
 class SingleConfig(ParallelismConfig):
