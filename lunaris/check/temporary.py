@@ -60,7 +60,7 @@ def _other(variable: str) -> str:
 
 
 def _ignored(taken: Path) -> tuple[str, ...]:
-    """Return advice where Python found TMPDIR unfit, and took another folder without a word."""
+    """Return advice where Python found TMPDIR unfit, and took another folder without an error."""
     given = os.environ.get("TMPDIR")
     if not given or os.path.abspath(given) == str(taken.absolute()):
         return ()

@@ -108,12 +108,12 @@ def _exchanged(
     world, rank = dist.get_world_size(group), dist.get_rank(group)
     stacks = [_stack(part.values) for part in parts]
     owned = _divide(list(_matrices(parts, stacks, world)), world)
-    mine = owned[rank]
+    mine, order = owned[rank], [m for theirs in owned for m in theirs]
     # Numbers to and from each process, once to the owners and once back.
     out = [sum(_numel(m.cut[rank]) for m in theirs) for theirs in owned]
     into = [sum(_numel(m.cut[source]) for m in mine) for source in range(world)]
 
-    send = [stacks[m.part][m.position].reshape(-1) for theirs in owned for m in theirs]
+    send = [stacks[m.part][m.position].reshape(-1) for m in order]
     arrived = _all_to_all(torch.cat(send), into, out, group).split(into)
     shards = [
         values.split([_numel(m.cut[source]) for m in mine]) for source, values in enumerate(arrived)
@@ -131,7 +131,6 @@ def _exchanged(
     empty = stacks[0].new_empty(0, dtype=torch.float32)
     values = _all_to_all(torch.cat([empty, *returned]), out, into, group)
     results = [torch.empty_like(stack, dtype=torch.float32) for stack in stacks]
-    order = [m for theirs in owned for m in theirs]
     sizes = [_numel(m.cut[rank]) for m in order]
     for m, result in zip(order, values.split(sizes), strict=True):
         results[m.part][m.position] = result.view(m.cut[rank])
